@@ -1,0 +1,58 @@
+"""kvtrim: a small KV cache and a short prefill for Hugging Face language models, without
+retraining.
+
+Importing does nothing but import: transformers is loaded when something that needs it is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from kvtrim.engine.offline import select
+from kvtrim.errors import KvtrimError
+from kvtrim.methods import METHODS, Method
+from kvtrim.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from kvtrim.answers import Result, compress, generate
+    from kvtrim.hf.attach import attach, detach
+    from kvtrim.hf.cache import Cache
+    from kvtrim.hf.load import load
+    from kvtrim.hf.saving import load_cache
+
+_LATER = {
+    "Cache": "kvtrim.hf.cache",
+    "Result": "kvtrim.answers",
+    "attach": "kvtrim.hf.attach",
+    "compress": "kvtrim.answers",
+    "detach": "kvtrim.hf.attach",
+    "generate": "kvtrim.answers",
+    "load": "kvtrim.hf.load",
+    "load_cache": "kvtrim.hf.saving",
+}
+
+__all__ = [
+    "METHODS",
+    "Cache",
+    "KvtrimError",
+    "Method",
+    "Result",
+    "__version__",
+    "attach",
+    "compress",
+    "detach",
+    "generate",
+    "load",
+    "load_cache",
+    "select",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_LATER[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

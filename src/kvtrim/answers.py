@@ -1,0 +1,273 @@
+"""From a context and questions to answers under either protocol, with what it took."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+
+from kvtrim.budgets import Keep
+from kvtrim.errors import CacheError, UsageError
+from kvtrim.hf.attach import attach
+from kvtrim.hf.cache import Cache
+from kvtrim.hf.running import generate as run
+from kvtrim.hf.running import read, synchronize
+from kvtrim.methods import Method
+from kvtrim.prompts import Frame, cut_middle, encode_question, encode_text, frame
+from kvtrim.settings import split
+
+Protocol = Literal["question-aware", "question-agnostic"]
+AWARE: Protocol = "question-aware"
+AGNOSTIC: Protocol = "question-agnostic"
+Truncate = Literal["error", "middle"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, its times, and what the cache held when its first token was there."""
+
+    text: str
+    token_ids: list[int]
+    ttft_s: float  # from the question (question-agnostic) or the whole prompt to the first token
+    tpot_s: float | None  # per token after the first; None if there was one only
+    prompt_tokens: int  # context and question, template included
+    held_bytes: int  # measured from the store: K, V, positions and slack
+    full_bytes: int  # what a full cache of the same tokens holds
+    kept: list[list[int]]  # entries per layer and head
+
+
+@dataclass(frozen=True)
+class Result:
+    """Answers to one or several questions about one context.
+
+    Single figures are the first answer's.
+    """
+
+    answers: list[Answer]
+    protocol: Protocol
+    method: str
+    keep: str
+    compress_s: float  # reading and compressing the context, where that was a step of its own
+
+    @property
+    def text(self) -> str:
+        """The first answer."""
+        return self.answers[0].text
+
+    @property
+    def texts(self) -> list[str]:
+        """Every answer."""
+        return [answer.text for answer in self.answers]
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds from the prompt to the first token of the first answer, compression included."""
+        return self.compress_s + self.answers[0].ttft_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Seconds per output token after the first, over all answers; None if no answer had
+        two.
+        """
+        pairs = [(a.tpot_s, len(a.token_ids) - 1) for a in self.answers if a.tpot_s is not None]
+        steps = sum(count for _, count in pairs)
+        return sum(tpot * count for tpot, count in pairs) / steps if steps else None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the context and the first question."""
+        return self.answers[0].prompt_tokens
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes the cache held when the first answer began."""
+        return self.answers[0].held_bytes
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes that a full cache held at that moment."""
+        return self.answers[0].full_bytes
+
+    @property
+    def kept(self) -> list[list[int]]:
+        """Entries per layer and head at that moment."""
+        return self.answers[0].kept
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    context: str | Cache,
+    question: str | Sequence[str] = "",
+    *,
+    method: str | Method = "snapkv",
+    keep: int | float | str = 512,
+    max_new_tokens: int = 128,
+    protocol: Protocol | None = None,
+    chat: bool | None = None,
+    system: str | None = None,
+    truncate: Truncate = "error",
+    prefill_chunk: int | None = None,
+    **options: Any,
+) -> Result:
+    """Answer one or several questions about a context with a small cache.
+
+    Args:
+        model, tokenizer: as `kvtrim.load` gives them; attached for the call if it is not already.
+        context: the document, or a cache that `compress` or `load_cache` made of one.
+        question: one question is read together with the context (question-aware) unless told
+            otherwise; several are asked of one compressed context (question-agnostic), which each
+            of them leaves as it found it.
+        method, keep: what to evict, see `kvtrim.Cache`; they do not apply to a ready cache.
+        protocol: "question-aware" or "question-agnostic", to choose explicitly.
+        chat: use the tokenizer's chat template; by default if it has one.
+        system: a system message, for templates that have one.
+        truncate: if the prompt exceeds the model's window, refuse it, or cut the context's middle.
+        prefill_chunk: read the prompt in passes of at most so many tokens.
+        options: parameters of the method (`window=16`, `preset="kvpress"`), and whatever
+            `model.generate` takes (`do_sample`, `num_beams`, `streamer`, ...); greedy by default.
+
+    Raises:
+        UsageError: an empty context, one longer than the model's window, or a wrong parameter.
+    """
+    questions = [question] if isinstance(question, str) else list(question)
+    if not questions:
+        raise UsageError("no question was given; pass one text or a list of them")
+    settings, options = split(method, options)
+    if options.get("num_return_sequences", 1) != 1:
+        raise UsageError("one answer per question; for more, give model.generate a kvtrim.Cache")
+    asking = {"max_new_tokens": max_new_tokens, "chunk": prefill_chunk, **options}
+    if isinstance(context, Cache):
+        return _ask(model, tokenizer, context, questions, 0.0, asking)
+    if protocol is None:
+        protocol = AWARE if len(questions) == 1 else AGNOSTIC
+    around = frame(tokenizer, chat, system)
+    follow = [encode_question(tokenizer, around, text) for text in questions]
+    room = _window(model) - max_new_tokens - max(map(len, follow))
+    ids = _context(tokenizer, around, context, room, truncate)
+    if protocol == AGNOSTIC:
+        start = perf_counter()
+        cache = _compressed(model, ids, method, keep, prefill_chunk, settings)
+        cache.prompt = {"chat": chat, "system": system}
+        return _ask(model, tokenizer, cache, questions, perf_counter() - start, asking)
+    if protocol != AWARE:
+        raise UsageError(f"unknown protocol {protocol!r}; use {AWARE!r} or {AGNOSTIC!r}")
+    answers = []
+    for own in follow:
+        cache = Cache(model, method, keep, prompt_tokens=len(ids) + len(own), **settings)
+        answers.append(_answer(model, tokenizer, cache, ids + own, asking))
+    return Result(answers, AWARE, _name(method), str(Keep.parse(keep)), 0.0)
+
+
+def compress(
+    model: Any,
+    tokenizer: Any,
+    context: str,
+    *,
+    method: str | Method = "snapkv",
+    keep: int | float | str = 512,
+    chat: bool | None = None,
+    system: str | None = None,
+    truncate: Truncate = "error",
+    prefill_chunk: int | None = None,
+    **settings: Any,
+) -> Cache:
+    """Read a context and evict at its end, before any question is known (question-agnostic).
+
+    Args and errors as `generate`. Ask the cache with `generate(model, tokenizer, cache,
+    question)`, save it with `cache.save(path)`.
+    """
+    around = frame(tokenizer, chat, system)
+    ids = _context(tokenizer, around, context, _window(model) - 1, truncate)
+    cache = _compressed(model, ids, method, keep, prefill_chunk, settings)
+    cache.prompt = {"chat": chat, "system": system}
+    return cache
+
+
+def _compressed(
+    model: Any,
+    ids: list[int],
+    method: str | Method,
+    keep: int | float | str,
+    chunk: int | None,
+    settings: dict[str, Any],
+) -> Cache:
+    cache = Cache(model, method, keep, prompt_tokens=len(ids), **settings)
+    with attach(model):
+        read(model, torch.tensor([ids], device=model.device), cache, chunk)
+    synchronize(model.device)
+    return cache
+
+
+def _ask(
+    model: Any,
+    tokenizer: Any,
+    cache: Cache,
+    questions: Sequence[str],
+    compress_s: float,
+    asking: dict[str, Any],
+) -> Result:
+    """Ask a compressed context; it is as before afterwards, whatever happens in between."""
+    if cache.token_ids is None or cache.token_ids.shape[0] != 1:
+        raise CacheError(
+            "only a cache of one context, read as tokens, can be asked; make it with compress"
+        )
+    around = frame(tokenizer, **cache.prompt)
+    context, mark, answers = cache.token_ids[0].tolist(), cache.mark(), []
+    for text in questions:
+        ids = context + encode_question(tokenizer, around, text)
+        if len(ids) + asking["max_new_tokens"] > _window(model):
+            raise UsageError(_too_long(len(ids), asking["max_new_tokens"], _window(model)))
+        try:
+            answers.append(_answer(model, tokenizer, cache, ids, asking))
+        finally:
+            cache.rewind(mark)
+    return Result(answers, AGNOSTIC, _name(cache.request[0]), str(cache.keep), compress_s)
+
+
+def _answer(
+    model: Any, tokenizer: Any, cache: Cache, ids: list[int], asking: dict[str, Any]
+) -> Answer:
+    held: dict[str, Any] = {}
+
+    def look() -> None:
+        held["held_bytes"], held["full_bytes"] = cache.held_bytes, cache.full_bytes
+        held["kept"] = [counts[0].tolist() for counts in cache.entries()]
+
+    with attach(model):
+        done = run(model, torch.tensor([ids], device=model.device), cache, on_first=look, **asking)
+    text = tokenizer.decode(done.token_ids, skip_special_tokens=True).strip()
+    return Answer(text, done.token_ids, done.ttft_s, done.tpot_s, len(ids), **held)
+
+
+def _context(
+    tokenizer: Any, around: Frame, context: str, room: int, truncate: Truncate
+) -> list[int]:
+    """The ids of a context that fits into `room` tokens."""
+    if not context.strip():
+        raise UsageError("the context is empty")
+    ids = encode_text(tokenizer, around.before + context)
+    if len(ids) <= room:
+        return ids
+    if truncate != "middle":
+        raise UsageError(_too_long(len(ids), 0, room))
+    before = encode_text(tokenizer, around.before) if around.before else []
+    return before + cut_middle(encode_text(tokenizer, context), room - len(before))
+
+
+def _too_long(tokens: int, answer: int, window: int) -> str:
+    plus = f" and {answer} for the answer" if answer else ""
+    return (
+        f"the prompt has {tokens} tokens{plus}, the model's window leaves room for {window}; "
+        "shorten it, ask for fewer new tokens, or cut its middle (truncate='middle', --truncate "
+        "middle)"
+    )
+
+
+def _window(model: Any) -> int:
+    return model.config.get_text_config(decoder=True).max_position_embeddings
+
+
+def _name(method: str | Method) -> str:
+    return method if isinstance(method, str) else type(method.policy).__name__

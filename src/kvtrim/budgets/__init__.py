@@ -1,0 +1,16 @@
+"""How many entries each layer and head keeps."""
+
+from kvtrim.budgets.base import Budget
+from kvtrim.budgets.keep import Keep
+from kvtrim.budgets.per_head import PerHead
+from kvtrim.budgets.pyramid import Pyramid
+from kvtrim.budgets.uniform import Uniform, Unlimited
+
+BUDGETS: dict[str, type[Budget]] = {
+    "per-head": PerHead,
+    "pyramid": Pyramid,
+    "uniform": Uniform,
+    "unlimited": Unlimited,
+}
+
+__all__ = ["BUDGETS", "Budget", "Keep", "PerHead", "Pyramid", "Uniform", "Unlimited"]

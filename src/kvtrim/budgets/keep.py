@@ -1,0 +1,91 @@
+"""`keep`, the budget a user asks for: tokens, a share of the prompt, or bytes of the whole
+cache.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from kvtrim.errors import BudgetError
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_HINT = "use tokens (512), a share of the prompt (0.25 or '25%') or bytes ('256MiB')"
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A parsed budget.
+
+    Entries per KV head on average, protected slots (window, sinks) included.
+    """
+
+    kind: Literal["tokens", "share", "bytes"]
+    amount: float
+
+    @classmethod
+    def parse(cls, given: "int | float | str | Keep") -> "Keep":
+        """Read 512, 0.25, "25%", "512" or "256MiB".
+
+        Raises:
+            BudgetError: the amount is not positive, a share exceeds 1, or the text is not a
+                budget.
+        """
+        if isinstance(given, Keep):
+            return given
+        if isinstance(given, str):
+            return _parse_text(given.strip())
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            raise BudgetError(f"keep={given!r} is not a budget; {_HINT}")
+        return _checked("tokens" if isinstance(given, int) else "share", float(given), given)
+
+    def asked(self, prompt: int, entry_bytes: int | float) -> float:
+        """Entries per head for a prompt of so many tokens, before rounding.
+
+        `entry_bytes` is what one more entry in every head of every layer costs.
+        """
+        if self.kind == "tokens":
+            return self.amount
+        return self.amount * prompt if self.kind == "share" else self.amount / entry_bytes
+
+    def entries(self, prompt: int, protected: int, entry_bytes: int | float) -> int:
+        """`asked` as a whole number. A share or a size is lifted to what the method needs at
+        least.
+
+        Raises:
+            BudgetError: a number of tokens that leaves no room beside the protected slots.
+        """
+        least = protected + 1
+        whole = int(self.asked(prompt, entry_bytes) + 1e-6)
+        if self.kind == "tokens" and whole < least <= prompt:
+            raise BudgetError(
+                f"keep={whole} leaves nothing to choose: this method always keeps {protected} "
+                "entries "
+                f"(window and sinks). Use keep={least} or more, or a smaller window (--set "
+                "window=8)"
+            )
+        return max(whole, least)
+
+    def __str__(self) -> str:
+        if self.kind == "tokens":
+            return str(int(self.amount))
+        return f"{100 * self.amount:.6g}%" if self.kind == "share" else f"{int(self.amount)}B"
+
+
+def _parse_text(text: str) -> Keep:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(%|[KMG]?I?B)?", text, flags=re.IGNORECASE)
+    if match is None:
+        raise BudgetError(f"keep={text!r} is not a budget; {_HINT}")
+    number, unit = float(match[1]), (match[2] or "").upper()
+    if unit == "%":
+        return _checked("share", number / 100, text)
+    if unit:
+        return _checked("bytes", number * _UNITS[unit], text)
+    return _checked("share" if "." in match[1] else "tokens", number, text)
+
+
+def _checked(kind: Literal["tokens", "share", "bytes"], amount: float, given: object) -> Keep:
+    if not amount > 0:
+        raise BudgetError(f"keep={given!r} keeps nothing; {_HINT}")
+    if kind == "share" and amount > 1:
+        raise BudgetError(f"keep={given!r} is more than the whole prompt; {_HINT}")
+    return Keep(kind, amount)

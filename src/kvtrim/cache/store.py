@@ -1,0 +1,263 @@
+"""One layer's entries: flat K and V, one run of slots per (prompt, KV head).
+
+Head (b, h) owns `length[b, h]` slots from `start[b, h]`, in ascending position, with room for
+`capacity[b, h]`; the three live on the CPU. Uniform lengths are the special case that the fast
+paths see as [B, K, S, D] without a copy. A store knows nothing of scores, models or schedules.
+"""
+
+import torch
+
+from kvtrim.types import Counts, Float, Int, Kept, Tensor
+
+LEAST_SLACK, MOST_SLACK = 16, 256
+"""A full head grows by a sixteenth of its length within these bounds: little copied, little
+wasted.
+"""
+
+
+class LayerStore:
+    """K, V and original position of every entry that one layer holds."""
+
+    def __init__(
+        self, buffers: dict[str, Tensor], start: Counts, length: Counts, capacity: Counts
+    ):
+        self.buffers = buffers  # "keys" [T, D], "values" [T, E], "positions" [T], and columns [T]
+        self.start, self.length, self.capacity = start, length, capacity
+        self.borrowed: dict[str, Tensor] | None = None
+        self.width = _common(length) if self._is_regular() else None
+
+    @classmethod
+    def empty(
+        cls, keys: Float[Tensor, "B K Q D"], values: Float[Tensor, "B K Q E"]
+    ) -> "LayerStore":
+        """A store without entries for prompts and heads shaped like these."""
+        none = torch.zeros(keys.shape[:2], dtype=torch.int64)
+        buffers = {
+            "keys": keys.new_empty(0, keys.shape[-1]),
+            "values": values.new_empty(0, values.shape[-1]),
+            "positions": torch.empty(0, dtype=torch.int32, device=keys.device),
+        }
+        return cls(buffers, none, none.clone(), none.clone())
+
+    @classmethod
+    def packed(cls, buffers: dict[str, Tensor], length: Counts) -> "LayerStore":
+        """A store over buffers that hold the heads' entries one after the other, without slack."""
+        return cls(buffers, _starts(length), length, length.clone())
+
+    @classmethod
+    def borrow(cls, dense: dict[str, Float[Tensor, "B K S *rest"]]) -> "LayerStore":
+        """A store of a whole prompt in the model's own tensors, so that it is never held twice.
+
+        It can be read and cut; `settle` copies what is left before anything else.
+        """
+        keys = dense["keys"]
+        store = cls.empty(keys, dense["values"])
+        store.borrowed = {
+            name: tensor.expand(*keys.shape[:3], *tensor.shape[3:])
+            for name, tensor in dense.items()
+        }
+        store.length = torch.full(keys.shape[:2], keys.shape[2])
+        store.width = keys.shape[2]
+        return store
+
+    @property
+    def keys(self) -> Float[Tensor, "T D"]:
+        """K of every slot."""
+        return self.buffers["keys"]
+
+    @property
+    def values(self) -> Float[Tensor, "T E"]:
+        """V of every slot."""
+        return self.buffers["values"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slot buffers, slack for appends included."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def dense(self) -> tuple[dict[str, Tensor], Counts | None]:
+        """Every buffer as [B, K, S, ...], and the lengths where heads differ (garbage behind
+        them).
+
+        A view where lengths are uniform, else a padded copy.
+        """
+        if self.borrowed is not None:
+            return self.borrowed, None
+        if self.width is not None:
+            return {name: self._view(name)[:, :, : self.width] for name in self.buffers}, None
+        reach = torch.arange(int(self.length.max())).expand(*self.length.shape, -1)
+        slots = self.start[..., None] + reach.minimum((self.length[..., None] - 1).clamp(min=0))
+        slots = slots.clamp(max=self.keys.shape[0] - 1).to(self.keys.device)
+        return {name: buffer[slots] for name, buffer in self.buffers.items()}, self.length
+
+    def append(self, new: dict[str, Float[Tensor, "B K Q *rest"]]) -> None:
+        """Add Q entries to every head of every prompt; the columns not given become 0."""
+        count = new["keys"].shape[2]
+        self._make_room(torch.full_like(self.length, count))
+        if self.width is not None:
+            for name in self.buffers:
+                self._view(name)[:, :, self.width : self.width + count] = new.get(name, 0)
+            self.width += count
+        else:
+            slots = (self.start + self.length)[..., None] + torch.arange(count)
+            self._write(slots.flatten().to(self.keys.device), new)
+        self.length = self.length + count
+
+    def append_row(self, row: int, new: dict[str, Float[Tensor, "1 K Q *rest"]]) -> None:
+        """Add Q entries to every head of one prompt, so that prompts may differ in length."""
+        count = torch.zeros_like(self.length)
+        count[row] = new["keys"].shape[2]
+        self._make_room(count)
+        slots = (self.start + self.length)[row, :, None] + torch.arange(int(count[row, 0]))
+        self._write(slots.flatten().to(self.keys.device), new)
+        self._resize(self.length + count)
+
+    def retain(self, kept: Kept) -> None:
+        """Drop what is not kept.
+
+        A few freed slots stay as slack, more go back to the allocator.
+        """
+        rows, heads, place = (kept.slots >= 0).nonzero(as_tuple=True)
+        slots = kept.slots[rows, heads, place]
+        if self.borrowed is not None:
+            self.buffers = {
+                name: dense[rows, heads, slots] for name, dense in self.borrowed.items()
+            }
+            self.borrowed = None
+            self.start, self.capacity = _starts(kept.counts), kept.counts.clone()
+        else:
+            starts = self.start.to(slots.device)[rows, heads]
+            for buffer in self.buffers.values():
+                buffer[starts + place] = buffer[starts + slots]
+        self._resize(kept.counts)
+        if bool((self.capacity > self.length + 2 * _slack(self.length)).any()):
+            self._move(self.length.clone())
+
+    def settle(self) -> None:
+        """Own the entries: copy what is still borrowed."""
+        if self.borrowed is not None:
+            self.buffers = {
+                name: dense.new_empty(dense.shape).copy_(dense).flatten(0, 2)
+                for name, dense in self.borrowed.items()
+            }
+            self.borrowed = None
+            self.start, self.capacity = _starts(self.length), self.length.clone()
+
+    def cut_back(self, length: Counts) -> None:
+        """Forget the newest entries of each head beyond this length."""
+        self._resize(torch.minimum(self.length, length))
+
+    def forget_from(self, position: list[int]) -> None:
+        """Drop every entry of prompt b that stands at `position[b]` or later."""
+        dense, _ = self.dense()
+        limit = torch.tensor(position, device=dense["positions"].device)[:, None, None]
+        inside = torch.arange(dense["positions"].shape[-1]) < self.length[..., None]
+        early = (dense["positions"] < limit) & inside.to(limit.device)
+        self._resize(early.sum(dim=-1).cpu())
+
+    def row(self, index: int) -> "LayerStore":
+        """One prompt's entries, sharing memory with this store: to be read, not changed."""
+        part = slice(index, index + 1)
+        start, capacity = self.start[part], self.capacity[part]
+        first = int(start[0, 0])
+        run = slice(first, int(start[0, -1] + capacity[0, -1]))
+        buffers = {name: buffer[run] for name, buffer in self.buffers.items()}
+        return LayerStore(buffers, start - first, self.length[part], capacity)
+
+    def select_rows(self, rows: Int[Tensor, " R"]) -> "LayerStore":
+        """A new store of these prompts, in this order; a prompt may occur more than once."""
+        rows = rows.cpu()
+        length, start = self.length[rows], self.start[rows]
+        old = _ranges(start, length).to(self.keys.device)
+        buffers = {name: buffer[old] for name, buffer in self.buffers.items()}
+        return LayerStore.packed(buffers, length)
+
+    def copy(self) -> "LayerStore":
+        """An independent store with the same entries, packed."""
+        return self.select_rows(torch.arange(self.length.shape[0]))
+
+    def drop_column(self, name: str) -> None:
+        """Free an added column, if there is one."""
+        self.buffers.pop(name, None)
+
+    def add_column(self, name: str) -> None:
+        """Make room for one more number per entry, 0 at first, if it is not there yet."""
+        if self.borrowed is not None and name not in self.borrowed:
+            zeros = torch.zeros(self.borrowed["keys"].shape[:3], device=self.keys.device)
+            self.borrowed = {**self.borrowed, name: zeros}
+        elif self.borrowed is None and name not in self.buffers:
+            self.buffers[name] = torch.zeros(self.keys.shape[0], device=self.keys.device)
+
+    def set_column(self, name: str, values: Float[Tensor, "B K S"]) -> None:
+        """Fill an added column, given as in `dense`."""
+        if self.borrowed is not None:
+            self.borrowed = {**self.borrowed, name: values}
+        elif self.width is not None:
+            self._view(name)[:, :, : self.width] = values
+        else:
+            inside = torch.arange(values.shape[-1]) < self.length[..., None]
+            slots = _ranges(self.start, self.length).to(values.device)
+            self.buffers[name][slots] = values[inside.to(values.device)]
+
+    def _view(self, name: str) -> Tensor:
+        """A buffer of uniform capacity as [B, K, capacity, ...]."""
+        return self.buffers[name].unflatten(0, (*self.length.shape, -1))
+
+    def _write(self, slots: Int[Tensor, " N"], new: dict[str, Tensor]) -> None:
+        for name, buffer in self.buffers.items():
+            if name in new:
+                given = new[name].expand(new["keys"].shape[:3] + new[name].shape[3:])
+                buffer[slots] = given.reshape(-1, *buffer.shape[1:]).to(buffer.dtype)
+            else:
+                buffer[slots] = 0
+
+    def _resize(self, length: Counts) -> None:
+        self.length = length
+        self.width = _common(length) if self._is_regular() else None
+
+    def _is_regular(self) -> bool:
+        return _common(self.capacity) is not None and torch.equal(
+            self.start, _starts(self.capacity)
+        )
+
+    def _make_room(self, count: Counts) -> None:
+        needed = self.length + count
+        if bool((needed <= self.capacity).all()):
+            return
+        slack = _slack(needed) if self.keys.shape[0] else 0  # a prompt is stored without slack
+        self._move(torch.where(needed > self.capacity, needed + slack, self.capacity))
+
+    def _move(self, capacity: Counts) -> None:
+        """Copy the entries into new buffers with this capacity per head."""
+        start, total = _starts(capacity), int(capacity.sum())
+        old = _ranges(self.start, self.length).to(self.keys.device)
+        new = _ranges(start, self.length).to(self.keys.device)
+        for name, buffer in self.buffers.items():
+            moved = buffer.new_empty(total, *buffer.shape[1:])
+            moved[new] = buffer[old]
+            self.buffers[name] = moved
+        self.start, self.capacity = start, capacity
+        self._resize(self.length)
+
+
+def _slack(length: Counts) -> Counts:
+    return (length // 16).clamp(LEAST_SLACK, MOST_SLACK)
+
+
+def _common(counts: Counts) -> int | None:
+    """The one number that all counts share, if they do."""
+    first = int(counts.flatten()[0])
+    return first if bool((counts == first).all()) else None
+
+
+def _starts(capacity: Int[Tensor, "*heads"]) -> Int[Tensor, "*heads"]:
+    """First slot of each head when runs of this capacity follow each other."""
+    flat = capacity.flatten()
+    return (flat.cumsum(0) - flat).view_as(capacity)
+
+
+def _ranges(start: Counts, length: Counts) -> Int[Tensor, " N"]:
+    """The slots of every run, one after the other."""
+    flat = length.flatten()
+    offset = torch.repeat_interleave(start.flatten() - _starts(flat), flat)
+    return offset + torch.arange(int(flat.sum()))

@@ -1,0 +1,1 @@
+"""One generation: what was read, what is due, what stays. Free of transformers."""

@@ -1,0 +1,116 @@
+"""One layer in one pass: what the model hands over, what is held, and how the two are joined."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvtrim.cache.attend import attend
+from kvtrim.cache.store import LayerStore
+from kvtrim.engine.reading import Pass
+from kvtrim.types import Float, Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the model hands to one layer's attention in one pass, everything after RoPE."""
+
+    queries: Float[Tensor, "B H Q D"]
+    keys: Float[Tensor, "B K Q D"]
+    values: Float[Tensor, "B K Q E"]
+    scale: float
+    softcap: float | None = None
+    output: Callable[[], Float[Tensor, "H E M"]] | None = None  # W_O per query head
+
+    @property
+    def kv_bytes(self) -> int:
+        """What key and value of one entry of one head take."""
+        return (self.keys.shape[-1] + self.values.shape[-1]) * self.keys.element_size()
+
+    @property
+    def entry_bytes(self) -> int:
+        """What one entry of one head takes, its position included."""
+        return self.kv_bytes + torch.int32.itemsize
+
+    def per_query_head(self) -> "Call":
+        """The same call with K and V repeated, so that every query head holds entries of its
+        own.
+        """
+        times = self.queries.shape[1] // self.keys.shape[1]
+        keys = self.keys.repeat_interleave(times, dim=1)
+        return replace(self, keys=keys, values=self.values.repeat_interleave(times, dim=1))
+
+
+@dataclass
+class Held:
+    """What one layer holds between passes."""
+
+    store: LayerStore | None = None
+    queries: Float[Tensor, "B H W D"] | None = None  # each prompt's last queries, newest last
+    full_entry: int = 0  # bytes of K and V that one token adds to this layer of a full cache
+
+    def copy(self) -> "Held":
+        """An independent copy; tensors that are only ever replaced are shared."""
+        return replace(self, store=None if self.store is None else self.store.copy())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of entries, slack, per-entry columns and remembered queries."""
+        queries = 0 if self.queries is None else self.queries.nbytes
+        return queries + (0 if self.store is None else self.store.nbytes)
+
+
+def stored(store: LayerStore | None, call: Call, now: Pass) -> LayerStore:
+    """The store with this pass's real tokens added; a whole prompt is borrowed, not copied."""
+    keys, values, device = call.keys, call.values, call.keys.device
+    if now.real is None:
+        new = {"keys": keys, "values": values, "positions": now.positions(device)}
+        if store is None:
+            return LayerStore.borrow(new)
+        store.append(new)
+        return store
+    store = store or LayerStore.empty(keys, values)
+    for row, columns in enumerate(now.real):
+        positions = now.row_positions(row, device)
+        part = slice(row, row + 1)
+        new = {"keys": keys[part, :, columns], "values": values[part, :, columns]}
+        store.append_row(row, {**new, "positions": positions})
+    return store
+
+
+def attended(store: LayerStore, call: Call, now: Pass, impl: str) -> Float[Tensor, "B H Q E"]:
+    """Attention of this pass's real tokens over everything held; padding gets zeros."""
+    if now.real is None:
+        return attend(call.queries, store, call.scale, call.softcap, impl)
+    out = call.queries.new_zeros(*call.queries.shape[:3], call.values.shape[-1])
+    for row, columns in enumerate(now.real):
+        if len(columns):
+            own = call.queries[row : row + 1, :, columns]
+            mixed = attend(own, store.row(row), call.scale, call.softcap, impl)
+            out[row : row + 1, :, columns] = mixed
+    return out
+
+
+def last_queries(
+    before: Tensor | None, queries: Float[Tensor, "B H Q D"], now: Pass, count: int
+) -> Float[Tensor, "B H W D"]:
+    """Each prompt's last `count` real queries, this pass's included; zeros where it had fewer."""
+    if count == 0:
+        return queries[:, :, :0]
+    if now.real is None:
+        joined = queries if before is None else torch.cat([before, queries], dim=2)
+        return joined[:, :, -count:]
+    out = queries.new_zeros(*queries.shape[:2], count, queries.shape[-1])
+    for row, columns in enumerate(now.real):
+        own = queries[row, :, columns]
+        own = own if before is None else torch.cat([before[row], own], dim=1)
+        own = own[:, -count:]
+        out[row, :, count - own.shape[1] :] = own
+    return out
+
+
+def real_queries(queries: Float[Tensor, "B H Q D"], now: Pass, rows: slice) -> Tensor:
+    """This pass's queries of a group of prompts, without padding: [B, H, Q, D]."""
+    if now.real is None:
+        return queries[rows]
+    return queries[rows][:, :, now.real[rows.start]]

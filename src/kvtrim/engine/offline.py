@@ -1,0 +1,90 @@
+"""What a method would keep, from queries, keys and values alone: no model, no generation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvtrim.budgets import Keep
+from kvtrim.engine.call import Call
+from kvtrim.engine.session import Session
+from kvtrim.errors import UsageError
+from kvtrim.methods import Method
+from kvtrim.settings import find
+from kvtrim.types import Float, Int, Tensor
+
+Layers = Tensor | Sequence[Tensor]
+
+
+def select(
+    method: str | Method,
+    queries: Layers,
+    keys: Layers,
+    values: Layers,
+    *,
+    keep: int | float | str | Keep,
+    scale: float | None = None,
+    output: Sequence[Float[Tensor, "M HD"]] | None = None,
+    **settings: Any,
+) -> list[list[Int[Tensor, " kept"]]]:
+    """Positions that each layer and head keeps of one prompt.
+
+    Args:
+        method: a name of `METHODS`, `module:ATTRIBUTE`, or a `Method`.
+        queries: after RoPE, [H, n, D] for one layer, [L, H, n, D] or a list of [H, n, D] for
+            several.
+        keys, values: likewise with the K KV heads.
+        keep: the budget: entries, a share of the prompt, or bytes as text.
+        scale: factor on query @ key; 1 / sqrt(D) by default.
+        output: each layer's output projection `o_proj.weight` [M, H * D], for methods that weigh
+            values by it.
+        settings: parameters of the method, `preset` among them.
+
+    Returns:
+        `kept[layer][head]`, int64 positions in ascending order. Heads are KV heads, or query heads
+        where the preset stores those.
+
+    Raises:
+        UsageError: shapes that do not fit together, or a wrong parameter.
+    """
+    stacks = [_as_layers(tensor) for tensor in (queries, keys, values)]
+    if len({len(stack) for stack in stacks}) != 1:
+        raise UsageError(
+            f"queries, keys and values have {[len(s) for s in stacks]} layers; give the same "
+            "number"
+        )
+    session = Session(find(method, **settings), Keep.parse(keep), layers=len(stacks[0]))
+    session.begin(rows=1, columns=stacks[0][0].shape[1])
+    for index, (q, k, v) in enumerate(zip(*stacks, strict=True)):
+        if q.shape[0] % k.shape[0] or k.shape[:2] != v.shape[:2] or q.shape[1] != k.shape[1]:
+            raise UsageError(
+                f"layer {index}: queries {list(q.shape)}, keys {list(k.shape)}, values "
+                f"{list(v.shape)} do not fit; "
+                "expected [H, n, D], [K, n, D], [K, n, E] with H a multiple of K"
+            )
+        project = None if output is None else _per_head(output[index], q.shape[0])
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        session.attend(index, Call(q[None], k[None], v[None], factor, output=project))
+    session.end()
+    return [_positions(session, index) for index in range(len(stacks[0]))]
+
+
+def _as_layers(given: Layers) -> list[Tensor]:
+    if not isinstance(given, Tensor):
+        return list(given)
+    if given.ndim not in (3, 4):
+        raise UsageError(
+            f"expected [heads, n, D] or [layers, heads, n, D], got {list(given.shape)}"
+        )
+    return [given] if given.ndim == 3 else list(given)
+
+
+def _per_head(weight: Tensor, heads: int):
+    return lambda: weight.unflatten(1, (heads, -1)).permute(1, 2, 0)
+
+
+def _positions(session: Session, index: int) -> list[Tensor]:
+    store = session.state.layers[index].store
+    if store is None:
+        return []
+    runs = zip(store.start[0].tolist(), store.length[0].tolist(), strict=True)
+    positions = store.buffers["positions"].long()
+    return [positions[first : first + count] for first, count in runs]

@@ -1,0 +1,227 @@
+"""One generation's state: what was read, what each layer holds, what is due.
+
+Whoever runs the model feeds a session: `begin`, then `attend` for each layer, then `end`. A
+    session
+knows nothing of transformers, and nothing of it lives on the model, so conversations can
+alternate.
+"""
+
+import copy
+
+import torch
+
+from kvtrim.budgets import Keep
+from kvtrim.cache.attend import require_known
+from kvtrim.cache.store import LayerStore
+from kvtrim.engine.call import Call, attended, last_queries, real_queries, stored
+from kvtrim.engine.evict import Evictor, merge
+from kvtrim.engine.reading import Pass
+from kvtrim.engine.state import Mark, State
+from kvtrim.errors import CacheError
+from kvtrim.methods import Method
+from kvtrim.types import Float, LayerView, Tensor
+
+CARRIED = "carried"  # the store's column for a policy's running statistic
+
+
+class Session:
+    """The state of one batch of prompts through one model under one method.
+
+    Args:
+        method: what to evict and when.
+        keep: the budget.
+        layers: how many layers kvtrim manages.
+        prompt_tokens: columns of the prompt if it comes in several passes; by default the first
+            pass is the whole prompt.
+        impl: implementation of attention over the store.
+
+    Raises:
+        BudgetError: a number of tokens too small for what the method always keeps.
+        UnknownNameError: no such `impl`.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        keep: Keep,
+        layers: int,
+        prompt_tokens: int | None = None,
+        impl: str = "auto",
+    ):
+        require_known(impl)
+        self.method, self.keep, self.impl = method, keep, impl
+        self.prompt_tokens = prompt_tokens
+        self.state = State.empty(layers)
+        self._pass: Pass | None = None
+        self._due = False  # entries are to be evicted in this pass
+        self._evictors: list[tuple[slice, Evictor]] = []
+        if keep.kind == "tokens" and not method.budget.unlimited:
+            protected = method.policy.sinks + method.policy.recent(int(keep.amount))
+            keep.entries(prompt=protected + 1, protected=protected, entry_bytes=1)
+
+    # A pass over the model
+
+    def begin(self, rows: int, columns: int, mask: Tensor | None = None) -> None:
+        """Start a pass over `columns` new columns of `rows` prompts; mask as in `Reading.plan`.
+
+        Raises:
+            CacheError: the last pass over this cache never ended.
+            UsageError: the input does not continue what this cache has read.
+        """
+        if self._pass is not None:
+            raise CacheError(
+                "an earlier forward pass over this cache was interrupted, so its layers disagree; "
+                "rewind it to a mark taken before, or start a new cache"
+            )
+        taken_back = self.state.reading.masked_again(mask, columns)
+        if taken_back is not None:
+            self.state.forget_from(self.state.reading.take_back(taken_back))
+        self._pass = self.state.reading.plan(rows, columns, mask)
+        every = self.method.schedule.every
+        if self.in_prompt:
+            self._due = self.state.reading.seen + columns >= (self.prompt_tokens or 1)
+        else:
+            self._due = every is not None and self.state.since_cut + columns >= every
+        self._evictors = []
+
+    @torch.inference_mode(
+        False
+    )  # buffers must stay writable when the caller leaves inference mode
+    @torch.no_grad()
+    def attend(self, index: int, call: Call) -> Float[Tensor, "B H Q E"]:
+        """One layer's attention over everything held and the new tokens; then evict what is
+        due.
+        """
+        now, held, policy = self._now, self.state.layers[index], self.method.policy
+        held.full_entry = call.keys.shape[1] * call.kv_bytes
+        if self.method.granularity == "query":
+            call = call.per_query_head()
+        ahead = self._due and self.method.schedule.ahead and not self.in_prompt
+        if ahead and held.store is not None:
+            self._cut(index, call, held.store, call.queries[:, :, :0], coming=now.columns)
+        store = held.store = stored(held.store, call, now)
+        out = attended(store, call, now, self.impl)
+        last = last_queries(held.queries, call.queries, now, policy.lookback())
+        again = self._will_score_again
+        if policy.carries and (self._due or again):
+            self._observe(index, call, store)
+        if self._due and not ahead:
+            self._cut(index, call, store, last)
+        store.settle()
+        held.queries = last.clone() if policy.lookback() and again else None
+        if policy.carries and not again:
+            store.drop_column(CARRIED)
+        return out
+
+    def end(self) -> None:
+        """All layers have attended."""
+        self.state.reading.record(self._now)
+        self.state.since_cut = 0 if self._due else self.state.since_cut + self._now.columns
+        self._pass = None
+
+    @property
+    def in_prompt(self) -> bool:
+        """The pass at hand, or else the next one, reads the prompt."""
+        return self.state.reading.seen < (self.prompt_tokens or 1)
+
+    @property
+    def under_way(self) -> bool:
+        """A pass has begun and not ended."""
+        return self._pass is not None
+
+    def mark(self) -> Mark:
+        """Remember this state, for `rewind`."""
+        return self.state.mark(self.in_prompt or self.method.schedule.every is not None)
+
+    def rewind(self, mark: Mark) -> None:
+        """Return to a marked state, also after an interrupted pass."""
+        self.state, self._pass = mark.restored(), None
+
+    def reset(self) -> None:
+        """Forget everything that was read."""
+        self.state, self._pass = State.empty(len(self.state.layers)), None
+
+    def copy(self) -> "Session":
+        """An independent session in the same state."""
+        other = copy.copy(self)
+        other.state = self.state.copy()
+        return other
+
+    # Inside a pass
+
+    @property
+    def _now(self) -> Pass:
+        if self._pass is None:
+            raise CacheError("no forward pass is under way over this cache; call begin first")
+        return self._pass
+
+    @property
+    def _will_score_again(self) -> bool:
+        """A later pass scores what is held now."""
+        return self.method.schedule.every is not None or (self.in_prompt and not self._due)
+
+    def _observe(self, index: int, call: Call, store: LayerStore) -> None:
+        """Let the policy update its running statistic with this pass's queries."""
+        store.add_column(CARRIED)
+        for rows in self._now.groups():
+            part = self._part(store, rows)
+            queries = real_queries(call.queries, self._now, rows)
+            view = self._view(index, call, part, queries, rows, keep=0)
+            part.set_column(CARRIED, self.method.policy.observe(view))
+
+    def _cut(
+        self, index: int, call: Call, store: LayerStore, last: Tensor, coming: int = 0
+    ) -> None:
+        """Evict from one layer what exceeds its budget, leaving room for `coming` tokens."""
+        if not self._evictors:
+            self._evictors = self._new_evictors(call, coming)
+        parts = []
+        for rows, evictor in self._evictors:
+            part = self._part(store, rows)
+            view = self._view(index, call, part, last[rows], rows, evictor.keep)
+            parts.append((rows, evictor.choose(view)))
+        kept = merge(parts, store.length)
+        if kept is not None:
+            store.retain(kept)
+            self.state.cut_at = self.state.reading.seen + (0 if coming else self._now.columns)
+
+    def _new_evictors(self, call: Call, coming: int) -> list[tuple[slice, Evictor]]:
+        if self.in_prompt:
+            entry = len(self.state.layers) * call.keys.shape[1] * call.entry_bytes * self._now.rows
+            self.state.keeps = [self._budget(length, entry) for length in self._now.lengths()]
+        evictors = []
+        for rows in self._now.groups():
+            keep, asked = self.state.keeps[rows.start]
+            evictors.append((rows, Evictor(self.method, max(1, keep - coming), asked)))
+        return evictors
+
+    def _budget(self, length: int, entry_bytes: int) -> tuple[int, float]:
+        """Entries per head for a prompt of this length, and the same before rounding."""
+        asked, policy = self.keep.asked(length, entry_bytes), self.method.policy
+        protected = policy.sinks + policy.recent(int(asked))
+        return self.keep.entries(length, protected, entry_bytes), asked
+
+    def _part(self, store: LayerStore, rows: slice) -> LayerStore:
+        everyone = rows.stop - rows.start == self._now.rows
+        return store if everyone else store.row(rows.start)
+
+    def _view(
+        self, index: int, call: Call, store: LayerStore, queries: Tensor, rows: slice, keep: int
+    ) -> LayerView:
+        dense, lengths = store.dense()
+        return LayerView(
+            index=index,
+            layers=len(self.state.layers),
+            keep=keep,
+            tokens=self._now.lengths()[rows.start],
+            queries=queries,
+            keys=dense["keys"],
+            values=dense["values"],
+            positions=dense["positions"],
+            scale=call.scale,
+            softcap=call.softcap,
+            lengths=lengths,
+            carried=dense.get(CARRIED),
+            decoding=not self.in_prompt,
+            output=call.output,
+        )

@@ -1,0 +1,110 @@
+"""What a generation has come to: what was read, what each layer holds, and how to go back."""
+
+import copy
+from dataclasses import dataclass, field, replace
+
+from kvtrim.cache.store import LayerStore
+from kvtrim.engine.call import Held
+from kvtrim.engine.reading import Reading
+from kvtrim.errors import CacheError
+from kvtrim.types import Counts, Int, Tensor
+
+
+@dataclass
+class State:
+    """Everything about a batch of prompts that changes while it is read and generated."""
+
+    layers: list[Held]
+    reading: Reading = field(default_factory=Reading)
+    keeps: list[tuple[int, float]] = field(default_factory=list)
+    """For each prompt the entries per head it may keep, and the same before rounding."""
+    cut_at: int = 0
+    """Columns read when entries were last evicted; none of those can be taken back."""
+    since_cut: int = 0
+    """Columns read since a cut was last due."""
+
+    @classmethod
+    def empty(cls, layers: int) -> "State":
+        """Nothing read yet."""
+        return cls([Held() for _ in range(layers)])
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held for all prompts, slack included, measured from the tensors."""
+        return sum(held.nbytes for held in self.layers)
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of the K and V of everything read, had nothing been evicted."""
+        tokens = self.reading.seen * len(self.reading.lengths)
+        return tokens * sum(held.full_entry for held in self.layers)
+
+    def stores(self) -> list[LayerStore]:
+        """The store of every layer that has read something."""
+        return [held.store for held in self.layers if held.store is not None]
+
+    def crop(self, columns: int) -> None:
+        """Take back the newest columns.
+
+        Raises:
+            CacheError: entries were evicted since then, so the earlier state is gone.
+        """
+        free = self.reading.seen - self.cut_at
+        if columns > free:
+            raise CacheError(
+                f"cannot take back {columns} tokens: entries were evicted {free} tokens ago. "
+                "Copy the cache before, or take a mark and rewind to it"
+            )
+        self.forget_from(self.reading.forget(columns))
+
+    def forget_from(self, lengths: list[int]) -> None:
+        """Drop the entries of every prompt that stand at its length or later."""
+        for store in self.stores():
+            store.forget_from(lengths)
+
+    def select_rows(self, rows: Int[Tensor, " R"]) -> None:
+        """Keep these prompts in this order; one may occur several times (beam search)."""
+        self.reading.select(rows)
+        self.keeps = [self.keeps[row] for row in rows.tolist()] if self.keeps else []
+        for held in self.layers:
+            held.store = None if held.store is None else held.store.select_rows(rows)
+            if held.queries is not None:
+                held.queries = held.queries[rows.to(held.queries.device)]
+
+    def copy(self) -> "State":
+        """An independent state, its entries packed."""
+        return self._with([held.copy() for held in self.layers])
+
+    def mark(self, evicts: bool) -> "Mark":
+        """Remember this state. Entries are copied only if what follows may evict them."""
+        if evicts:
+            return Mark(self.copy(), None)
+        lengths = [held.store and held.store.length for held in self.layers]
+        return Mark(self._with([copy.copy(held) for held in self.layers]), lengths)
+
+    def _with(self, layers: list[Held]) -> "State":
+        return replace(
+            self, layers=layers, reading=copy.deepcopy(self.reading), keeps=list(self.keeps)
+        )
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A state to come back to, any number of times.
+
+    Where a method only appends, the stores are shared with the live state and `lengths` says how
+    far they reached; where it may evict, they are copies.
+    """
+
+    state: State
+    lengths: list[Counts | None] | None
+
+    def restored(self) -> State:
+        """The state as it was."""
+        if self.lengths is None:
+            return self.state.copy()
+        back = self.state.mark(evicts=False).state
+        for held, length in zip(back.layers, self.lengths, strict=True):
+            if held.store is not None and length is not None:
+                held.store.cut_back(length)
+        return back

@@ -1,0 +1,98 @@
+"""Which models kvtrim is tested on, and what it reads off one: layers, windows, projections."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from kvtrim.errors import UnsupportedModelError
+from kvtrim.types import Float, Tensor
+
+SUPPORTED = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+"""`config.model_type` of the architectures that the test suite proves."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The attention layers of a model, in order."""
+
+    decoder: torch.nn.Module
+    blocks: list[torch.nn.Module]  # decoder layers
+    attention: list[torch.nn.Module]  # one module per decoder layer
+    managed: list[int]  # layers that attend to everything; the others slide and are left alone
+
+
+def layout(model: PreTrainedModel, allow_untested: bool = False) -> Layout:
+    """Find the attention layers that kvtrim can manage.
+
+    Raises:
+        UnsupportedModelError: an architecture outside `SUPPORTED` (unless allowed), or one whose
+            parts cannot be found.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type not in SUPPORTED and not allow_untested:
+        raise UnsupportedModelError(
+            f"architecture {config.model_type!r} is untested; tested are {', '.join(SUPPORTED)}. "
+            "Run `kvtrim check MODEL` to see whether it works, then pass allow_untested=True"
+        )
+    decoder = model.get_decoder()
+    blocks = list(getattr(decoder, "layers", []))
+    attention = [module for block in blocks for module in _attention_in(block)]
+    if not blocks or not len(blocks) == len(attention) == config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: cannot find one attention module with a layer_idx per "
+            "decoder layer"
+        )
+    return Layout(decoder, blocks, attention, _managed(config))
+
+
+def _attention_in(block: torch.nn.Module) -> list[torch.nn.Module]:
+    children = block.children()
+    return [
+        child for child in children if hasattr(child, "layer_idx") and hasattr(child, "scaling")
+    ]
+
+
+def _managed(config: Any) -> list[int]:
+    """Layers whose cache would grow with the whole input."""
+    managed = []
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) is DynamicLayer or _never_slides(layer, config):
+            managed.append(index)
+        elif type(layer) is not DynamicSlidingWindowLayer:
+            raise UnsupportedModelError(
+                f"layer {index} of {config.model_type} caches a {type(layer).__name__}; kvtrim "
+                "manages layers "
+                "with ordinary or sliding-window attention only"
+            )
+    if not managed:
+        raise UnsupportedModelError(
+            f"every layer of this {config.model_type} model slides over {config.sliding_window} "
+            "tokens: its cache is "
+            "bounded already, there is nothing to evict"
+        )
+    return managed
+
+
+def _never_slides(layer: Any, config: Any) -> bool:
+    """A window that no input of this model can fill (Phi-3.5 declares 262,144)."""
+    window = getattr(layer, "sliding_window", None)
+    return window is not None and window >= config.max_position_embeddings
+
+
+def output_per_head(module: torch.nn.Module, heads: int) -> Float[Tensor, "H E M"]:
+    """The slice of a layer's output projection that each query head feeds.
+
+    Raises:
+        UnsupportedModelError: the projection is not a plain floating-point matrix.
+    """
+    weight = getattr(getattr(module, "o_proj", None), "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no floating-point o_proj.weight; this method weighs "
+            "values by it"
+        )
+    local = getattr(weight, "to_local", lambda: weight)()
+    return local.detach().unflatten(1, (heads, -1)).permute(1, 2, 0)

@@ -1,0 +1,142 @@
+"""Attaching to a model: attention by name, hooks that find the cache, everything undone on
+detach.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from transformers import PreTrainedModel
+
+from kvtrim.errors import CacheError, UsageError
+from kvtrim.hf.architectures import layout
+from kvtrim.hf.attention import HANDLE, NAME, register
+from kvtrim.hf.cache import Cache
+
+
+class Attachment:
+    """kvtrim on one model."""
+
+    def __init__(self, model: PreTrainedModel, allow_untested: bool):
+        self.layout = layout(model, allow_untested)
+        self._model = ref(model)
+        self._before = _implementations(model)
+        register()
+        model.set_attn_implementation(NAME)
+        decoder = self.layout.decoder
+        self._hooks = [
+            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
+            decoder.register_forward_hook(self._end, with_kwargs=True),
+        ]
+        for number, layer in enumerate(self.layout.managed):
+            module, hand_over = self.layout.attention[layer], partial(_hand_over, number)
+            self._hooks.append(module.register_forward_pre_hook(hand_over, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Leave the model as it was. Doing it twice does nothing."""
+        model = self._model()
+        for hook in self._hooks:
+            hook.remove()
+        if model is not None and _attached.get(model) is self:
+            del _attached[model]
+            _restore(model, self._before)
+
+    def _begin(
+        self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Decoder pre-hook: tell the cache what is coming."""
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, Cache):
+            return
+        if cache.model is not self._model():
+            raise CacheError(
+                "this cache was made for another model; make one with kvtrim.Cache(model, ...)"
+            )
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        embeds = ids if ids is not None else kwargs["inputs_embeds"]
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+            raise UsageError("a kvtrim cache needs the 2-D attention mask [batch, tokens] or none")
+        cache.begin_pass(embeds.shape[0], embeds.shape[1], mask, ids)
+
+    def _end(
+        self, decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Decoder post-hook: every layer has attended."""
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, Cache):
+            cache.end_pass()
+
+
+def _hand_over(
+    number: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Attention pre-hook: put the session and the managed layer's number among the keywords."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, Cache):
+        return None
+    return args, {**kwargs, HANDLE: (cache.session, number)}
+
+
+_attached: "WeakKeyDictionary[PreTrainedModel, Attachment]" = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What `attach` returns. Leaving its `with` block detaches, if that very call attached."""
+
+    attachment: Attachment
+    first: bool
+
+    def __enter__(self) -> "Attached":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.first:
+            self.attachment.detach()
+
+
+def attach(model: PreTrainedModel, allow_untested: bool = False) -> Attached:
+    """Let kvtrim caches work on a model; ordinary caches go on working as before.
+
+    Use it as a call or as a context manager; `with` blocks may be nested.
+
+    Args:
+        model: a causal language model of transformers.
+        allow_untested: accept an architecture outside `SUPPORTED`.
+
+    Raises:
+        UnsupportedModelError: the architecture is untested or cannot be managed.
+    """
+    first = model not in _attached
+    if first:
+        _attached[model] = Attachment(model, allow_untested)
+    return Attached(_attached[model], first)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach`: the model's attention and hooks are what they were.
+
+    Harmless if not attached.
+    """
+    if model in _attached:
+        _attached[model].detach()
+
+
+def is_attached(model: PreTrainedModel) -> bool:
+    """Whether kvtrim caches work on this model now."""
+    return model in _attached
+
+
+def _implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
+    """The attention implementation of every configuration in the model."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    return [(config, config._attn_implementation) for config in configs.values()]
+
+
+def _restore(model: PreTrainedModel, before: list[tuple[Any, str | None]]) -> None:
+    model.set_attn_implementation(before[0][1] or "sdpa")
+    for config, name in before:
+        config._attn_implementation_internal = name

@@ -1,0 +1,276 @@
+"""The cache that transformers sees: its logical length is what was read, its content is what
+stays.
+"""
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import ref
+
+import torch
+from transformers import Cache as TransformersCache
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from kvtrim.budgets import Keep
+from kvtrim.engine.session import Session
+from kvtrim.engine.state import Mark as SessionMark
+from kvtrim.errors import NotAttachedError, UsageError
+from kvtrim.hf.architectures import layout
+from kvtrim.methods import Method
+from kvtrim.settings import find
+from kvtrim.types import Int, Tensor
+
+
+class ManagedLayer(CacheLayerMixin):
+    """Stands for one layer that the session holds; hands new K and V through untouched.
+
+    Cropping, reordering and resetting concern the session as a whole and are done by `Cache`.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, session: Session):
+        super().__init__()
+        self.session = session
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.session.method.schedule.every is None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.session.under_way:
+            raise NotAttachedError(
+                "a kvtrim cache reached a model that kvtrim is not attached to; call "
+                "kvtrim.attach(model) first, or run inside `with kvtrim.attach(model):`"
+            )
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.session.state.reading.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.session.state.reading.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class Cache(TransformersCache):
+    """A small KV cache for `model(...)` and `model.generate(...)`, on a model that kvtrim is
+    attached to.
+
+    Args:
+        model: the model it will be used with.
+        method: a name of `kvtrim.METHODS`, `module:ATTRIBUTE`, or a `Method`.
+        keep: entries per KV head on average, window and sinks included: tokens (512), a share of
+            the prompt (0.25, "25%") or bytes of the whole cache ("256MiB").
+        prompt_tokens: length of the prompt if it is fed in several passes, so that the cache
+            knows when it is complete; by default the first pass is the whole prompt.
+        impl: attention over the store: "auto", "sdpa", or "reference" (slow).
+        settings: parameters of the method, and `preset`.
+
+    Raises:
+        UnknownNameError: no such method, preset or parameter.
+        BudgetError: a `keep` out of range, or below what the method always keeps.
+        UnsupportedModelError: the model's layers cannot be managed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: str | Method = "snapkv",
+        keep: int | float | str | Keep = 512,
+        *,
+        prompt_tokens: int | None = None,
+        impl: str = "auto",
+        **settings: Any,
+    ):
+        budget, chosen = Keep.parse(keep), find(method, **settings)
+        self.managed = layout(model, allow_untested=True).managed
+        self.session = Session(chosen, budget, len(self.managed), prompt_tokens, impl)
+        self.request = (method, settings)  # as asked for, to be saved
+        self.prompt: dict[str, Any] = {}  # how the prompt was built, for questions asked later
+        self.token_ids: Int[Tensor, "B seen"] | None = None  # None too if embeddings were fed
+        self._model = ref(model)
+        stock = DynamicCache(config=model.config).layers
+        own = set(self.managed)
+        super().__init__(
+            layers=[ManagedLayer(self.session) if i in own else x for i, x in enumerate(stock)]
+        )
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model it was made for, while that exists."""
+        return self._model()
+
+    @property
+    def method(self) -> Method:
+        """The method with its parameters."""
+        return self.session.method
+
+    @property
+    def keep(self) -> Keep:
+        """The budget asked for."""
+        return self.session.keep
+
+    @property
+    def seen(self) -> int:
+        """Tokens read, padding included: what transformers calls the length of a cache."""
+        return self.session.state.reading.seen
+
+    # What is held
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of everything held, measured: K, V, positions, slack for appends, sliding
+        layers.
+        """
+        return self.session.state.held_bytes + self._sliding_bytes()
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes that transformers' full cache would hold for the same tokens."""
+        return self.session.state.full_bytes + self._sliding_bytes()
+
+    def entries(self) -> list[Int[Tensor, "B K"]]:
+        """Entries held now by every head, for each layer of the model; empty before the first
+        pass.
+        """
+        stores, layers = iter(self.session.state.stores()), cast(list[Any], self.layers)
+        return [
+            next(stores).length
+            if isinstance(layer, ManagedLayer)
+            else torch.full(layer.keys.shape[:2], layer.keys.shape[2])
+            for layer in (layers if self.seen else [])
+        ]
+
+    def save(self, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
+        """Write everything to a file for `kvtrim.load_cache`; see `kvtrim.hf.saving.save`."""
+        from kvtrim.hf.saving import save  # it needs Cache, so it cannot be imported above
+
+        save(self, path, tokenizer)
+
+    # A pass over the model, called by the hooks of `attach`
+
+    def begin_pass(self, rows: int, columns: int, mask: Tensor | None, ids: Tensor | None) -> None:
+        """New tokens are coming. Raises as `Session.begin`."""
+        first = self.seen == 0
+        self.session.begin(rows, columns, mask)
+        if ids is None or not (first or self.token_ids is not None):
+            self.token_ids = None
+        else:
+            before = [] if self.token_ids is None or first else [self.token_ids]
+            self.token_ids = torch.cat([*before, ids], dim=1)
+
+    def end_pass(self) -> None:
+        """Every layer has attended."""
+        self.session.end()
+
+    # Going back
+
+    def mark(self) -> "Mark":
+        """Remember this state, for `rewind`.
+
+        Costs next to nothing unless the method evicts later on.
+        """
+        return Mark(
+            self.session.mark(), self.token_ids, [dict(vars(x)) for x in self.stock_layers()]
+        )
+
+    def rewind(self, mark: "Mark") -> None:
+        """Return to a marked state, also after an interrupted pass."""
+        self.session.rewind(mark.session)
+        self.token_ids = mark.token_ids
+        for layer, state in zip(self.stock_layers(), mark.sliding, strict=True):
+            vars(layer).update(state)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest tokens; the number is negative, as transformers has it.
+
+        Raises:
+            CacheError: entries were evicted since then.
+        """
+        if tokens_to_remove > 0:
+            raise UsageError(
+                f"crop({tokens_to_remove}): give the number of tokens to take back as a negative"
+            )
+        if tokens_to_remove:
+            self.session.state.crop(-tokens_to_remove)
+            for layer in self.stock_layers():
+                layer.crop(tokens_to_remove)
+            if self.token_ids is not None:
+                self.token_ids = self.token_ids[:, :tokens_to_remove]
+
+    def reset(self) -> None:
+        """Forget everything that was read."""
+        self.session.reset()
+        self.token_ids = None
+        for layer in self.stock_layers():
+            layer.reset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
+        return self.copy()
+
+    def copy(self) -> "Cache":
+        """An independent cache in the same state."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.session = self.session.copy()
+        other.layers = [
+            ManagedLayer(other.session) if isinstance(layer, ManagedLayer) else copy.copy(layer)
+            for layer in self.layers
+        ]
+        return other
+
+    # Other prompts
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Keep these prompts in this order (beam search)."""
+        self._select(beam_idx.long())
+        for layer in self.stock_layers():
+            layer.reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these prompts in this order."""
+        self._select(indices.long())
+        for layer in self.stock_layers():
+            layer.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every prompt."""
+        rows = len(self.session.state.reading.lengths)
+        self._select(torch.arange(rows).repeat_interleave(repeats))
+        for layer in self.stock_layers():
+            layer.batch_repeat_interleave(repeats)
+
+    def _select(self, rows: Tensor) -> None:
+        self.session.state.select_rows(rows)
+        if self.token_ids is not None:
+            self.token_ids = self.token_ids[rows.to(self.token_ids.device)]
+
+    def stock_layers(self) -> list[Any]:
+        """The layers that slide and keep their own rule."""
+        return [layer for layer in self.layers if not isinstance(layer, ManagedLayer)]
+
+    def _sliding_bytes(self) -> int:
+        return sum(
+            x.keys.nbytes + x.values.nbytes for x in self.stock_layers() if x.is_initialized
+        )
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A state of a cache to come back to."""
+
+    session: SessionMark
+    token_ids: Int[Tensor, "B seen"] | None
+    sliding: list[dict[str, Any]]

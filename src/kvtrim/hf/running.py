@@ -1,0 +1,110 @@
+"""Running a model over a kvtrim cache: reading a prompt in chunks, generating with a clock."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import Cache as TransformersCache
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from kvtrim.types import Int, Tensor
+
+
+@dataclass(frozen=True)
+class Generated:
+    """New tokens and when they came, in seconds since the prompt was handed over."""
+
+    token_ids: list[int]
+    ttft_s: float  # time to first token
+    tpot_s: float | None  # time per output token after the first; None if there was one only
+
+
+@dataclass
+class _Clock(StoppingCriteria):
+    """Notes when each token is there; stops nothing."""
+
+    device: torch.device
+    on_first: Callable[[], None]
+    times: list[float] = field(default_factory=list)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        synchronize(self.device)
+        self.times.append(time.perf_counter())
+        if len(self.times) == 1:
+            self.on_first()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def read(
+    model: Any,
+    ids: Int[Tensor, "B n"],
+    cache: TransformersCache,
+    chunk: int | None = None,
+) -> None:
+    """Read tokens into a cache, at most `chunk` of them at a time; the logits are not wanted."""
+    with torch.no_grad():
+        for part in ids.split(chunk or ids.shape[1], dim=1):
+            model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+
+
+def generate(
+    model: Any,
+    ids: Int[Tensor, "1 n"],
+    cache: TransformersCache,
+    max_new_tokens: int,
+    chunk: int | None = None,
+    on_first: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> Generated:
+    """Continue `ids`, of which the cache may have read a part, with transformers' `generate`.
+
+    Args:
+        chunk: read at most so many tokens in one pass.
+        on_first: called when the first new token is there.
+        options: as `model.generate` takes them; greedy unless they say otherwise.
+    """
+    clock = _Clock(model.device, on_first)
+    criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), clock])
+    start = time.perf_counter()
+    unread = ids[:, cache.get_seq_length() :]
+    if chunk is not None and unread.shape[1] > chunk:
+        last = (unread.shape[1] - 1) % chunk + 1
+        read(model, unread[:, :-last], cache, chunk)
+    beams = options.get("num_beams", 1)
+    if beams > 1 and cache.get_seq_length():  # transformers repeats the input, not what was read
+        cache.batch_repeat_interleave(beams)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        stopping_criteria=criteria,
+        **{**_greedy(model), **options},
+    )
+    new = out[0, ids.shape[1] :].tolist()
+    first, last_time, count = clock.times[0], clock.times[-1], len(clock.times)
+    tpot = (last_time - first) / (count - 1) if count > 1 else None
+    return Generated(new, first - start, tpot)
+
+
+def _greedy(model: Any) -> dict[str, Any]:
+    """Greedy decoding, also for models whose own configuration samples."""
+    pad = model.generation_config.pad_token_id
+    if pad is None:
+        eos = model.generation_config.eos_token_id
+        pad = eos[0] if isinstance(eos, list) else eos
+    return {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        "pad_token_id": pad,
+    }

@@ -1,0 +1,1 @@
+"""Attention over the store: a slow reference and the fast paths, one file each."""

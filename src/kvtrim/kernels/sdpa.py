@@ -1,0 +1,101 @@
+"""Attention through torch's scaled_dot_product_attention: the CPU path and the fallback
+everywhere.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kvtrim.types import Bool, Counts, Float, Tensor
+
+_LOGITS_AT_ONCE = 1 << 26  # with a softcap, queries go in blocks of at most this many logits
+
+
+def causal(
+    queries: Float[Tensor, "B H Q D"],
+    keys: Float[Tensor, "B K Q D"],
+    values: Float[Tensor, "B K Q E"],
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Tensor, "B H Q E"]:
+    """Causal self-attention of a whole prompt."""
+    if softcap is not None:
+        return _capped(queries, keys, values, scale, softcap)
+    grouped = queries.shape[1] != keys.shape[1]
+    return F.scaled_dot_product_attention(
+        queries, keys, values, is_causal=queries.shape[2] > 1, scale=scale, enable_gqa=grouped
+    )
+
+
+def dense(
+    queries: Float[Tensor, "B H Q D"],
+    keys: Float[Tensor, "B K S D"],
+    values: Float[Tensor, "B K S E"],
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Tensor, "B H Q E"]:
+    """Attend to S slots per KV head, the last Q of which belong to the queries."""
+    batch, heads, count, width = queries.shape
+    kv_heads, slots = keys.shape[1:3]
+    if softcap is not None:
+        return _capped(queries, keys, values, scale, softcap)
+    if count == slots:
+        return causal(queries, keys, values, scale)
+    # the queries that share a KV head become one run of queries: keys are never repeated
+    packed = queries.reshape(batch, kv_heads, heads // kv_heads * count, width)
+    mask = None
+    if count > 1:
+        mask = lower_right(count, slots, queries.device).repeat(heads // kv_heads, 1)
+    out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
+    return out.view(batch, heads, count, values.shape[-1])
+
+
+def ragged(
+    queries: Float[Tensor, "B H Q D"],
+    keys: Float[Tensor, "T D"],
+    values: Float[Tensor, "T E"],
+    start: Counts,
+    length: Counts,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Tensor, "B H Q E"]:
+    """Attend to flat slots where KV heads hold different numbers of them; one call per KV head."""
+    batch, heads, count, width = queries.shape
+    kv_heads = start.shape[1]
+    out = queries.new_empty(batch * kv_heads, heads // kv_heads, count, values.shape[-1])
+    per_head = queries.reshape(batch * kv_heads, 1, heads // kv_heads, count, width)
+    runs = zip(start.flatten().tolist(), length.flatten().tolist(), strict=True)
+    for row, (first, slots) in enumerate(runs):
+        own_keys = keys[first : first + slots][None, None]
+        own_values = values[first : first + slots][None, None]
+        out[row] = dense(per_head[row], own_keys, own_values, scale, softcap)[0]
+    return out.view(batch, heads, count, values.shape[-1])
+
+
+def lower_right(count: int, slots: int, device: torch.device) -> Bool[Tensor, "Q S"]:
+    """Causal mask whose last row sees every slot."""
+    return torch.ones(count, slots, dtype=torch.bool, device=device).tril_(slots - count)
+
+
+def _capped(
+    queries: Float[Tensor, "B H Q D"],
+    keys: Float[Tensor, "B K S D"],
+    values: Float[Tensor, "B K S E"],
+    scale: float,
+    softcap: float,
+) -> Float[Tensor, "B H Q E"]:
+    """Attention with squashed logits (Gemma 2), which torch's fused kernels do not offer."""
+    batch, heads, count, width = queries.shape
+    kv_heads, slots = keys.shape[1:3]
+    out = queries.new_empty(batch, heads, count, values.shape[-1])
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    block = max(1, _LOGITS_AT_ONCE // (batch * heads * slots))
+    for first in range(0, count, block):
+        rows = queries[:, :, first : first + block]
+        packed = rows.reshape(batch, kv_heads, -1, width)
+        logits = (packed @ keys.transpose(-1, -2)).to(wide) * scale
+        logits = (softcap * torch.tanh(logits / softcap)).view(batch, heads, -1, slots)
+        mask = lower_right(count, slots, queries.device)[first : first + block]
+        weights = logits.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(values.dtype)
+        mixed = weights.view(batch, kv_heads, -1, slots) @ values
+        out[:, :, first : first + block] = mixed.view(batch, heads, -1, values.shape[-1])
+    return out

@@ -1,0 +1,95 @@
+"""Tensor functions that two or more policies use, all in fp32 whatever the model's dtype.
+
+The window score that most methods share: softmax over ALL keys first, cut to the candidates after.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from kvtrim.types import Bool, Float, LayerView, Tensor
+
+Pool = Literal["none", "avg", "max"]
+Reduce = Literal["sum", "mean", "max"]
+
+_ROWS_AT_ONCE = 256  # queries per block of `column_sums`: bounds its memory to H * 256 * S floats
+
+
+def attention(layer: LayerView, last: int | None = None) -> Float[Tensor, "B H W S"]:
+    """Softmax weights of the last W queries (default: all at hand) over every slot.
+
+    Query i of Q sees the slots up to its own, which is slot S - Q + i. Slots beyond a head's
+    length get weight 0. Computed per KV head on packed query groups, so keys are never repeated.
+    """
+    queries = layer.queries if last is None else layer.queries[:, :, -last:]
+    return _weights(layer, queries, layer.keys.float(), newer=0)
+
+
+def column_sums(layer: LayerView) -> Float[Tensor, "B H S"]:
+    """Attention that each slot received from all queries at hand, added up, in O(H * S) memory.
+
+    Equals `attention(layer).sum(-2)`, in blocks of queries: the n x n matrix never exists.
+    """
+    keys, total = layer.keys.float(), layer.queries.shape[2]
+    sums = keys.new_zeros(*layer.queries.shape[:2], keys.shape[2])
+    for first in range(0, total, _ROWS_AT_ONCE):
+        queries = layer.queries[:, :, first : first + _ROWS_AT_ONCE]
+        weights = _weights(layer, queries, keys, newer=total - first - queries.shape[2])
+        sums[..., : weights.shape[-1]] += weights.sum(dim=-2)
+    return sums
+
+
+def _weights(
+    layer: LayerView,
+    queries: Float[Tensor, "B H W D"],
+    keys: Float[Tensor, "B K S D"],
+    newer: int,
+) -> Float[Tensor, "B H W V"]:
+    """Weights of W queries that `newer` other queries follow, over the V slots any of them
+    sees.
+    """
+    batch, heads, rows, width = queries.shape
+    kv_heads, slots = keys.shape[1:3]
+    seen = slots - newer if layer.lengths is None else slots
+    packed = queries.float().reshape(batch, kv_heads, heads // kv_heads * rows, width)
+    logits = packed @ keys[:, :, :seen].transpose(-1, -2) * layer.scale
+    if layer.softcap is not None:
+        logits = layer.softcap * torch.tanh(logits / layer.softcap)
+    logits = logits.view(batch, kv_heads, -1, rows, seen)
+    visible = _visible(layer, rows, newer, seen)
+    if visible is not None:
+        logits = logits.masked_fill(~visible, -torch.inf)
+    return logits.softmax(dim=-1).view(batch, heads, rows, seen)
+
+
+def _visible(layer: LayerView, rows: int, newer: int, seen: int) -> Bool[Tensor, "..."] | None:
+    """Which slots each query sees, [W, V] or [B, K, 1, W, V]; None when each of them sees all."""
+    device = layer.keys.device
+    slot = torch.arange(seen, device=device)
+    own_from_end = torch.arange(rows, device=device)[:, None] - rows - newer
+    if layer.lengths is None:
+        return None if rows == 1 else slot <= own_from_end + seen + newer
+    return slot <= own_from_end + layer.lengths.to(device)[:, :, None, None, None]
+
+
+def reduce_group(
+    scores: Float[Tensor, "B H N"], kv_heads: int, how: Reduce
+) -> Float[Tensor, "B K N"]:
+    """One score per KV head from the query heads that share it."""
+    grouped = scores.unflatten(1, (kv_heads, -1))
+    if how == "max":
+        return grouped.amax(dim=2)
+    return grouped.sum(dim=2) if how == "sum" else grouped.mean(dim=2)
+
+
+def pool(scores: Float[Tensor, "*B N"], kernel: int, how: Pool) -> Float[Tensor, "*B N"]:
+    """Smooth over neighbouring slots, stride 1, same length; `kernel` must be odd.
+
+    `avg` pads with zeros and always divides by the kernel, so it damps the ends; `max` does not.
+    """
+    if how == "none" or kernel == 1 or scores.shape[-1] == 0:
+        return scores
+    flat = scores.reshape(1, -1, scores.shape[-1])
+    run = F.max_pool1d if how == "max" else F.avg_pool1d
+    return run(flat, kernel, stride=1, padding=kernel // 2).view_as(scores)

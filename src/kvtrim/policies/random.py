@@ -1,0 +1,33 @@
+"""Random: slots are kept by chance. The floor that a method has to clear to be worth its name.
+
+Paper: none.
+Ours:  drawn on the CPU from (seed, layer), so that a run repeats exactly on any device and a
+       prompt keeps the same slots alone and inside a batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvtrim.policies.base import Policy
+from kvtrim.types import LayerView, Scores
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    window: int = 32  # newest slots always kept, as in the window methods, so that they compare
+    sinks: int = 4
+    seed: int = 0
+
+    def lookback(self) -> int:
+        return 0
+
+    def recent(self, keep: int) -> int:
+        return self.window
+
+    def score(self, layer: LayerView) -> Scores:
+        """One draw per KV head and slot: keys [B, K, S, D] to scores [B, K, S]."""
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + layer.index)
+        batch, heads, slots = layer.keys.shape[:3]
+        scores = torch.rand(heads, slots, generator=draw).expand(batch, heads, slots)
+        return scores.to(layer.keys.device)

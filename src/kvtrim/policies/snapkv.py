@@ -1,0 +1,47 @@
+"""SnapKV: a past token matters as much as the prompt's last queries attend to it.
+
+Paper: Li et al. 2024, https://arxiv.org/abs/2404.14469, section 4.
+Code:  FasterDecoding/SnapKV@e216ddc, snapkv/monkeypatch/snapkv_utils.py; variants in
+       Zefan-Cai/KVCache-Factory@c97f9d7, dongwonjo/FastKV@5322e1a and NVIDIA/kvpress@8bb29b9.
+Ours:  fp32 throughout; query heads are averaged inside their KV group before the pooling.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kvtrim import ops
+from kvtrim.policies.base import Policy, require_odd
+from kvtrim.types import LayerView, Scores
+
+
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    window: int = 32  # the observation window: how many last queries vote; their slots always stay
+    kernel: int = 7  # width of the pooling, odd
+    pool: ops.Pool = "max"
+    rows: Literal["sum", "mean"] = "sum"  # over the window's queries; ranks alike
+    group: ops.Reduce = "mean"  # over the query heads of one KV head
+    group_order: Literal["before", "after"] = "before"  # before or after the pooling
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        require_odd("kernel", self.kernel)
+
+    def lookback(self) -> int:
+        return self.window
+
+    def recent(self, keep: int) -> int:
+        return self.window
+
+    def score(self, layer: LayerView) -> Scores:
+        """Votes of the window: queries [B, H, W, D] and keys [B, K, S, D] to scores [B, K, S -
+        W].
+        """
+        kv_heads, slots = layer.keys.shape[1:3]
+        votes = ops.attention(layer, last=self.window)[..., : slots - self.window]
+        votes = votes.mean(dim=-2) if self.rows == "mean" else votes.sum(dim=-2)  # [B, H, N]
+        if self.group_order == "before":
+            votes = ops.reduce_group(votes, kv_heads, self.group)
+            return ops.pool(votes, self.kernel, self.pool)
+        votes = ops.pool(votes, self.kernel, self.pool)
+        return ops.reduce_group(votes, kv_heads, self.group)

@@ -1,0 +1,35 @@
+"""TOVA: after each step the slot that the newest token attends to least is dropped.
+
+Paper: Oren et al. 2024, https://arxiv.org/abs/2401.06104, section 3.2.
+Code:  schwartz-lab-NLP/TOVA@275cf5f, src/tova_cache.py; NVIDIA/kvpress@8bb29b9, tova_press.py.
+Ours:  a prompt is read with full attention and cut once at its end, as the released code does.
+"""
+
+from dataclasses import dataclass
+
+from kvtrim import ops
+from kvtrim.policies.base import Policy
+from kvtrim.types import LayerView, Scores
+
+
+@dataclass(frozen=True)
+class Tova(Policy):
+    protect_last: int = 0  # newest slots that never compete; kvpress protects one
+    per_head: bool = False  # the released cache keeps one set per layer
+    sinks: int = 0
+
+    def lookback(self) -> int:
+        return 1
+
+    def recent(self, keep: int) -> int:
+        return self.protect_last
+
+    def score(self, layer: LayerView) -> Scores:
+        """The newest query's attention: queries [B, H, 1, D], keys [B, K, S, D] to scores [B, K,
+        S].
+        """
+        kv_heads = layer.keys.shape[1]
+        weights = ops.attention(layer, last=1)[:, :, 0]  # [B, H, S]
+        if self.per_head:
+            return ops.reduce_group(weights, kv_heads, "mean")
+        return weights.mean(dim=1, keepdim=True).expand(-1, kv_heads, -1)

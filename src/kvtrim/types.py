@@ -1,0 +1,96 @@
+"""Shape letters and small records shared by every room. No logic.
+
+B prompts of one length, H query heads, K KV heads, G = H / K query heads per KV head, S slots held
+now, Q queries at hand, N candidates (slots a policy may drop), D head width, M hidden width.
+
+The shapes are checked while the tests run (jaxtyping and beartype); without jaxtyping installed
+they are plain annotations.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+else:
+    try:
+        from jaxtyping import Bool, Float, Int
+    except ModuleNotFoundError:  # pragma: no cover
+
+        class _Unchecked:
+            def __class_getitem__(cls, item: tuple[type, str]) -> type:
+                return item[0]
+
+        Bool = Float = Int = _Unchecked
+
+__all__ = ["Bool", "Counts", "Float", "Int", "Kept", "LayerView", "Room", "Scores", "Tensor"]
+
+Scores = Float[Tensor, "B K N"]
+"""How much each candidate slot matters to each KV head, fp32, higher = keep."""
+
+Counts = Int[Tensor, "B K"]
+"""How many candidates each KV head keeps; lives on the CPU."""
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One layer as a policy sees it: the slots it holds and the last queries that looked at them.
+
+    Slots are in ascending position and the newest Q slots belong to the Q queries, in order. All
+    prompts of a view have the same length; padding never reaches a policy. Where KV heads hold
+    different numbers of slots, `lengths` counts them and the slots behind are garbage.
+    """
+
+    index: int  # this layer, 0-based among the layers that kvtrim manages
+    layers: int  # how many layers kvtrim manages
+    keep: int  # entries per KV head asked for, protected slots included
+    tokens: int  # tokens of each prompt that this layer has read
+    queries: Float[Tensor, "B H Q D"]  # after RoPE
+    keys: Float[Tensor, "B K S D"]  # after RoPE
+    values: Float[Tensor, "B K S E"]
+    positions: Int[Tensor, "B K S"]  # of each slot in the prompt, padding not counted
+    scale: float  # the model's own factor on query @ key
+    softcap: float | None = None  # Gemma 2 squashes logits: cap * tanh(logit / cap)
+    lengths: Counts | None = None  # slots per KV head where they differ
+    carried: Float[Tensor, "B K S"] | None = None  # the policy's running statistic, see `observe`
+    decoding: bool = False  # the prompt is over
+    output: Callable[[], Float[Tensor, "H E M"]] | None = None  # W_O per query head
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a budget may spend on one layer."""
+
+    layer: int
+    layers: int
+    heads: int  # heads that hold entries of their own (KV heads, or query heads in paper presets)
+    keep: int  # entries per head asked for, protected slots included
+    asked: float  # the same before rounding: 99.9 for keep=0.3 of 333 tokens
+    protected: int  # slots that are kept whatever their score (sinks and recent window)
+    tokens: int  # tokens that this layer has read
+
+    @property
+    def candidates(self) -> int:
+        """Slots per head that compete."""
+        return max(0, self.tokens - self.protected)
+
+    @property
+    def free(self) -> int:
+        """Entries per head left for candidates: never negative, never more than there are."""
+        return max(0, min(self.keep - self.protected, self.candidates))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which slots survive: per head ascending slot numbers, padded to one width with -1."""
+
+    slots: Int[Tensor, "B K P"]
+    counts: Counts
+
+    @property
+    def uniform(self) -> bool:
+        """Every head keeps the same number of slots."""
+        return bool((self.counts == self.slots.shape[-1]).all())

@@ -1,0 +1,167 @@
+"""Attaching leaves a model as it was, and serves ordinary caches meanwhile."""
+
+import gc
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+import kvtrim
+import models
+from kvtrim.errors import UnsupportedModelError
+from kvtrim.hf.architectures import SUPPORTED, layout
+from kvtrim.hf.attach import is_attached
+
+
+def state(model):
+    """Everything about a model that attaching could change."""
+    hooks = [
+        (
+            len(m._forward_pre_hooks),
+            len(m._forward_hooks),
+            sorted(vars(m)),
+            [n for n, _ in m.named_children()],
+        )
+        for m in model.modules()
+    ]
+    return hooks, model.config.to_dict(), model.config._attn_implementation
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_detach_restores_the_model_exactly(any_model, implementation):
+    if any_model.config.model_type == "gemma2" and implementation == "sdpa":
+        pytest.skip("transformers refuses sdpa for a softcap")
+    any_model.set_attn_implementation(implementation)
+    before = state(any_model)
+    kvtrim.attach(any_model)
+    assert any_model.config._attn_implementation == "kvtrim"
+    kvtrim.detach(any_model)
+    assert state(any_model) == before
+    kvtrim.detach(any_model)
+    with kvtrim.attach(any_model):
+        pass
+    assert state(any_model) == before
+
+
+def test_an_error_inside_the_block_detaches_too(llama):
+    before = state(llama)
+    with pytest.raises(RuntimeError), kvtrim.attach(llama):
+        raise RuntimeError
+    assert state(llama) == before
+
+
+def test_blocks_nest_and_an_explicit_attach_stays(llama):
+    with kvtrim.attach(llama):
+        with kvtrim.attach(llama):
+            pass
+        assert is_attached(llama)
+    assert not is_attached(llama)
+    kvtrim.attach(llama)
+    with kvtrim.attach(llama):
+        pass
+    assert is_attached(llama)
+    kvtrim.detach(llama)
+
+
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+def test_ordinary_caches_work_on_an_attached_model(architecture):
+    any_model = models.tiny(architecture, dtype=torch.float32)
+    ids = models.prompt(40)
+    mask = torch.ones_like(ids)
+    mask[:, :7] = 0
+    with torch.no_grad():
+        plain = any_model(ids, attention_mask=mask).logits
+        turns = DynamicCache(config=any_model.config)
+        any_model(ids[:, :30], past_key_values=turns)
+        second = any_model(ids[:, 30:], past_key_values=turns).logits
+        with kvtrim.attach(any_model):
+            attached = any_model(ids, attention_mask=mask).logits
+            again = DynamicCache(config=any_model.config)
+            any_model(ids[:, :30], past_key_values=again)
+            second_attached = any_model(ids[:, 30:], past_key_values=again).logits
+    torch.testing.assert_close(attached[:, 7:], plain[:, 7:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(second_attached, second, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_shares_its_configuration_is_not_disturbed():
+    sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    config = LlamaConfig(**sizes, num_attention_heads=2)
+    one, two = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    ids = models.prompt(9) % 50
+    with torch.no_grad():
+        expected = two(ids).logits
+        with kvtrim.attach(one):
+            assert torch.equal(two(ids).logits, expected)
+
+
+def test_an_attached_model_can_be_freed():
+    model = models.tiny("llama")
+    kvtrim.attach(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_untested_architectures_are_refused_by_name():
+    from transformers import GPT2Config, GPT2LMHeadModel, OlmoConfig, OlmoForCausalLM
+
+    olmo = OlmoForCausalLM(
+        OlmoConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).eval()
+    with pytest.raises(
+        UnsupportedModelError, match=r"'olmo' is untested; tested are .*llama.*check"
+    ):
+        kvtrim.attach(olmo)
+    ids = models.prompt(40)
+    with torch.no_grad(), kvtrim.attach(olmo, allow_untested=True):
+        olmo(ids, past_key_values=kvtrim.Cache(olmo, "adakv", 24, window=8))
+    gpt = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20))
+    with pytest.raises(UnsupportedModelError, match="cannot find one attention module"):
+        kvtrim.attach(gpt, allow_untested=True)
+
+
+def test_sliding_layers_are_left_alone_and_a_model_of_nothing_else_is_refused():
+    assert layout(models.tiny("gemma3_text")).managed == [1, 2]
+    sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128)
+    sliding = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=64))
+    with pytest.raises(UnsupportedModelError, match="slides over 64 tokens"):
+        kvtrim.attach(sliding)
+    endless = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=4096))
+    assert layout(endless).managed == [0, 1]
+
+
+def test_every_supported_architecture_is_in_the_test_matrix():
+    assert sorted(models.ARCHITECTURES) == sorted(SUPPORTED)
+
+
+def test_importing_changes_nothing_in_transformers():
+    code = (
+        "from transformers import AttentionInterface, AttentionMaskInterface\n"
+        "before = sorted(AttentionInterface()), sorted(AttentionMaskInterface())\n"
+        "import kvtrim, kvtrim.hf.cache, kvtrim.hf.attach, kvtrim.answers\n"
+        "assert (sorted(AttentionInterface()), sorted(AttentionMaskInterface())) == before\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_kvtrim_does_not_import_transformers():
+    code = "import sys, kvtrim; assert 'transformers' not in sys.modules, 'transformers'"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,82 @@
+"""The fast attention equals the slow one on random ragged shapes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtrim.cache.attend import attend, require_known
+from kvtrim.cache.store import LayerStore
+from kvtrim.errors import UnknownNameError
+from kvtrim.kernels import reference, sdpa
+
+
+def ragged(draw, rows, kv_heads, least):
+    """Flat keys and values, starts and lengths of runs in any order with gaps between them."""
+    count = rows * kv_heads
+    lengths = [draw(st.integers(least, 20)) for _ in range(count)]
+    if draw(st.booleans()):
+        lengths[draw(st.integers(0, count - 1))] += 400  # one head far longer than the rest
+    order = draw(st.permutations(range(count)))
+    start, at = [0] * count, 0
+    for head in order:
+        start[head] = at
+        at += lengths[head] + draw(st.integers(0, 5))
+    flat = torch.randn(at + 1, 2, 8, dtype=torch.float64)
+    runs = torch.tensor([start, lengths]).view(2, rows, kv_heads)
+    return flat[:, 0], flat[:, 1], runs[0], runs[1]
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.data())
+def test_ragged_attention_equals_the_reference(data):
+    draw = data.draw
+    rows, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    group, count = draw(st.sampled_from([1, 3, 4, 8])), draw(st.integers(1, 5))
+    keys, values, start, length = ragged(draw, rows, kv_heads, least=count)
+    queries = torch.randn(rows, kv_heads * group, count, 8, dtype=torch.float64)
+    softcap = draw(st.sampled_from([None, 5.0]))
+    got = sdpa.ragged(queries, keys, values, start, length, 0.3, softcap)
+    want = reference.ragged(queries, keys, values, start, length, 0.3, softcap)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_uniform_attention_equals_the_reference(data):
+    draw = data.draw
+    rows, kv_heads, before = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 3)),
+        draw(st.integers(0, 30)),
+    )
+    group, count = draw(st.sampled_from([1, 3, 4])), draw(st.integers(1, 9))
+    queries = torch.randn(rows, kv_heads * group, count, 8, dtype=torch.float64)
+    keys = torch.randn(rows, kv_heads, before + count, 8, dtype=torch.float64)
+    values = torch.randn(rows, kv_heads, before + count, 5, dtype=torch.float64)
+    positions = torch.arange(before + count).int().expand(1, 1, -1)
+    store = LayerStore.borrow({"keys": keys, "values": values, "positions": positions})
+    for softcap in (None, 5.0):
+        fast = attend(queries, store, 0.4, softcap)
+        slow = attend(queries, LayerStore.borrow(store.borrowed), 0.4, softcap, impl="reference")
+        torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
+
+
+def test_a_long_capped_prompt_goes_in_blocks(monkeypatch):
+    monkeypatch.setattr(sdpa, "_LOGITS_AT_ONCE", 200)
+    queries, keys = torch.randn(1, 4, 30, 8), torch.randn(1, 2, 30, 8)
+    blocked = sdpa.causal(queries, keys, keys, 0.3, 4.0)
+    monkeypatch.undo()
+    torch.testing.assert_close(blocked, sdpa.causal(queries, keys, keys, 0.3, 4.0))
+
+
+def test_the_reference_gives_zeros_to_a_query_that_sees_nothing():
+    none = torch.zeros(1, 1, dtype=torch.int64)
+    ones = torch.ones(3, 4)
+    out = reference.ragged(torch.ones(1, 2, 1, 4), ones, ones, none, none, 1.0)
+    assert torch.equal(out, torch.zeros(1, 2, 1, 4))
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(UnknownNameError, match="did you mean 'sdpa'"):
+        require_known("spda")

@@ -1,0 +1,90 @@
+"""Tiny random models of every supported architecture, and a byte tokenizer.
+
+Nothing is downloaded.
+"""
+
+from functools import cache
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+WINDOW = 16  # of the layers that slide
+_SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_SLIDING = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
+_CONFIGS = {
+    "llama": lambda: LlamaConfig(**_SIZES),
+    "mistral": lambda: MistralConfig(**_SIZES, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**_SIZES),
+    "qwen3": lambda: Qwen3Config(**_SIZES),
+    "phi3": lambda: Phi3Config(**{**_SIZES, "hidden_size": 48}, sliding_window=None),
+    "gemma2": lambda: Gemma2Config(**_SIZES, **_SLIDING),
+    "gemma3_text": lambda: Gemma3TextConfig(**_SIZES, **_SLIDING),
+}
+ARCHITECTURES = tuple(_CONFIGS)
+
+_CHAT = (
+    "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny(architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64):
+    """A fresh random model; float64, so that equal means equal."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(_CONFIGS[architecture]())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name:  # sharper attention than random initialisation gives
+                parameter.mul_(6)
+    return model.to(dtype).eval()
+
+
+@cache
+def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """Bytes as tokens 4 to 259, and <pad>, <s>, </s>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<pad>", "<s>", "</s>", "<unk>", *alphabet]
+    raw = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+    fast.chat_template = _CHAT if chat else None
+    return fast
+
+
+def prompt(length: int, seed: int = 0, rows: int = 1) -> torch.Tensor:
+    """Random token ids [rows, length]."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(4, 260, (rows, length), generator=draw)

@@ -1,0 +1,86 @@
+"""The import arrows of docs/design.md, read off the code."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "src" / "kvtrim"
+
+# a room may import itself, what it names here, and what those may import
+ARROWS = {
+    "errors": [],
+    "version": [],
+    "types": [],
+    "ops": ["types"],
+    "schedules": ["errors"],
+    "selection": ["types", "errors"],
+    "policies": ["ops", "errors"],
+    "budgets": ["types", "errors"],
+    "methods": ["policies", "budgets", "schedules", "selection"],
+    "settings": ["methods"],
+    "kernels": ["types", "errors"],
+    "cache": ["kernels"],
+    "engine": ["cache", "settings"],
+    "hf": ["engine", "version"],
+    "prompts": ["errors"],
+    "answers": ["hf", "prompts"],
+    "bench": ["answers"],
+    "cli": ["bench"],
+    "__init__": ["answers"],
+    "__main__": ["cli"],
+}
+ONLY_IN = {
+    "transformers": {"hf"},
+    "huggingface_hub": {"hf"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "gguf": {"hf"},
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def room_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def reachable(room):
+    found = {room}
+    for nearer in ARROWS[room]:
+        found |= reachable(nearer)
+    return found
+
+
+def imported(path):
+    """(module, is it imported while type checking only) for every import of a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path):
+    room = room_of(path)
+    for module in imported(path):
+        top, _, rest = module.partition(".")
+        assert room in ONLY_IN.get(top, {room}), f"{module} belongs to {ONLY_IN[top]}"
+        if top == "kvtrim" and rest:
+            assert rest.partition(".")[0] in reachable(room), f"{room} may not import {module}"
+
+
+def test_optimised_kernels_do_not_import_the_reference():
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert "kvtrim.kernels.reference" not in set(imported(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_short(path):
+    text = path.read_text()
+    assert text.count("\n") <= 300, "split it by idea"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert length <= 40, f"{node.name} has {length} lines"

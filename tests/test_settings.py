@@ -1,0 +1,99 @@
+"""Parameters by name, from Python and from text."""
+
+import pytest
+
+import kvtrim
+from kvtrim.budgets import PerHead, Pyramid
+from kvtrim.errors import UnknownNameError, UsageError
+from kvtrim.methods import Method
+from kvtrim.policies.knorm import KNorm
+from kvtrim.schedules import Schedule
+from kvtrim.selection import Chunk
+from kvtrim.settings import find, parameters, split
+
+MINE = Method(KNorm(window=3))
+
+
+def test_a_parameter_is_found_in_its_part():
+    chosen = find("adakv", window=16, floor=0.5, every=4, skip_layers=(0, 1))
+    assert chosen.policy.window == 16
+    assert chosen.budget.floor == 0.5
+    assert chosen.schedule == Schedule(every=4)
+    assert chosen.skip_layers == (0, 1)
+    assert kvtrim.METHODS["adakv"].policy.window == 32, "the registry never changes"
+
+
+def test_text_becomes_the_parameters_type():
+    chosen = find(
+        "adakv", window="16", floor="0.5", normalize="true", skip_layers="0,2", every="none"
+    )
+    assert (chosen.policy.window, chosen.budget.floor, chosen.budget.normalize) == (16, 0.5, True)
+    assert chosen.skip_layers == (0, 2)
+    assert chosen.schedule.every is None
+
+
+def test_whole_parts_are_replaced_by_name_and_composed():
+    chosen = find(
+        "knorm", budget="per-head", layers="pyramid", schedule="every-8", unit="chunk", chunk=5
+    )
+    assert chosen.budget == PerHead(layers=Pyramid())
+    assert chosen.schedule == Schedule(every=8)
+    assert chosen.unit == Chunk(chunk=5)
+    assert find("adakv", policy="knorm").policy == KNorm()
+    assert find("snapkv", schedule="every-step").schedule == Schedule(every=1)
+    assert find("h2o", schedule="prompt").schedule == Schedule()
+
+
+def test_presets_come_before_single_parameters():
+    chosen = find("snapkv", preset="kvpress", window=16)
+    assert (chosen.policy.window, chosen.policy.pool) == (16, "avg")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"windw": 3}, "unknown parameter 'windw'; did you mean 'window'"),
+        ({"window": "many"}, "window='many': expected int"),
+        ({"window": 2.5}, "window=2.5: expected int"),
+        ({"window": True}, "window=True: expected int"),
+        ({"pool": "median"}, "expected none | avg | max"),
+        ({"kernel": 6}, "kernel must be odd and positive, got 6; try 7"),
+        ({"preset": "kvpres"}, "did you mean 'kvpress'"),
+        ({"budget": "pyramids"}, "did you mean 'pyramid'"),
+        ({"schedule": "sometimes"}, "use prompt, every-step or every-N"),
+        ({"every": 0}, "after at least one token"),
+        ({"skip_layers": "a,b"}, "expected numbers with commas"),
+    ],
+)
+def test_mistakes_are_named(settings, message):
+    with pytest.raises(UsageError) as error:
+        find("snapkv", **settings)
+    assert message in str(error.value)
+
+
+def test_unknown_methods_name_the_nearest():
+    with pytest.raises(UnknownNameError, match="did you mean 'snapkv'"):
+        find("snapvk")
+
+
+def test_methods_of_your_own_are_found_by_module_and_name():
+    assert find("test_settings:MINE").policy.window == 3
+    with pytest.raises(UsageError, match="not a kvtrim Method"):
+        find("test_settings:pytest")
+    with pytest.raises(UsageError, match="cannot load method 'nowhere:X'"):
+        find("nowhere:X")
+    with pytest.raises(UsageError, match="cannot load method"):
+        find("test_settings:NOTHING")
+
+
+def test_parameters_lists_all_that_find_changes():
+    listed = parameters(kvtrim.METHODS["adakv"])
+    assert listed["policy.window"] == 32 and listed["budget.floor"] == 0.2
+    for name, value in listed.items():
+        assert parameters(find("adakv", **{name: value}))[name] == value
+
+
+def test_split_tells_parameters_from_other_options():
+    mine, rest = split("snapkv", {"window": 8, "num_beams": 2, "preset": "kvf", "budget.x": 1})
+    assert mine == {"window": 8, "preset": "kvf"}
+    assert rest == {"num_beams": 2, "budget.x": 1}
