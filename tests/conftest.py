@@ -18,3 +18,12 @@ def llama():
 @pytest.fixture(params=models.ARCHITECTURES)
 def any_model(request):
     return models.tiny(request.param)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A tiny Llama and its tokenizer, saved as transformers saves them."""
+    folder = tmp_path_factory.mktemp("model")
+    models.tiny("llama", dtype=torch.float32).save_pretrained(folder)
+    models.tokenizer().save_pretrained(folder)
+    return folder

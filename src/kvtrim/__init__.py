@@ -1,25 +1,27 @@
 """kvtrim: a small KV cache and a short prefill for Hugging Face language models, without
 retraining.
 
-Importing does nothing but import: transformers is loaded when something that needs it is used.
+Importing does nothing else: torch and transformers are loaded when something needs them.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kvtrim.engine.offline import select
 from kvtrim.errors import KvtrimError
-from kvtrim.methods import METHODS, Method
 from kvtrim.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from kvtrim.answers import Result, compress, generate
+    from kvtrim.engine.offline import select
     from kvtrim.hf.attach import attach, detach
     from kvtrim.hf.cache import Cache
     from kvtrim.hf.load import load
     from kvtrim.hf.saving import load_cache
+    from kvtrim.methods import METHODS, Method
 
 _LATER = {
+    "METHODS": "kvtrim.methods",
+    "Method": "kvtrim.methods",
     "Cache": "kvtrim.hf.cache",
     "Result": "kvtrim.answers",
     "attach": "kvtrim.hf.attach",
@@ -28,6 +30,7 @@ _LATER = {
     "generate": "kvtrim.answers",
     "load": "kvtrim.hf.load",
     "load_cache": "kvtrim.hf.saving",
+    "select": "kvtrim.engine.offline",
 }
 
 __all__ = [

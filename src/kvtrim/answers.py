@@ -11,8 +11,8 @@ from kvtrim.budgets import Keep
 from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.running import Progress, read, synchronize
 from kvtrim.hf.running import generate as run
-from kvtrim.hf.running import read, synchronize
 from kvtrim.methods import Method
 from kvtrim.prompts import Frame, cut_middle, encode_question, encode_text, frame
 from kvtrim.settings import split
@@ -109,6 +109,7 @@ def generate(
     system: str | None = None,
     truncate: Truncate = "error",
     prefill_chunk: int | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Result:
     """Answer one or several questions about a context with a small cache.
@@ -125,6 +126,7 @@ def generate(
         system: a system message, for templates that have one.
         truncate: if the prompt exceeds the model's window, refuse it, or cut the context's middle.
         prefill_chunk: read the prompt in passes of at most so many tokens.
+        progress: called as `progress(what, done, out_of)` while reading and answering.
         options: parameters of the method (`window=16`, `preset="kvpress"`), and whatever
             `model.generate` takes (`do_sample`, `num_beams`, `streamer`, ...); greedy by default.
 
@@ -137,7 +139,8 @@ def generate(
     settings, options = split(method, options)
     if options.get("num_return_sequences", 1) != 1:
         raise UsageError("one answer per question; for more, give model.generate a kvtrim.Cache")
-    asking = {"max_new_tokens": max_new_tokens, "chunk": prefill_chunk, **options}
+    asking = {"max_new_tokens": max_new_tokens, "chunk": prefill_chunk, "progress": progress}
+    asking |= options
     if isinstance(context, Cache):
         return _ask(model, tokenizer, context, questions, 0.0, asking)
     if protocol is None:
@@ -148,7 +151,7 @@ def generate(
     ids = _context(tokenizer, around, context, room, truncate)
     if protocol == AGNOSTIC:
         start = perf_counter()
-        cache = _compressed(model, ids, method, keep, prefill_chunk, settings)
+        cache = _compressed(model, ids, method, keep, prefill_chunk, progress, settings)
         cache.prompt = {"chat": chat, "system": system}
         return _ask(model, tokenizer, cache, questions, perf_counter() - start, asking)
     if protocol != AWARE:
@@ -171,6 +174,7 @@ def compress(
     system: str | None = None,
     truncate: Truncate = "error",
     prefill_chunk: int | None = None,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> Cache:
     """Read a context and evict at its end, before any question is known (question-agnostic).
@@ -180,7 +184,7 @@ def compress(
     """
     around = frame(tokenizer, chat, system)
     ids = _context(tokenizer, around, context, _window(model) - 1, truncate)
-    cache = _compressed(model, ids, method, keep, prefill_chunk, settings)
+    cache = _compressed(model, ids, method, keep, prefill_chunk, progress, settings)
     cache.prompt = {"chat": chat, "system": system}
     return cache
 
@@ -191,11 +195,12 @@ def _compressed(
     method: str | Method,
     keep: int | float | str,
     chunk: int | None,
+    progress: Progress | None,
     settings: dict[str, Any],
 ) -> Cache:
     cache = Cache(model, method, keep, prompt_tokens=len(ids), **settings)
     with attach(model):
-        read(model, torch.tensor([ids], device=model.device), cache, chunk)
+        read(model, torch.tensor([ids], device=model.device), cache, chunk, progress)
     synchronize(model.device)
     return cache
 

@@ -28,8 +28,7 @@ def attend(
 ) -> Float[Tensor, "B H Q E"]:
     """Attend to everything held; the last Q entries of each head belong to the Q queries."""
     if impl != "reference" and store.width is not None:
-        dense, _ = store.dense()
-        return sdpa.dense(queries, dense["keys"], dense["values"], scale, softcap)
+        return sdpa.dense(queries, *store.keys_and_values(), scale, softcap)
     store.settle()
     kernel = reference.ragged if impl == "reference" else sdpa.ragged
     return kernel(queries, store.keys, store.values, store.start, store.length, scale, softcap)

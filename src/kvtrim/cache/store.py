@@ -24,7 +24,13 @@ class LayerStore:
         self.buffers = buffers  # "keys" [T, D], "values" [T, E], "positions" [T], and columns [T]
         self.start, self.length, self.capacity = start, length, capacity
         self.borrowed: dict[str, Tensor] | None = None
-        self.width = _common(length) if self._is_regular() else None
+        self.width: int | None = None  # entries per head, where all heads hold the same number
+        self._views: dict[str, Tensor] = {}  # then every buffer as [B, K, capacity, ...]
+        self._ends = torch.empty(
+            0, dtype=torch.int64
+        )  # else the slot after each run, on the device
+        self._free = 0  # slots that every head has left
+        self._resize(length)
 
     @classmethod
     def empty(
@@ -84,23 +90,32 @@ class LayerStore:
         if self.borrowed is not None:
             return self.borrowed, None
         if self.width is not None:
-            return {name: self._view(name)[:, :, : self.width] for name in self.buffers}, None
+            return {name: view[:, :, : self.width] for name, view in self._views.items()}, None
         reach = torch.arange(int(self.length.max())).expand(*self.length.shape, -1)
         slots = self.start[..., None] + reach.minimum((self.length[..., None] - 1).clamp(min=0))
         slots = slots.clamp(max=self.keys.shape[0] - 1).to(self.keys.device)
         return {name: buffer[slots] for name, buffer in self.buffers.items()}, self.length
 
+    def keys_and_values(self) -> tuple[Float[Tensor, "B K S D"], Float[Tensor, "B K S E"]]:
+        """K and V of a store of uniform lengths, without a copy."""
+        if self.borrowed is not None:
+            return self.borrowed["keys"], self.borrowed["values"]
+        keys, values = self._views["keys"], self._views["values"]
+        return keys[:, :, : self.width], values[:, :, : self.width]
+
     def append(self, new: dict[str, Float[Tensor, "B K Q *rest"]]) -> None:
         """Add Q entries to every head of every prompt; the columns not given become 0."""
         count = new["keys"].shape[2]
-        self._make_room(torch.full_like(self.length, count))
+        if count > self._free:
+            self._make_room(torch.full_like(self.length, count))
         if self.width is not None:
-            for name in self.buffers:
-                self._view(name)[:, :, self.width : self.width + count] = new.get(name, 0)
+            for name, view in self._views.items():
+                view[:, :, self.width : self.width + count] = new.get(name, 0)
             self.width += count
         else:
-            slots = (self.start + self.length)[..., None] + torch.arange(count)
-            self._write(slots.flatten().to(self.keys.device), new)
+            self._write(_following(self._ends, count), new)
+            self._ends = self._ends + count
+        self._free -= count
         self.length = self.length + count
 
     def append_row(self, row: int, new: dict[str, Float[Tensor, "1 K Q *rest"]]) -> None:
@@ -108,8 +123,8 @@ class LayerStore:
         count = torch.zeros_like(self.length)
         count[row] = new["keys"].shape[2]
         self._make_room(count)
-        slots = (self.start + self.length)[row, :, None] + torch.arange(int(count[row, 0]))
-        self._write(slots.flatten().to(self.keys.device), new)
+        ends = (self.start + self.length)[row].to(self.keys.device)
+        self._write(_following(ends, new["keys"].shape[2]), new)
         self._resize(self.length + count)
 
     def retain(self, kept: Kept) -> None:
@@ -142,10 +157,13 @@ class LayerStore:
             }
             self.borrowed = None
             self.start, self.capacity = _starts(self.length), self.length.clone()
+            self._resize(self.length)
 
     def cut_back(self, length: Counts) -> None:
-        """Forget the newest entries of each head beyond this length."""
+        """Forget the newest entries of each head beyond this length, and their room."""
         self._resize(torch.minimum(self.length, length))
+        if bool((self.capacity > self.length + _slack(self.length)).any()):
+            self._move(self.length.clone())
 
     def forget_from(self, position: list[int]) -> None:
         """Drop every entry of prompt b that stands at `position[b]` or later."""
@@ -178,7 +196,8 @@ class LayerStore:
 
     def drop_column(self, name: str) -> None:
         """Free an added column, if there is one."""
-        self.buffers.pop(name, None)
+        if self.buffers.pop(name, None) is not None:
+            self._resize(self.length)
 
     def add_column(self, name: str) -> None:
         """Make room for one more number per entry, 0 at first, if it is not there yet."""
@@ -187,33 +206,38 @@ class LayerStore:
             self.borrowed = {**self.borrowed, name: zeros}
         elif self.borrowed is None and name not in self.buffers:
             self.buffers[name] = torch.zeros(self.keys.shape[0], device=self.keys.device)
+            self._resize(self.length)
 
     def set_column(self, name: str, values: Float[Tensor, "B K S"]) -> None:
         """Fill an added column, given as in `dense`."""
         if self.borrowed is not None:
             self.borrowed = {**self.borrowed, name: values}
         elif self.width is not None:
-            self._view(name)[:, :, : self.width] = values
+            self._views[name][:, :, : self.width] = values
         else:
             inside = torch.arange(values.shape[-1]) < self.length[..., None]
             slots = _ranges(self.start, self.length).to(values.device)
             self.buffers[name][slots] = values[inside.to(values.device)]
 
-    def _view(self, name: str) -> Tensor:
-        """A buffer of uniform capacity as [B, K, capacity, ...]."""
-        return self.buffers[name].unflatten(0, (*self.length.shape, -1))
-
     def _write(self, slots: Int[Tensor, " N"], new: dict[str, Tensor]) -> None:
         for name, buffer in self.buffers.items():
             if name in new:
                 given = new[name].expand(new["keys"].shape[:3] + new[name].shape[3:])
-                buffer[slots] = given.reshape(-1, *buffer.shape[1:]).to(buffer.dtype)
+                buffer.index_copy_(0, slots, given.reshape(-1, *buffer.shape[1:]))
             else:
-                buffer[slots] = 0
+                buffer.index_fill_(0, slots, 0)
 
     def _resize(self, length: Counts) -> None:
-        self.length = length
-        self.width = _common(length) if self._is_regular() else None
+        """Take new lengths, and see whether the fast path is open."""
+        self.length, self.width, self._views = length, None, {}
+        self._free = int((self.capacity - length).min())
+        if self._is_regular() and self.borrowed is None and self.keys.shape[0]:
+            self.width = _common(length)
+        if self.width is None:
+            self._ends = (self.start + length).flatten().to(self.keys.device)
+        else:
+            heads = self.capacity.shape
+            self._views = {name: b.unflatten(0, (*heads, -1)) for name, b in self.buffers.items()}
 
     def _is_regular(self) -> bool:
         return _common(self.capacity) is not None and torch.equal(
@@ -238,6 +262,13 @@ class LayerStore:
             self.buffers[name] = moved
         self.start, self.capacity = start, capacity
         self._resize(self.length)
+
+
+def _following(ends: Int[Tensor, " R"], count: int) -> Int[Tensor, " N"]:
+    """The next `count` slots of every run."""
+    if count == 1:
+        return ends
+    return (ends[:, None] + torch.arange(count, device=ends.device)).flatten()
 
 
 def _slack(length: Counts) -> Counts:

@@ -4,7 +4,7 @@ A column is one position of the padded input [B, n]. A token's position counts r
 so a prompt has the same positions alone and inside a padded batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,6 +19,7 @@ class Pass:
     columns: int
     first: list[int]  # position of each prompt's first new token
     real: list[Tensor] | None  # per prompt its columns that hold tokens; None when all do
+    _positions: dict[torch.device, Tensor] = field(default_factory=dict)  # made once per device
 
     @property
     def rows(self) -> int:
@@ -41,9 +42,11 @@ class Pass:
 
     def positions(self, device: torch.device) -> Int[Tensor, "B 1 Q"]:
         """Positions of the new tokens, when every column holds one."""
-        first = torch.tensor(self.first, dtype=torch.int32, device=device)
-        steps = torch.arange(self.columns, dtype=torch.int32, device=device)
-        return (first[:, None] + steps)[:, None]
+        if device not in self._positions:
+            first = torch.tensor(self.first, dtype=torch.int32, device=device)
+            steps = torch.arange(self.columns, dtype=torch.int32, device=device)
+            self._positions[device] = (first[:, None] + steps)[:, None]
+        return self._positions[device]
 
     def row_positions(self, row: int, device: torch.device) -> Int[Tensor, "1 1 Q"]:
         """Positions of one prompt's new tokens."""

@@ -7,6 +7,9 @@ alternate.
 """
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -22,6 +25,17 @@ from kvtrim.methods import Method
 from kvtrim.types import Float, LayerView, Tensor
 
 CARRIED = "carried"  # the store's column for a policy's running statistic
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is due in one pass."""
+
+    before: bool = False  # evict ahead of the new tokens
+    after: bool = False  # evict once they have attended
+    observe: bool = False  # the policy updates its running statistic
+    again: bool = False  # what is held now will be scored by a later pass
+    lookback: int = 0  # how many of the last queries the policy reads
 
 
 class Session:
@@ -51,9 +65,10 @@ class Session:
         require_known(impl)
         self.method, self.keep, self.impl = method, keep, impl
         self.prompt_tokens = prompt_tokens
+        self.tap: Callable[[int, Call], None] | None = None  # sees every call, for recording
         self.state = State.empty(layers)
         self._pass: Pass | None = None
-        self._due = False  # entries are to be evicted in this pass
+        self._plan = Plan()
         self._evictors: list[tuple[slice, Evictor]] = []
         if keep.kind == "tokens" and not method.budget.unlimited:
             protected = method.policy.sinks + method.policy.recent(int(keep.amount))
@@ -77,46 +92,32 @@ class Session:
         if taken_back is not None:
             self.state.forget_from(self.state.reading.take_back(taken_back))
         self._pass = self.state.reading.plan(rows, columns, mask)
-        every = self.method.schedule.every
-        if self.in_prompt:
-            self._due = self.state.reading.seen + columns >= (self.prompt_tokens or 1)
-        else:
-            self._due = every is not None and self.state.since_cut + columns >= every
+        self._plan = self._planned(columns)
         self._evictors = []
 
-    @torch.inference_mode(
-        False
-    )  # buffers must stay writable when the caller leaves inference mode
-    @torch.no_grad()
     def attend(self, index: int, call: Call) -> Float[Tensor, "B H Q E"]:
         """One layer's attention over everything held and the new tokens; then evict what is
         due.
         """
-        now, held, policy = self._now, self.state.layers[index], self.method.policy
-        held.full_entry = call.keys.shape[1] * call.kv_bytes
-        if self.method.granularity == "query":
-            call = call.per_query_head()
-        ahead = self._due and self.method.schedule.ahead and not self.in_prompt
-        if ahead and held.store is not None:
-            self._cut(index, call, held.store, call.queries[:, :, :0], coming=now.columns)
-        store = held.store = stored(held.store, call, now)
-        out = attended(store, call, now, self.impl)
-        last = last_queries(held.queries, call.queries, now, policy.lookback())
-        again = self._will_score_again
-        if policy.carries and (self._due or again):
-            self._observe(index, call, store)
-        if self._due and not ahead:
-            self._cut(index, call, store, last)
-        store.settle()
-        held.queries = last.clone() if policy.lookback() and again else None
-        if policy.carries and not again:
-            store.drop_column(CARRIED)
+        if self.tap is not None:
+            self.tap(index, call)
+        with _writable():
+            call, store = self._stored(index, call)
+            out = attended(store, call, self._now, self.impl)
+            self._settled(index, call, store)
         return out
+
+    def absorb(self, index: int, call: Call) -> None:
+        """As `attend`, without computing the attention: to go through a recorded pass again."""
+        with _writable():
+            call, store = self._stored(index, call)
+            self._settled(index, call, store)
 
     def end(self) -> None:
         """All layers have attended."""
+        cut = self._plan.before or self._plan.after
         self.state.reading.record(self._now)
-        self.state.since_cut = 0 if self._due else self.state.since_cut + self._now.columns
+        self.state.since_cut = 0 if cut else self.state.since_cut + self._now.columns
         self._pass = None
 
     @property
@@ -155,10 +156,47 @@ class Session:
             raise CacheError("no forward pass is under way over this cache; call begin first")
         return self._pass
 
-    @property
-    def _will_score_again(self) -> bool:
-        """A later pass scores what is held now."""
-        return self.method.schedule.every is not None or (self.in_prompt and not self._due)
+    def _planned(self, columns: int) -> "Plan":
+        """What is due in a pass over so many columns."""
+        schedule, policy, state = self.method.schedule, self.method.policy, self.state
+        if self.in_prompt:
+            cut = state.reading.seen + columns >= (self.prompt_tokens or 1)
+        else:
+            cut = schedule.every is not None and state.since_cut + columns >= schedule.every
+        again = schedule.every is not None or (self.in_prompt and not cut)
+        before = cut and schedule.ahead and not self.in_prompt
+        return Plan(
+            before=before,
+            after=cut and not before,
+            observe=policy.carries and (cut or again),
+            again=again,
+            lookback=policy.lookback(),
+        )
+
+    def _stored(self, index: int, call: Call) -> tuple[Call, LayerStore]:
+        """Take in a layer's new entries, making room first where that is due."""
+        now, held = self._now, self.state.layers[index]
+        held.full_entry = call.keys.shape[1] * call.kv_bytes
+        if self.method.granularity == "query":
+            call = call.per_query_head()
+        if self._plan.before and held.store is not None:
+            self._cut(index, call, held.store, call.queries[:, :, :0], coming=now.columns)
+        held.store = stored(held.store, call, now)
+        return call, held.store
+
+    def _settled(self, index: int, call: Call, store: LayerStore) -> None:
+        """After a layer's new tokens have attended: observe, evict, keep what is needed later."""
+        plan, held = self._plan, self.state.layers[index]
+        if plan.observe:
+            self._observe(index, call, store)
+        if plan.after or plan.again:
+            last = last_queries(held.queries, call.queries, self._now, plan.lookback)
+            if plan.after:
+                self._cut(index, call, store, last)
+            held.queries = last.clone() if plan.lookback and plan.again else None
+        store.settle()
+        if plan.observe and not plan.again:
+            store.drop_column(CARRIED)
 
     def _observe(self, index: int, call: Call, store: LayerStore) -> None:
         """Let the policy update its running statistic with this pass's queries."""
@@ -225,3 +263,15 @@ class Session:
             decoding=not self.in_prompt,
             output=call.output,
         )
+
+
+@contextmanager
+def _writable() -> Iterator[None]:
+    """What is stored must stay writable when the caller leaves inference mode, and needs no
+    graph.
+    """
+    if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield

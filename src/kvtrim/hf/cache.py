@@ -231,6 +231,12 @@ class Cache(TransformersCache):
         ]
         return other
 
+    def copy_stock(self, other: "Cache") -> "Cache":
+        """Give another cache of the same model this one's sliding layers; returns the other."""
+        for mine, theirs in zip(self.stock_layers(), other.stock_layers(), strict=True):
+            vars(theirs).update(vars(mine))
+        return other
+
     # Other prompts
 
     def reorder_cache(self, beam_idx: Any) -> None:

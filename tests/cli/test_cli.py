@@ -1,0 +1,218 @@
+"""The commands as a user types them."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from kvtrim.cli import main
+
+DOCUMENT = "The cat sat on the mat and looked at the wide blue sea. " * 5
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path, model_folder):
+    """Run a command in an empty folder; gives (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "doc.txt").write_text(DOCUMENT)
+
+    def call(*arguments, model=True):
+        own = ["--model", str(model_folder)] if model else []
+        monkeypatch.setattr(sys, "argv", ["kvtrim", *arguments, *own])
+        with pytest.raises(SystemExit) as left:
+            main()
+        printed = capsys.readouterr()
+        return left.value.code, printed.out, printed.err
+
+    return call
+
+
+def test_ask_prints_the_answer_and_what_it_took(run):
+    code, out, err = run("ask", "doc.txt", "-q", "?", "--keep", "64", "--max-new-tokens", "5")
+    assert code == 0
+    assert out.strip()
+    assert re.search(r"snapkv 64, question-aware: \d+ prompt tokens, first token after", err)
+
+
+def test_ask_as_json_holds_every_figure(run):
+    code, out, _ = run(
+        "ask", "doc.txt", "-q", "Where?", "--method", "adakv", "--keep", "25%", "--set", "window=8",
+        "--max-new-tokens", "5", "--json",
+    )  # fmt: skip
+    record = json.loads(out)
+    assert code == 0
+    assert record["protocol"] == "question-aware" and record["method"] == "adakv"
+    assert record["held_bytes"] < record["full_bytes"] / 3
+    assert len(record["kept"]) == 3 and len(record["kept"][0]) == 2
+    assert record["answers"][0]["question"] == "Where?"
+    assert record["ttft_s"] > 0 and record["tpot_s"] > 0
+
+
+def test_several_questions_are_asked_of_one_compressed_context(run):
+    code, out, _ = run(
+        "ask", "doc.txt", "-q", "Where?", "-q", "Who?", "--keep", "64", "--max-new-tokens", "4",
+        "--json",
+    )  # fmt: skip
+    record = json.loads(out)
+    assert code == 0 and record["protocol"] == "question-agnostic"
+    assert [a["question"] for a in record["answers"]] == ["Where?", "Who?"]
+
+
+def test_a_document_can_come_from_standard_input(run, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(DOCUMENT))
+    code, out, _ = run(
+        "ask", "-", "-q", "Where?", "--keep", "64", "--max-new-tokens", "3", "--json"
+    )
+    assert code == 0 and json.loads(out)["prompt_tokens"] > 250
+
+
+def test_compress_saves_a_cache_that_ask_uses(run, tmp_path):
+    code, out, _ = run("compress", "doc.txt", "-o", "doc.kv", "--keep", "64", "--json")
+    saved = json.loads(out)
+    assert code == 0 and saved["protocol"] == "question-agnostic"
+    assert saved["file_bytes"] == (tmp_path / "doc.kv").stat().st_size
+    cached = ("ask", "--cache", "doc.kv", "-q", "Where?", "--max-new-tokens", "6", "--json")
+    code, out, _ = run(*cached)
+    assert code == 0
+    direct = run(
+        "ask", "doc.txt", "-q", "Where?", "--keep", "64", "--max-new-tokens", "6",
+        "--protocol", "question-agnostic", "--json",
+    )  # fmt: skip
+    assert (
+        json.loads(out)["answers"][0]["token_ids"]
+        == json.loads(direct[1])["answers"][0]["token_ids"]
+    )
+
+
+def test_compare_puts_the_full_cache_first(run):
+    arguments = ("compare", "doc.txt", "-q", "Where?", "--method", "snapkv", "--method", "adakv")
+    budgets = ("--keep", "64", "--keep", "80", "--max-new-tokens", "4")
+    code, out, _ = run(*arguments, *budgets, "--json")
+    records = json.loads(out)
+    assert code == 0
+    assert [(r["method"], r["keep"]) for r in records[1:]] == [
+        ("snapkv", "64"), ("snapkv", "80"), ("adakv", "64"), ("adakv", "80"),
+    ]  # fmt: skip
+    assert records[0]["method"] == "full"
+    code, out, _ = run(*arguments, *budgets)
+    assert code == 0 and "entries per head" in out and "question-aware" in out
+
+
+def test_methods_are_listed_and_explained(run):
+    code, out, _ = run("methods", "--json", model=False)
+    listed = json.loads(out)
+    assert code == 0
+    for wanted in ("name", "scorer", "budget", "schedule", "propagation", "source"):
+        assert all(record[wanted] for record in listed)
+    code, out, _ = run("methods", "adakv", "--json", model=False)
+    assert json.loads(out)["parameters"]["budget.floor"] == "0.2"
+    code, out, _ = run("methods", "adakv", model=False)
+    assert code == 0 and "budget.floor" in out and "kvpress" in out
+    assert "snapkv" in run("methods", model=False)[1]
+
+
+def test_speed_measures_plain_transformers_in_the_same_run(run, tmp_path):
+    code, out, _ = run(
+        "speed", "--length", "48", "--length", "80", "--method", "snapkv", "--method", "full",
+        "--keep", "40", "--repeats", "2", "--new-tokens", "3", "--out", "speed.jsonl",
+    )  # fmt: skip
+    record = json.loads(out.strip().splitlines()[-1])
+    assert code == 0
+    assert [(r["length"], r["method"]) for r in record["rows"]] == [
+        (48, "transformers"), (48, "snapkv"), (48, "full"),
+        (80, "transformers"), (80, "snapkv"), (80, "full"),
+    ]  # fmt: skip
+    assert record["machine"]["packages"]["torch"] and record["machine"]["threads"]
+    assert all(r["ttft_ratio"] == 1 for r in record["rows"] if r["method"] == "transformers")
+    assert record["rows"][4]["held_bytes"] < record["rows"][3]["held_bytes"]
+    assert json.loads((tmp_path / "speed.jsonl").read_text()) == record
+
+
+def test_check_says_that_a_supported_model_works(run, model_folder):
+    code, out, _ = run("check", str(model_folder), "--json", model=False)
+    assert code == 0 and json.loads(out)["works"]
+    assert "full kvtrim cache" in run("check", str(model_folder), model=False)[1]
+
+
+def test_version_and_help(run):
+    code, out, _ = run("--version", model=False)
+    assert code == 0 and out.startswith("kvtrim ")
+    for command in ("ask", "compare", "compress", "methods", "speed", "check"):
+        code, out, _ = run(command, "--help", model=False)
+        assert code == 0 and "--json" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ask", "none.txt", "-q", "?"), "no such document: none.txt"),
+        (("ask", "empty.txt", "-q", "?"), "the document empty.txt is empty"),
+        (("ask", "binary.bin", "-q", "?"), "is not UTF-8 text"),
+        (("ask", "folder", "-q", "?"), "is a folder"),
+        (("ask", "-q", "?"), "no document given"),
+        (("ask", "doc.txt"), "no question"),
+        (("ask", "doc.txt", "-q", " "), "no question"),
+        (("ask", "doc.txt", "-q", "?", "--method", "snapvk"), "did you mean 'snapkv'"),
+        (("ask", "doc.txt", "-q", "?", "--keep", "0"), "keeps nothing"),
+        (("ask", "doc.txt", "-q", "?", "--keep", "150%"), "more than the whole prompt"),
+        (("ask", "doc.txt", "-q", "?", "--keep", "20"), "Use keep=33 or more"),
+        (("ask", "doc.txt", "-q", "?", "--set", "window"), "write name=value"),
+        (("ask", "doc.txt", "-q", "?", "--set", "windw=3"), "did you mean 'window'"),
+        (("ask", "doc.txt", "-q", "?", "--set", "preset=kvpres"), "did you mean 'kvpress'"),
+        (
+            ("ask", "doc.txt", "-q", "?", "--protocol", "both"),
+            "question-aware or question-agnostic",
+        ),
+        (("ask", "doc.txt", "-q", "?", "--truncate", "left"), "error or middle"),
+        (("ask", "doc.txt", "-q", "?", "--max-new-tokens", "400"), "leaves room for"),
+        (("ask", "doc.txt", "-q", "?", "--cache", "doc.kv"), "not both"),
+        (("ask", "--cache", "none.kv", "-q", "?"), "no such cache file"),
+        (("ask", "doc.txt", "-q", "?", "--kep", "9"), "No such option: --kep"),
+        (("ask", "doc.txt", "-q", "?", "--device", "warp"), "unknown device"),
+        (("ask", "doc.txt", "-q", "?", "--dtype", "float13"), "unknown dtype"),
+        (("compress", "doc.txt", "-o", "nowhere/doc.kv"), "there is no folder nowhere"),
+        (("compress", "doc.txt", "-o", "folder"), "is a folder"),
+        (("compare", "doc.txt", "-q", "?", "-q", "!"), "compare asks one question"),
+        (("speed", "--length", "600"), "exceed the window, 512"),
+        (("speed", "--method", "nothing"), "unknown method"),
+        (("speed", "--out", "nowhere/x"), "there is no folder"),
+        (("asks",), "Did you mean 'ask'"),
+    ],
+)
+def test_every_bad_input_is_one_line_and_an_exit_code(run, tmp_path, arguments, message):
+    (tmp_path / "empty.txt").write_text("  \n")
+    (tmp_path / "binary.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "folder").mkdir()
+    code, out, err = run(*arguments, model=arguments[0] != "asks")
+    assert code in (1, 2)
+    assert message in err
+    assert err.startswith("kvtrim: ") and err.count("\n") == 1, err
+    assert out == ""
+
+
+def test_a_broken_cache_file_fails_with_one_line(run, tmp_path):
+    (tmp_path / "bad.kv").write_text("nothing")
+    code, _, err = run("ask", "--cache", "bad.kv", "-q", "?")
+    assert code == 1 and "no cache file" in err and err.count("\n") == 1
+
+
+def test_an_interrupt_leaves_quietly(run, monkeypatch):
+    import kvtrim.answers
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kvtrim.answers, "generate", interrupted)
+    code, _, err = run("ask", "doc.txt", "-q", "?", "--keep", "64")
+    assert (code, err) == (130, "kvtrim: interrupted\n")
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "kvtrim", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("kvtrim ")

@@ -1,0 +1,46 @@
+"""A cache made from one recorded prefill is the cache of a prefill of its own."""
+
+import pytest
+import torch
+
+import kvtrim
+import kvtrim.settings
+import models
+from kvtrim.hf.replay import record
+
+
+@pytest.mark.parametrize("name", sorted(kvtrim.METHODS))
+def test_a_replayed_cache_equals_its_own_prefill(llama, name):
+    fields = kvtrim.settings.parameters(kvtrim.METHODS[name])
+    small = {"window": 8} if "policy.window" in fields else {}
+    ids = models.prompt(48)
+    recording = record(llama, ids)
+    own = kvtrim.Cache(llama, name, 24, **small)
+    with torch.no_grad(), kvtrim.attach(llama):
+        logits = llama(ids, past_key_values=own, logits_to_keep=1).logits[:, -1]
+    assert torch.equal(recording.logits, logits)
+    for _ in range(2):
+        replayed = recording.cache(name, 24, **small)
+        assert go_on(llama, replayed).equal(go_on(llama, own.copy()))
+        assert replayed.held_bytes == recording.cache(name, 24, **small).held_bytes
+
+
+def test_sliding_layers_are_replayed_too():
+    model = models.tiny("gemma3_text")
+    ids = models.prompt(48)
+    recording = record(model, ids)
+    own = kvtrim.Cache(model, "adakv", 24, window=8)
+    with torch.no_grad(), kvtrim.attach(model):
+        model(ids, past_key_values=own)
+    expected = go_on(model, own)
+    for _ in range(2):
+        assert go_on(model, recording.cache("adakv", 24, window=8)).equal(expected)
+
+
+def go_on(model, cache):
+    token, logits = torch.tensor([[9]]), []
+    with torch.no_grad(), kvtrim.attach(model):
+        for _ in range(6):
+            logits.append(model(token, past_key_values=cache).logits[:, -1])
+            token = logits[-1].argmax(-1, keepdim=True)
+    return torch.cat(logits)
