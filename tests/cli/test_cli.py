@@ -38,8 +38,8 @@ def test_ask_prints_the_answer_and_what_it_took(run):
 
 def test_ask_as_json_holds_every_figure(run):
     code, out, _ = run(
-        "ask", "doc.txt", "-q", "Where?", "--method", "adakv", "--keep", "25%", "--set", "window=8",
-        "--max-new-tokens", "5", "--json",
+        "ask", "doc.txt", "-q", "Where?", "--method", "adakv", "--keep", "25%",
+        "--set", "window=8", "--max-new-tokens", "5", "--json",
     )  # fmt: skip
     record = json.loads(out)
     assert code == 0

@@ -1,0 +1,135 @@
+"""Word needles, question-aware: what each method still finds at each budget.
+
+Every prompt is essays of about 2,000 tokens with one planted sentence, and the question for it.
+The prompt is read once; each method and budget continues from that recording, which is the cache
+of a prefill of its own.
+
+    python experiments/needles.py --data DIR [--prompts 32] [--out experiments/needles]
+
+DIR holds essays/paul_graham.txt.gz. Writes needles.jsonl (one line per prompt, method and
+budget), needles.json (the run's record) and needles.md (the table).
+"""
+
+import argparse
+import gzip
+import json
+import random
+import re
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+import kvtrim
+from kvtrim.bench.machine import provenance
+from kvtrim.hf.replay import record
+from kvtrim.prompts import encode, frame
+
+METHODS = "random streaming-llm knorm h2o tova snapkv pyramidkv adakv chunkkv".split()
+KEEPS = [1024, 512, 256]
+NEW_TOKENS = 24
+COLOURS = "purple golden silver crimson hidden frozen gentle ancient broken quiet hollow yellow"
+THINGS = (
+    "elephant lantern teapot compass violin pumpkin anchor falcon ladder marble saddle thimble"
+)
+PEOPLE = (
+    "old lighthouse keeper",
+    "village baker",
+    "river ferryman",
+    "museum night guard",
+    "clock maker",
+    "island doctor",
+)
+
+
+def prompts(tokenizer, essays: str, count: int, length: int):
+    """(context, question, the two words to find), the needle at a random depth, same every run."""
+    draw = random.Random(0)
+    for _ in range(count):
+        start = draw.randrange(len(essays) - 8 * length)
+        start = essays.index(". ", start) + 2
+        ids = tokenizer(essays[start : start + 8 * length]).input_ids[: length - 70]
+        text = tokenizer.decode(ids)
+        words = draw.choice(COLOURS.split()), draw.choice(THINGS.split())
+        who = draw.choice(PEOPLE)
+        at = text.index(". ", int(draw.uniform(0.1, 0.85) * len(text))) + 2
+        needle = f"\n\nThe secret password of the {who} is {words[0]} {words[1]}.\n\n"
+        yield text[:at] + needle + text[at:], f"What is the secret password of the {who}?", words
+
+
+def answer(model, tokenizer, recording, cache) -> str:
+    """Greedy continuation of a recorded prompt, in lower case."""
+    token = recording.logits.argmax(-1, keepdim=True)
+    out = [int(token)]
+    with torch.no_grad():
+        while len(out) < NEW_TOKENS and out[-1] != tokenizer.eos_token_id:
+            token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+            out.append(int(token))
+    return tokenizer.decode(out, skip_special_tokens=True).lower()
+
+
+def measured(model, tokenizer, essays: str, count: int, length: int):
+    """One row for every prompt, method and budget."""
+    around = frame(tokenizer)
+    tries = [("full", None), *((method, keep) for method in METHODS for keep in KEEPS)]
+    for number, (context, question, words) in enumerate(prompts(tokenizer, essays, count, length)):
+        prompt = encode(tokenizer, around, context, question)
+        recording = record(model, torch.tensor([prompt.context + prompt.question]))
+        for method, keep in tries:
+            cache = recording.cache(method, 1 if keep is None else keep)
+            row = {"prompt": number, "method": method, "keep": keep, "tokens": len(prompt)}
+            row |= {"held_bytes": cache.held_bytes, "full_bytes": cache.full_bytes}
+            text = answer(model, tokenizer, recording, cache)
+            yield row | {"recall": mean(word in text for word in words), "answer": text}
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown."""
+    text = [
+        f"Word recall over {rows[-1]['prompt'] + 1} prompts of "
+        f"{mean(r['tokens'] for r in rows):.0f} tokens, question-aware, greedy:",
+        "mean ± standard error. Held: bytes in the store right after the prompt, as a share of",
+        "the keys and values of the full cache.\n",
+        "| method | " + " | ".join(f"keep {keep} | held" for keep in KEEPS) + " |",
+        "|---|" + "---:|---:|" * len(KEEPS),
+    ]
+    for method in ["full", *METHODS]:
+        cells = []
+        for keep in KEEPS:
+            own = [r for r in rows if r["method"] == method and r["keep"] in (keep, None)]
+            recall = [r["recall"] for r in own]
+            held = mean(r["held_bytes"] / r["full_bytes"] for r in own)
+            spread = stdev(recall) / sqrt(len(recall)) if len(recall) > 1 else float("nan")
+            cells += [f"{mean(recall):.2f} ± {spread:.2f}", f"{100 * held:.1f}%"]
+        text.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    """Run and write the three files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--length", type=int, default=2000)
+    parser.add_argument("--out", type=Path, default=Path("experiments/needles"))
+    given = parser.parse_args()
+    with gzip.open(given.data / "essays" / "paul_graham.txt.gz", "rt") as file:
+        essays = re.sub(r"<<<ESSAY \d\d \S+>>>\n", "", file.read())
+    model, tokenizer = kvtrim.load()
+    given.out.mkdir(parents=True, exist_ok=True)
+    run = {"machine": provenance(model.device), "model": "smollm2", "protocol": "question-aware"}
+    run |= {"prompts": given.prompts, "length": given.length, "new_tokens": NEW_TOKENS, "seed": 0}
+    (given.out / "needles.json").write_text(json.dumps(run, indent=1) + "\n")
+    rows = []
+    with kvtrim.attach(model), (given.out / "needles.jsonl").open("w") as lines:
+        for row in measured(model, tokenizer, essays, given.prompts, given.length):
+            rows.append(row)
+            print(json.dumps(row), file=lines, flush=True)
+            if row["method"] == "full":
+                print(f"prompt {row['prompt'] + 1} of {given.prompts}", flush=True)
+    (given.out / "needles.md").write_text(table(rows))
+
+
+if __name__ == "__main__":
+    main()
