@@ -66,10 +66,10 @@ def write_gguf(path, factors=None):
     writer.add_head_count_kv(2)
     writer.add_rope_freq_base(500000.0)
     writer.add_layer_norm_rms_eps(1e-5)
-    tokens = ["<unk>", "<s>", "</s>", *(chr(97 + i) for i in range(25)), "ab"]
+    tokens = ["<unk>", "<s>", "</s>", *(chr(97 + i) for i in range(24)), "ab", "bc"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "b c"])
     writer.add_vocab_size(len(tokens))
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

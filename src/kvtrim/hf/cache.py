@@ -193,12 +193,13 @@ class Cache(TransformersCache):
         for layer, state in zip(self.stock_layers(), mark.sliding, strict=True):
             vars(layer).update(state)
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Int[Tensor, ""]) -> None:
         """Take back the newest tokens; the number is negative, as transformers has it.
 
         Raises:
             CacheError: entries were evicted since then.
         """
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise UsageError(
                 f"crop({tokens_to_remove}): give the number of tokens to take back as a negative"
