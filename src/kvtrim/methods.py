@@ -9,11 +9,16 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from kvtrim.budgets import Budget, PerHead, Pyramid, Uniform, Unlimited
+from kvtrim.budgets import Budget, Global, LayerShare, PerHead, Pyramid, Uniform, Unlimited
+from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
+from kvtrim.policies.cake import Cake
+from kvtrim.policies.critical import Critical
 from kvtrim.policies.full import Full
 from kvtrim.policies.h2o import H2O
 from kvtrim.policies.knorm import KNorm
+from kvtrim.policies.laprox import LaProx
+from kvtrim.policies.lava import Lava
 from kvtrim.policies.random import Random
 from kvtrim.policies.snapkv import SnapKV
 from kvtrim.policies.streaming_llm import StreamingLLM
@@ -37,6 +42,21 @@ class Method:
     reuse: int = 1  # so many neighbouring layers share the slots that the first of them kept
     source: str = ""
     presets: Mapping[str, Settings] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not go together."""
+        if not self.budget.model_wide:
+            return
+        if not self.unit.single or self.reuse > 1 or self.skip_layers or self.schedule.ahead:
+            raise UsageError(
+                "a model-wide budget deals with single tokens of every layer: use unit=token, "
+                "reuse=1, no skip_layers, ahead=no, or another budget"
+            )
+        if self.policy.first_stage < 1:
+            raise UsageError(
+                f"{type(self.policy).__name__} chooses in two stages inside each head, which a "
+                "model-wide budget cannot do; use budget=uniform or budget=per-head"
+            )
 
 
 _KVPRESS_WINDOW = {
@@ -128,6 +148,51 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                     "shared": True,
                     "window_competes": True,
                 },
+            },
+        ),
+        "criticalkv": Method(
+            Critical(),
+            source="arXiv 2502.03805",
+            presets={
+                "ada": {"budget": "per-head", "rule": "floor"},
+                "kvpress": {**_KVPRESS_WINDOW, "count_protected": True},
+            },
+        ),
+        "laprox": Method(
+            LaProx(),
+            budget=Global(),
+            source="arXiv 2605.07234",
+            presets={
+                "literal": {"gqa": "attn"},
+                "layer": {"budget": "per-head", "floor": 0.0},
+                "uniform": {"budget": "uniform"},
+                "unnormalised": {"norm": "none"},
+            },
+        ),
+        "lava": Method(
+            Lava(),
+            budget=PerHead(layers=LayerShare()),
+            source="arXiv 2509.09754",
+            presets={"upstream": {"floor_of": "keep", "spread": False}},
+        ),
+        "cake": Method(
+            Cake(),
+            budget=LayerShare(rounding="even"),
+            schedule=_EVERY_STEP,
+            source="arXiv 2503.12491",
+            presets={
+                "prefill": {"every": None},
+                "upstream": {"spread": False},
+                "llama-3.1-8b-1024": {"tau1": 1.6, "tau2": 0.4},
+                "llama-3.1-8b-128": {"tau1": 1.6, "tau2": 0.6},
+                "mistral-7b-v0.3-1024": {"tau1": 0.8, "tau2": 0.5},
+                "mistral-7b-v0.3-128": {"tau1": 1.0, "tau2": 0.8},
+                "qwen2.5-7b-1024": {"tau1": 1.5, "tau2": 0.6},
+                "qwen2.5-7b-128": {"tau1": 0.4, "tau2": 0.6},
+                "llama-2-7b-1024": {"tau1": 1.9, "tau2": 1.8},
+                "llama-2-7b-128": {"tau1": 0.9, "tau2": 2.3},
+                "llama-2-13b-1024": {"tau1": 0.5, "tau2": 0.4},
+                "llama-2-13b-128": {"tau1": 1.8, "tau2": 2.0},
             },
         ),
     }

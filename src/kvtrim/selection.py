@@ -7,7 +7,7 @@ raising their scores. Equal scores: the lower slot wins. Survivors are in ascend
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ class Unit(ABC):
     (kvpress).
     """
 
+    single: ClassVar[bool] = False
+    """Each slot stands for itself, so that cutting twice equals cutting once."""
+
     @abstractmethod
     def choose(self, scores: Scores, counts: Counts) -> Bool[Tensor, "B K N"]:
         """Which candidates stay, at most `counts` [B, K] per head."""
@@ -32,6 +35,8 @@ class Unit(ABC):
 @dataclass(frozen=True)
 class Token(Unit):
     """Every slot by itself."""
+
+    single: ClassVar[bool] = True
 
     def choose(self, scores: Scores, counts: Counts) -> Bool[Tensor, "B K N"]:
         """See `Unit.choose`."""
@@ -89,6 +94,14 @@ class Chunk(Unit):
         return runs / sizes
 
 
+@dataclass(frozen=True)
+class SecondStage:
+    """The last entries of each head are chosen by other scores than the first."""
+
+    first: Counts  # how many candidates the first scores choose
+    scores: Scores  # of the same slots as the first
+
+
 def _rank(scores: Scores) -> Int[Tensor, "B K N"]:
     """Rank of each candidate, 0 = best; ties to the lower slot."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
@@ -104,6 +117,7 @@ def select(
     sinks: int = 0,
     recent: int = 0,
     unit: Unit | None = None,
+    second: SecondStage | None = None,
 ) -> Kept:
     """Choose the survivors among `slots` slots per head.
 
@@ -113,6 +127,7 @@ def select(
         slots: slots per head, one number or [B, K] where heads differ.
         sinks, recent: first and last slots that always stay.
         unit: what is kept as a whole; tokens by default.
+        second: other scores for the last entries; only the first scores choose by default.
     """
     unit = unit or Token()
     lengths = slots if isinstance(slots, torch.Tensor) else torch.full(counts.shape, slots)
@@ -129,11 +144,21 @@ def select(
         competing = competing.masked_fill(behind.to(scores.device), -torch.inf)
     counts = counts.minimum((ends - first).clamp(min=0))
     stay = torch.ones(*counts.shape, width, dtype=torch.bool, device=scores.device)
-    stay[..., first:last] = unit.choose(competing, counts)
+    stay[..., first:last] = _chosen(unit, competing, counts, second, slice(first, last))
     if behind is not None:
         stay[..., first:last] |= behind.to(scores.device)
         stay &= (torch.arange(width) < lengths[..., None]).to(scores.device)
     return kept_from_mask(stay)
+
+
+def _chosen(
+    unit: Unit, scores: Scores, counts: Counts, second: SecondStage | None, competing: slice
+) -> Bool[Tensor, "B K N"]:
+    if second is None:
+        return unit.choose(scores, counts)
+    stay = unit.choose(scores, counts.minimum(second.first))
+    others = second.scores[..., competing].masked_fill(stay | scores.isneginf(), -torch.inf)
+    return stay | unit.choose(others, counts - stay.sum(dim=-1).cpu())
 
 
 def _raise_window(scores: Scores, recent: int) -> Float[Tensor, "B K S"]:

@@ -1,16 +1,15 @@
 """Changing a method's parameters by name, from Python values or from the text of `--set
 name=value`.
 
-A name is searched in the method itself and then in its parts (policy, budget, schedule, unit);
-where
+A name is searched in the method itself and in its parts (policy, budget, schedule, unit); where
 two parts have it, say which: `budget.floor=0.5`. Whole parts are replaced by name:
-    `budget=per-head`.
+`budget=per-head`.
 """
 
 import re
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -50,9 +49,19 @@ def parameters(method: Method) -> dict[str, Any]:
     """Every parameter that `find` would change, by its full name: {"policy.window": 32, ...}."""
     own = {f.name: getattr(method, f.name) for f in fields(method) if f.name not in _NOT_SETTINGS}
     for part in PARTS:
-        value = getattr(method, part)
-        own |= {f"{part}.{f.name}": getattr(value, f.name) for f in fields(value)}
+        own |= _parameters(part, getattr(method, part))
     return own
+
+
+def _parameters(prefix: str, owner: Any) -> dict[str, Any]:
+    """The fields of a part and, behind their names, those of the parts inside it."""
+    found: dict[str, Any] = {}
+    for each in fields(owner):
+        name, value = f"{prefix}.{each.name}", getattr(owner, each.name)
+        found[name] = value
+        if is_dataclass(value):
+            found |= _parameters(name, value)
+    return found
 
 
 def split(
@@ -97,19 +106,21 @@ def _changed(method: Method, settings: Mapping[str, Any]) -> Method:
 
 def _set(method: Method, name: str, value: Any) -> Method:
     known = parameters(method)
-    matches = [full for full in known if full == name or full.partition(".")[2] == name]
+    matches = [full for full in known if full == name or full.endswith("." + name)]
     if not matches:
         short = [full.rpartition(".")[2] for full in known]
         raise UnknownNameError("parameter", name, [*short, *PARTS, "preset"])
     if len(matches) > 1:
         raise UsageError(f"{name!r} is ambiguous here; say {' or '.join(matches)}")
-    part, _, field = matches[0].rpartition(".")
-    if not part:
-        return replace(method, **{field: _converted(Method, field, value)})
-    owner = getattr(method, part)
-    return replace(
-        method, **{part: replace(owner, **{field: _converted(type(owner), field, value)})}
-    )
+    return _replaced(method, matches[0], value)
+
+
+def _replaced(owner: Any, path: str, value: Any) -> Any:
+    """A copy of a dataclass with the field at a dotted path changed."""
+    field, _, deeper = path.partition(".")
+    if deeper:
+        return replace(owner, **{field: _replaced(getattr(owner, field), deeper, value)})
+    return replace(owner, **{field: _converted(type(owner), field, value)})
 
 
 def _part(part: str, value: Any) -> Any:
@@ -131,6 +142,9 @@ def _policy(name: str) -> Policy:
 
 def _budget(name: str) -> Budget:
     return _lookup("budget", name, BUDGETS)()
+
+
+_PARTS_BY_NAME: dict[Any, Callable[[str], Any]] = {Budget: _budget, Policy: _policy}
 
 
 def _schedule(name: str) -> Schedule:
@@ -172,12 +186,9 @@ def _as(wanted: Any, value: Any) -> tuple[bool, Any]:
         return (True, words[text]) if text in words else (isinstance(value, bool), value)
     if get_origin(wanted) is tuple:
         return _as_tuple(get_args(wanted)[0], value)
-    if isinstance(wanted, type) and issubclass(wanted, Budget):
-        return (
-            (True, _budget(value))
-            if isinstance(value, str)
-            else (isinstance(value, Budget), value)
-        )
+    if wanted in _PARTS_BY_NAME:
+        named = _PARTS_BY_NAME[wanted](value) if isinstance(value, str) else value
+        return isinstance(named, wanted), named
     if wanted in (int, float):
         return _as_number(wanted, value)
     return isinstance(value, wanted), value

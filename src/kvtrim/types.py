@@ -58,6 +58,7 @@ class LayerView:
     carried: Float[Tensor, "B K S"] | None = None  # the policy's running statistic, see `observe`
     decoding: bool = False  # the prompt is over
     output: Callable[[], Float[Tensor, "H E M"]] | None = None  # W_O per query head
+    factor: Callable[[], Float[Tensor, "H E E"]] | None = None  # R with |v @ W_O| = |v @ R.T|
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 import oracles
 from kvtrim.budgets import Keep, PerHead, Pyramid, Uniform
-from kvtrim.budgets.per_head import flat_counts
 from kvtrim.errors import BudgetError, UsageError
 from kvtrim.types import Room
 
@@ -117,8 +116,7 @@ def layers_of_scores(draw):
 def test_competition_conserves_the_layer_total(scores, data):
     _, heads, width = scores.shape
     keep = data.draw(st.integers(1, width))
-    total = torch.tensor([heads * keep])
-    won = flat_counts(scores, total)
+    won = PerHead(floor=0.0).counts(room(keep, 0, width, heads=heads), scores)
     assert int(won.sum()) == heads * keep
     best = oracles.top(scores.flatten().tolist(), heads * keep)
     assert won[0].tolist() == [sum(i // width == h for i in best) for h in range(heads)]

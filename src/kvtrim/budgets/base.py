@@ -1,13 +1,29 @@
-"""What every budget has in common: it turns room and scores into entries per head, nothing
-else.
-"""
+"""What every budget has in common: it turns room and scores into entries per head."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
 
-from kvtrim.types import Counts, Room, Scores
+from kvtrim.types import Counts, Float, Room, Scores, Tensor
+
+
+class Ledger(ABC):
+    """What a model-wide budget has dealt out while the layers of one group of prompts go by."""
+
+    @abstractmethod
+    def add(self, room: Room, scores: Scores, wanted: Float[Tensor, " B"]) -> list[Counts]:
+        """One layer more.
+
+        Args:
+            room, scores: as in `Budget.counts`.
+            wanted: how much each prompt's layer asks for, relative to other layers
+                (`Policy.preference`).
+
+        Returns:
+            Entries per head of every layer so far, first layer first. A layer never gets more than
+            it had before, so that cutting as the layers go by equals cutting at the end.
+        """
 
 
 class Budget(ABC):
@@ -19,6 +35,11 @@ class Budget(ABC):
     unlimited: ClassVar[bool] = False
     """Nothing is ever evicted."""
 
+    @property
+    def model_wide(self) -> bool:
+        """Layers compete: what one of them keeps is settled when the last one was read."""
+        return False
+
     @abstractmethod
     def counts(self, room: Room, scores: Scores) -> Counts:
         """Entries that each head keeps among its candidates.
@@ -26,6 +47,26 @@ class Budget(ABC):
         `scores` [B, K, N] may be ignored. Each count is at most `room.candidates`. The tensor
         lives on the CPU, since the store needs the numbers on the host to lay itself out.
         """
+
+    def open(self) -> Ledger:
+        """A new ledger, for one pass over all layers (if `model_wide`)."""
+        raise TypeError(f"{type(self).__name__} deals with one layer at a time")
+
+
+class ModelWide(Budget):
+    """A budget whose layers compete. `counts` is the share of a model of this one layer."""
+
+    @property
+    def model_wide(self) -> bool:
+        return True
+
+    @abstractmethod
+    def open(self) -> Ledger:
+        """A new ledger, for one pass over all layers."""
+
+    def counts(self, room: Room, scores: Scores) -> Counts:
+        alone = Room(0, 1, room.heads, room.keep, room.asked, room.protected, room.tokens)
+        return self.open().add(alone, scores, scores.new_ones(scores.shape[0]))[0]
 
 
 def everyone(entries: int, scores: Scores) -> Counts:

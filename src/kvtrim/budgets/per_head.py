@@ -11,16 +11,17 @@ from typing import Literal
 
 import torch
 
-from kvtrim.budgets.base import Budget
+from kvtrim.budgets.base import Budget, Ledger
 from kvtrim.budgets.uniform import Uniform
 from kvtrim.errors import UsageError
-from kvtrim.types import Counts, Room, Scores, Tensor
+from kvtrim.types import Counts, Float, Int, Room, Scores, Tensor
 
 
 @dataclass(frozen=True)
 class PerHead(Budget):
     floor: float = 0.2  # the share that is dealt out evenly: 1 is uniform, 0 pure competition
     rule: Literal["blend", "floor"] = "blend"
+    floor_of: Literal["layer", "keep"] = "layer"  # a share of what the layer got, or of `keep`
     normalize: bool = False  # weigh each head by the share of its scores that its top entries hold
     exact: bool = False
     layers: Budget = field(default_factory=Uniform)  # what each layer gets before heads compete
@@ -28,33 +29,44 @@ class PerHead(Budget):
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= 1:
             raise UsageError(f"floor is a share between 0 and 1, got {self.floor}")
+        if self.normalize and self.model_wide:
+            raise UsageError("normalize needs a layer's final share; leave it out here")
+
+    @property
+    def model_wide(self) -> bool:
+        return self.layers.model_wide
 
     def counts(self, room: Room, scores: Scores) -> Counts:
         base = self.layers.counts(room, scores)  # [B, K]
-        if room.free >= room.candidates:
-            return base
-        if self.rule == "floor":
-            return self._floor(room, scores, base)
-        return self._blend(room, scores, base)
+        return self.divide(room, base, self.winners(room, scores, base))
 
-    def _blend(self, room: Room, scores: Scores, base: Counts) -> Counts:
-        """AdaKV: caps = round(won * (1 - floor) + base * floor), half to even."""
-        won = flat_counts(self._weighed(scores, base), base.sum(dim=-1))
-        even = (base.double() * self.floor).floor()
-        ideal = won.double() * (1 - self.floor) + even
+    def open(self) -> Ledger:
+        return _Heads(self, self.layers.open())
+
+    def winners(self, room: Room, scores: Scores, base: Counts) -> Int[Tensor, "B KN"]:
+        """The head of a layer's best entry, of its second best, and so on."""
+        if self.rule == "floor":  # kvpress: the best of each head are safe before any other
+            safe = max(0, int(self.floor * room.keep) - room.protected)
+            ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+            scores = scores.masked_fill(ranks < safe, torch.inf)
+        elif self.normalize:
+            scores = self._weighed(scores, base)
+        order = scores.flatten(1).argsort(dim=-1, descending=True, stable=True)
+        return (order // max(1, scores.shape[-1])).int()
+
+    def divide(self, room: Room, base: Counts, winners: Int[Tensor, "B KN"]) -> Counts:
+        """What each head gets of the layer's total, given whose the best entries are."""
+        won = _first_of_each(winners, base)
+        if self.rule == "floor":
+            return won
+        # AdaKV: caps = round(won * (1 - floor) + base * floor), half to even
+        even = (base.double() if self.floor_of == "layer" else base * 0.0 + room.keep) * self.floor
+        ideal = won.double() * (1 - self.floor) + even.floor()
         caps = ideal.round().long()
         if self.exact:
             caps = _repair(caps, ideal, base.sum(dim=-1))
-        return caps.clamp(max=room.candidates)
-
-    def _floor(self, room: Room, scores: Scores, base: Counts) -> Counts:
-        """kvpress: the best of each head are safe first, the rest goes to the best of the
-        layer.
-        """
-        safe = max(0, int(self.floor * room.keep) - room.protected)
-        ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        lifted = scores.masked_fill(ranks < safe, torch.inf)
-        return flat_counts(lifted, base.sum(dim=-1))
+        caps = caps.clamp(max=room.candidates)
+        return torch.where(base >= room.candidates, base, caps)
 
     def _weighed(self, scores: Scores, base: Counts) -> Scores:
         if not self.normalize:
@@ -65,14 +77,33 @@ class PerHead(Budget):
         return scores * top / ordered.sum(dim=-1, keepdim=True)
 
 
-def flat_counts(scores: Scores, totals: Tensor) -> Counts:
-    """How many of a layer's best `totals` [B] entries lie in each head; ties to the lower slot."""
-    batch, heads, width = scores.shape
-    order = scores.flatten(1).argsort(dim=-1, descending=True, stable=True)
-    best = order[:, : int(totals.max())]
+class _Heads(Ledger):
+    """Heads compete inside what a model-wide budget deals to each layer."""
+
+    def __init__(self, budget: PerHead, layers: Ledger):
+        self.budget, self.layers = budget, layers
+        self.seen: list[tuple[Room, Int[Tensor, "B KN"]]] = []
+        self.dealt: list[Counts] = []
+
+    def add(self, room: Room, scores: Scores, wanted: Float[Tensor, " B"]) -> list[Counts]:
+        bases = self.layers.add(room, scores, wanted)
+        self.seen.append((room, self.budget.winners(room, scores, bases[-1])))
+        now = [
+            self.budget.divide(own, base, winners)
+            for (own, winners), base in zip(self.seen, bases, strict=True)
+        ]
+        before = [*self.dealt, now[-1]]
+        self.dealt = [new.minimum(old) for new, old in zip(now, before, strict=True)]
+        return self.dealt
+
+
+def _first_of_each(winners: Int[Tensor, "B KN"], base: Counts) -> Counts:
+    """How many of a layer's best entries, as many as `base` [B, K] adds up to, each head has."""
+    totals = base.sum(dim=-1)
+    best = winners[:, : int(totals.max())].long()
     taken = torch.arange(best.shape[-1]) < totals[:, None]
-    won = torch.zeros(batch, heads, dtype=torch.int64, device=scores.device)
-    return won.scatter_add_(1, best // width, taken.long().to(scores.device)).cpu()
+    won = torch.zeros(base.shape, dtype=torch.int64, device=winners.device)
+    return won.scatter_add_(1, best, taken.long().to(winners.device)).cpu()
 
 
 def _repair(caps: Counts, ideal: Tensor, totals: Tensor) -> Counts:

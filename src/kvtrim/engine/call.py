@@ -8,7 +8,7 @@ import torch
 from kvtrim.cache.attend import attend
 from kvtrim.cache.store import LayerStore
 from kvtrim.engine.reading import Pass
-from kvtrim.types import Float, Tensor
+from kvtrim.types import Counts, Float, Tensor
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Call:
     scale: float
     softcap: float | None = None
     output: Callable[[], Float[Tensor, "H E M"]] | None = None  # W_O per query head
+    factor: Callable[[], Float[Tensor, "H E E"]] | None = None  # R with |v @ W_O| = |v @ R.T|
 
     @property
     def kv_bytes(self) -> int:
@@ -48,6 +49,20 @@ class Held:
     store: LayerStore | None = None
     queries: Float[Tensor, "B H W D"] | None = None  # each prompt's last queries, newest last
     full_entry: int = 0  # bytes of K and V that one token adds to this layer of a full cache
+    share: Counts | None = None  # [B, K] entries won from a model-wide budget, for later cuts
+
+    def share_of(self, rows: slice) -> Counts | None:
+        """What a group of prompts won from a model-wide budget, if that is settled."""
+        settled = self.share is not None and bool((self.share[rows] >= 0).all())
+        return self.share[rows] if self.share is not None and settled else None
+
+    def settle_share(self, rows: slice, prompts: int, won: list[Counts], layer: int) -> None:
+        """Remember what a group of prompts won in this layer, for later cuts."""
+        if won and self.share_of(rows) is None:
+            unsettled = torch.full((prompts, won[layer].shape[1]), -1)
+            share = unsettled if self.share is None else self.share.clone()
+            share[rows] = won[layer]
+            self.share = share
 
     def copy(self) -> "Held":
         """An independent copy; tensors that are only ever replaced are shared."""

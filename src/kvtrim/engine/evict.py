@@ -4,10 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
+from kvtrim.budgets.base import Ledger
 from kvtrim.methods import Method
-from kvtrim.selection import select
+from kvtrim.selection import SecondStage, select
 from kvtrim.types import Counts, Float, Kept, LayerView, Room, Scores, Tensor
+
+LATE = 8
+"""While layers go by, an earlier one is cut again once it holds an eighth more than it may."""
 
 
 @dataclass
@@ -17,21 +22,63 @@ class Evictor:
     method: Method
     keep: int  # entries per head, protected slots included
     asked: float  # the same before rounding
-    _leader: tuple[int, Kept | None] = field(default=(-1, None))
+    scored: Scores | None = None  # of all slots, where layers compete for one budget
+    dealt: list[Counts] = field(default_factory=list)  # then the entries of every layer so far
+    _ledger: Ledger | None = None
+    _leader: tuple[int, Kept | None] = (-1, None)
 
-    def choose(self, view: LayerView) -> Kept | None:
-        """The surviving slots of a layer, or None if all of them stay."""
+    def choose(self, view: LayerView, share: Counts | None = None) -> Kept | None:
+        """The surviving slots of a layer, or None if all of them stay.
+
+        `share`: entries per head that an earlier cut settled for this layer.
+        """
         method = self.method
+        self.scored = None
         if method.budget.unlimited or view.index in method.skip_layers or view.tokens <= self.keep:
             return None
         leader = view.index - view.index % method.reuse
         if self._leader[0] != leader:
-            self._leader = (leader, self._select(view))
+            self._leader = (leader, self._select(view, share))
         return self._leader[1]
 
-    def _select(self, view: LayerView) -> Kept | None:
+    def again(
+        self, layer: int, scores: Float[Tensor, "B K S"], held: Counts, last: bool
+    ) -> Kept | None:
+        """What survives of an earlier layer now that more layers share the budget."""
+        if not self.dealt:
+            return None
+        sinks, recent = self._protected()
+        counts = self.dealt[layer]
+        may = counts + sinks + recent
+        if bool((held <= may).all()) or not (last or bool((held > may + may // LATE).any())):
+            return None
+        candidates = max(sinks, scores.shape[-1] - recent)
+        return select(scores[..., :candidates], counts, held, sinks=sinks, recent=recent)
+
+    def _protected(self) -> tuple[int, int]:
+        return self.method.policy.sinks, self.method.policy.recent(self.keep)
+
+    def _select(self, view: LayerView, share: Counts | None) -> Kept | None:
         policy, slots = self.method.policy, view.keys.shape[2]
-        sinks, recent = policy.sinks, policy.recent(self.keep)
+        sinks, recent = self._protected()
+        scores = policy.score(view)
+        counts = self._counts(view, scores) if share is None else share
+        held = torch.full_like(counts, slots) if view.lengths is None else view.lengths
+        kept = select(
+            scores,
+            counts,
+            slots if view.lengths is None else held,
+            sinks=sinks,
+            recent=recent,
+            unit=self.method.unit,
+            second=self._second(view, scores, counts),
+        )
+        return None if torch.equal(kept.counts, held) else kept
+
+    def _counts(self, view: LayerView, scores: Scores) -> Counts:
+        """How many candidates each head keeps."""
+        budget, policy = self.method.budget, self.method.policy
+        sinks, recent = self._protected()
         room = Room(
             layer=view.index,
             layers=view.layers,
@@ -41,18 +88,20 @@ class Evictor:
             protected=sinks + recent,
             tokens=view.tokens,
         )
-        scores = policy.score(view)
-        counts = self.method.budget.counts(room, _candidates(view, scores, sinks, recent))
-        held = torch.full_like(counts, slots) if view.lengths is None else view.lengths
-        kept = select(
-            scores,
-            counts,
-            slots if view.lengths is None else held,
-            sinks=sinks,
-            recent=recent,
-            unit=self.method.unit,
-        )
-        return None if torch.equal(kept.counts, held) else kept
+        competing = _candidates(view, scores, sinks, recent)
+        if not budget.model_wide:
+            return budget.counts(room, competing)
+        self._ledger = self._ledger or budget.open()
+        self.dealt = self._ledger.add(room, competing, policy.preference(view, competing))
+        self.scored = F.pad(scores, (0, view.keys.shape[2] - scores.shape[-1]))
+        return self.dealt[-1]
+
+    def _second(self, view: LayerView, scores: Scores, counts: Counts) -> SecondStage | None:
+        policy = self.method.policy
+        if policy.first_stage == 1:
+            return None
+        first = policy.first_entries(counts, self.keep)
+        return SecondStage(first, policy.rescore(view, scores))
 
 
 def merge(parts: Sequence[tuple[slice, Kept | None]], held: Counts) -> Kept | None:

@@ -1,13 +1,18 @@
 """What a method would keep, from queries, keys and values alone: no model, no generation."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
+
+import torch
 
 from kvtrim.budgets import Keep
 from kvtrim.engine.call import Call
 from kvtrim.engine.session import Session
 from kvtrim.errors import UsageError
 from kvtrim.methods import Method
+from kvtrim.ops import output_factor
 from kvtrim.settings import find
 from kvtrim.types import Float, Int, Tensor
 
@@ -60,9 +65,16 @@ def select(
                 f"{list(v.shape)} do not fit; "
                 "expected [H, n, D], [K, n, D], [K, n, E] with H a multiple of K"
             )
-        project = None if output is None else _per_head(output[index], q.shape[0])
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        session.attend(index, Call(q[None], k[None], v[None], factor, output=project))
+        call = Call(q[None], k[None], v[None], factor)
+        if output is not None:
+            weight = output[index].unflatten(1, (q.shape[0], -1)).permute(1, 2, 0)
+            call = replace(
+                call,
+                output=partial(torch.Tensor.detach, weight),
+                factor=partial(output_factor, weight),
+            )
+        session.attend(index, call)
     session.end()
     return [_positions(session, index) for index in range(len(stacks[0]))]
 
@@ -75,10 +87,6 @@ def _as_layers(given: Layers) -> list[Tensor]:
             f"expected [heads, n, D] or [layers, heads, n, D], got {list(given.shape)}"
         )
     return [given] if given.ndim == 3 else list(given)
-
-
-def _per_head(weight: Tensor, heads: int):
-    return lambda: weight.unflatten(1, (heads, -1)).permute(1, 2, 0)
 
 
 def _positions(session: Session, index: int) -> list[Tensor]:

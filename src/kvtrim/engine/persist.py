@@ -29,6 +29,8 @@ def export(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors[f"layers.{index}.length"] = packed.length
         if held.queries is not None:
             tensors[f"queries.{index}"] = held.queries
+        if held.share is not None:
+            tensors[f"share.{index}"] = held.share
     reading = session.state.reading
     if reading.real is not None:
         tensors["real"] = reading.real
@@ -67,6 +69,7 @@ def restore(
             held.store = _store(tensors, f"layers.{index}.", reading.lengths, devices[index])
             queries = tensors.get(f"queries.{index}")
             held.queries = None if queries is None else queries.to(devices[index])
+            held.share = tensors.get(f"share.{index}")
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise CacheFileError(
             f"the saved cache is incomplete or inconsistent: {error!r}"

@@ -22,9 +22,10 @@ from kvtrim.engine.reading import Pass
 from kvtrim.engine.state import Mark, State
 from kvtrim.errors import CacheError
 from kvtrim.methods import Method
-from kvtrim.types import Float, LayerView, Tensor
+from kvtrim.types import Float, Kept, LayerView, Tensor
 
 CARRIED = "carried"  # the store's column for a policy's running statistic
+SCORE = "score"  # and for scores, while layers compete for one budget
 
 
 @dataclass(frozen=True)
@@ -213,15 +214,47 @@ class Session:
         """Evict from one layer what exceeds its budget, leaving room for `coming` tokens."""
         if not self._evictors:
             self._evictors = self._new_evictors(call, coming)
+        competing = self.method.budget.model_wide
+        if competing:
+            store.add_column(SCORE)
         parts = []
         for rows, evictor in self._evictors:
             part = self._part(store, rows)
             view = self._view(index, call, part, last[rows], rows, evictor.keep)
-            parts.append((rows, evictor.choose(view)))
-        kept = merge(parts, store.length)
+            share = self.state.layers[index].share_of(rows)
+            parts.append((rows, evictor.choose(view, share)))
+            if evictor.scored is not None:
+                part.set_column(SCORE, evictor.scored)
+        self._retain(store, merge(parts, store.length), coming)
+        if competing:
+            store.settle()
+            self._cut_again(index)
+
+    def _retain(self, store: LayerStore, kept: Kept | None, coming: int = 0) -> None:
         if kept is not None:
             store.retain(kept)
             self.state.cut_at = self.state.reading.seen + (0 if coming else self._now.columns)
+
+    def _cut_again(self, index: int) -> None:
+        """Layers compete: what this one won, the earlier ones lose; the last one settles it."""
+        layers, last = self.state.layers, index == len(self.state.layers) - 1
+        for earlier, held in enumerate(layers[:index]):
+            store = held.store
+            if store is None or not any(evictor.dealt for _, evictor in self._evictors):
+                continue
+            parts = []
+            for rows, evictor in self._evictors:
+                dense, lengths = self._part(store, rows).dense()
+                scores = dense[SCORE]
+                lengths = store.length[rows] if lengths is None else lengths
+                parts.append((rows, evictor.again(earlier, scores, lengths, last)))
+            self._retain(store, merge(parts, store.length))
+        if last:
+            for layer, held in enumerate(layers):
+                if held.store is not None:
+                    held.store.drop_column(SCORE)
+                for rows, evictor in self._evictors:
+                    held.settle_share(rows, self._now.rows, evictor.dealt, layer)
 
     def _new_evictors(self, call: Call, coming: int) -> list[tuple[slice, Evictor]]:
         if self.in_prompt:
@@ -262,6 +295,7 @@ class Session:
             carried=dense.get(CARRIED),
             decoding=not self.in_prompt,
             output=call.output,
+            factor=call.factor,
         )
 
 

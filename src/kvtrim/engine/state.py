@@ -70,6 +70,8 @@ class State:
             held.store = None if held.store is None else held.store.select_rows(rows)
             if held.queries is not None:
                 held.queries = held.queries[rows.to(held.queries.device)]
+            if held.share is not None:
+                held.share = held.share[rows.cpu()]
 
     def copy(self) -> "State":
         """An independent state, its entries packed."""

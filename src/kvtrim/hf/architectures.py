@@ -8,6 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvtrim.errors import UnsupportedModelError
+from kvtrim.ops import output_factor
 from kvtrim.types import Float, Tensor
 
 SUPPORTED = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -21,6 +22,7 @@ class Layout:
     decoder: torch.nn.Module
     blocks: list[torch.nn.Module]  # decoder layers
     attention: list[torch.nn.Module]  # one module per decoder layer
+    query_heads: int
     managed: list[int]  # layers that attend to everything; the others slide and are left alone
 
 
@@ -45,7 +47,7 @@ def layout(model: PreTrainedModel, allow_untested: bool = False) -> Layout:
             f"{type(model).__name__}: cannot find one attention module with a layer_idx per "
             "decoder layer"
         )
-    return Layout(decoder, blocks, attention, _managed(config))
+    return Layout(decoder, blocks, attention, config.num_attention_heads, _managed(config))
 
 
 def _attention_in(block: torch.nn.Module) -> list[torch.nn.Module]:
@@ -82,17 +84,39 @@ def _never_slides(layer: Any, config: Any) -> bool:
     return window is not None and window >= config.max_position_embeddings
 
 
-def output_per_head(module: torch.nn.Module, heads: int) -> Float[Tensor, "H E M"]:
-    """The slice of a layer's output projection that each query head feeds.
+class OutputProjection:
+    """W_O of one layer by query head, and the factor that stands for it in norms.
 
-    Raises:
-        UnsupportedModelError: the projection is not a plain floating-point matrix.
+    The factor is computed once, and again if the weight is another or was changed.
     """
-    weight = getattr(getattr(module, "o_proj", None), "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise UnsupportedModelError(
-            f"{type(module).__name__} has no floating-point o_proj.weight; this method weighs "
-            "values by it"
-        )
-    local = getattr(weight, "to_local", lambda: weight)()
-    return local.detach().unflatten(1, (heads, -1)).permute(1, 2, 0)
+
+    def __init__(self, module: torch.nn.Module, heads: int):
+        self._module, self._heads = module, heads
+        self._made: tuple[Tensor, int, Tensor] | None = None  # weight, its version, its factor
+
+    def weight(self) -> Float[Tensor, "H E M"]:
+        """The slice of the projection that each query head feeds.
+
+        Raises:
+            UnsupportedModelError: the projection is not a plain floating-point matrix.
+        """
+        weight = self._weight()
+        local = getattr(weight, "to_local", lambda: weight)()
+        return local.detach().unflatten(1, (self._heads, -1)).permute(1, 2, 0)
+
+    def factor(self) -> Float[Tensor, "H E E"]:
+        """See `ops.output_factor`. Raises as `weight`."""
+        weight = self._weight()
+        version = 0 if weight.is_inference() else weight._version
+        if self._made is None or self._made[0] is not weight or self._made[1] != version:
+            self._made = (weight, version, output_factor(self.weight()))
+        return self._made[2]
+
+    def _weight(self) -> Tensor:
+        weight = getattr(getattr(self._module, "o_proj", None), "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise UnsupportedModelError(
+                f"{type(self._module).__name__} has no floating-point o_proj.weight; this method "
+                "weighs values by it"
+            )
+        return weight

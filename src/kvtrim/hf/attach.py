@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvtrim.errors import CacheError, UsageError
-from kvtrim.hf.architectures import layout
+from kvtrim.hf.architectures import OutputProjection, layout
 from kvtrim.hf.attention import HANDLE, NAME, register
 from kvtrim.hf.cache import Cache
 
@@ -31,7 +31,9 @@ class Attachment:
             decoder.register_forward_hook(self._end, with_kwargs=True),
         ]
         for number, layer in enumerate(self.layout.managed):
-            module, hand_over = self.layout.attention[layer], partial(_hand_over, number)
+            module = self.layout.attention[layer]
+            output = OutputProjection(module, self.layout.query_heads)
+            hand_over = partial(_hand_over, number, output)
             self._hooks.append(module.register_forward_pre_hook(hand_over, with_kwargs=True))
 
     def detach(self) -> None:
@@ -71,13 +73,17 @@ class Attachment:
 
 
 def _hand_over(
-    number: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    number: int,
+    output: OutputProjection,
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Attention pre-hook: put the session and the managed layer's number among the keywords."""
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, Cache):
         return None
-    return args, {**kwargs, HANDLE: (cache.session, number)}
+    return args, {**kwargs, HANDLE: (cache.session, number, output)}
 
 
 _attached: "WeakKeyDictionary[PreTrainedModel, Attachment]" = WeakKeyDictionary()

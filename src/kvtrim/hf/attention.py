@@ -17,7 +17,6 @@ from transformers.masking_utils import sdpa_mask
 
 from kvtrim.engine.call import Call
 from kvtrim.errors import UnsupportedModelError, UsageError
-from kvtrim.hf.architectures import output_per_head
 from kvtrim.types import Tensor
 
 NAME = "kvtrim"
@@ -26,7 +25,7 @@ for.
 """
 
 HANDLE = "kvtrim_cache"
-"""Keyword under which the attention pre-hook passes (session, layer number)."""
+"""Keyword under which the attention pre-hook passes (session, layer number, projection)."""
 
 _KNOWN_KEYWORDS = {"position_ids", "use_cache", "sliding_window", "output_attentions", "is_causal"}
 
@@ -88,9 +87,9 @@ def attention(
             f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which kvtrim "
             "does not implement"
         )
-    session, index = handle
-    output = partial(output_per_head, module, query.shape[1])
-    out = session.attend(index, Call(query, key, value, scale, softcap, output))
+    session, index, output = handle
+    call = Call(query, key, value, scale, softcap, output.weight, output.factor)
+    out = session.attend(index, call)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -4,10 +4,13 @@ A policy scores; it never counts, selects or touches a cache.
 """
 
 from abc import ABC, abstractmethod
+from math import log
 from typing import ClassVar
 
+import torch
+
 from kvtrim.errors import UsageError
-from kvtrim.types import Float, LayerView, Scores, Tensor
+from kvtrim.types import Counts, Float, LayerView, Scores, Tensor
 
 
 class Policy(ABC):
@@ -19,6 +22,9 @@ class Policy(ABC):
 
     sinks: int = 0
     """First slots of the prompt that are kept whatever their score."""
+
+    first_stage: float = 1.0
+    """The share of a head's entries that `score` chooses; `rescore` chooses the others."""
 
     carries: ClassVar[bool] = False
     """It keeps a running statistic per slot, which `observe` updates at every forward pass."""
@@ -42,6 +48,25 @@ class Policy(ABC):
     @abstractmethod
     def score(self, layer: LayerView) -> Scores:
         """Score the slots, higher = keep: all S of them, or the first S - recent(keep)."""
+
+    def first_entries(self, counts: Counts, keep: int) -> Counts:
+        """How many of a head's `counts` entries the first stage chooses."""
+        return (counts * self.first_stage).long()
+
+    def rescore(self, layer: LayerView, scores: Scores) -> Scores:
+        """Scores of the second stage from those of the first, of the same shape."""
+        raise TypeError(f"{type(self).__name__} chooses in one stage")
+
+    def preference(self, layer: LayerView, scores: Scores) -> Float[Tensor, " B"]:
+        """How much of a model-wide budget this layer asks for, relative to other layers.
+
+        The entropy of its candidates' scores [B, K, N], as a share of the largest possible one, so
+        that a layer whose scores are flat gets more (LAVa, https://arxiv.org/abs/2509.09754).
+        Scores below 0 count as 0.
+        """
+        flat = scores.flatten(1).double().clamp(min=0)
+        shares = flat / flat.sum(dim=1, keepdim=True).clamp(min=1e-300)
+        return -torch.xlogy(shares, shares).sum(dim=1) / log(max(2, flat.shape[1]))
 
 
 def require_odd(name: str, value: int) -> None:

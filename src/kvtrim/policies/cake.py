@@ -1,0 +1,58 @@
+"""CAKE: mean attention of the window plus how much it varies between its queries.
+
+Layers whose window attention is dispersed (entropy) and shifting (variance) get more of the
+model's budget. While generating, the current query ranks the slots alone.
+
+Paper: https://arxiv.org/abs/2503.12491, section 4.
+Code:  antgroup/cakekv@c4675ce, cake/cake_cache.py and cake/utils.py.
+Ours:  compresses as soon as the prompt exceeds the budget (the public code waits for a window
+       more); slots stay in their order, so that pooling smooths over true neighbours.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvtrim import ops
+from kvtrim.errors import UsageError
+from kvtrim.policies.base import Policy, require_odd
+from kvtrim.types import Float, LayerView, Scores, Tensor
+
+
+@dataclass(frozen=True)
+class Cake(Policy):
+    window: int = 32  # how many last queries are asked; their slots always stay
+    kernel: int = 5  # width of the average pooling, odd
+    gamma: float = 200.0  # weight of the variance
+    tau1: float = 1.0  # the entropy counts to the power of 1 / tau1
+    tau2: float = 1.0  # the variance counts to the power of 1 / tau2
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        require_odd("kernel", self.kernel)
+        if self.window < 2:
+            raise UsageError("CAKE needs the variance of at least two queries: window=2 or more")
+
+    def lookback(self) -> int:
+        return self.window
+
+    def recent(self, keep: int) -> int:
+        return self.window
+
+    def score(self, layer: LayerView) -> Scores:
+        """Queries [B, H, W, D] and keys [B, K, S, D] to scores [B, K, S - W]."""
+        kv_heads, candidates = layer.keys.shape[1], layer.keys.shape[2] - self.window
+        rows = 1 if layer.decoding else self.window
+        weights = ops.attention(layer, last=rows)[..., :candidates]
+        votes = weights.mean(dim=-2)
+        if not layer.decoding:
+            votes = votes + self.gamma * weights.var(dim=-2)
+        return ops.reduce_group(ops.pool(votes, self.kernel, "avg"), kv_heads, "mean")
+
+    def preference(self, layer: LayerView, scores: Scores) -> Float[Tensor, " B"]:
+        """Entropy^(1 / tau1) x variance^(1 / tau2) of the window's attention to the candidates."""
+        candidates = layer.keys.shape[2] - self.window
+        weights = ops.attention(layer, last=self.window)[..., :candidates]
+        entropy = -(weights * torch.log(weights + 1e-10)).sum(dim=(1, 2, 3))
+        variance = weights.var(dim=-2).sum(dim=(1, 2))
+        return entropy.double() ** (1 / self.tau1) * variance.double() ** (1 / self.tau2)

@@ -1,0 +1,44 @@
+"""LAVa: window attention times the largest value norm of the head.
+
+Window weights are averaged and max-pooled, multiplied by the largest L1 norm of the head's values,
+and the largest query head of each group counts. Layers share the model's budget by the entropy of
+these scores, heads compete inside their layer.
+
+Paper: https://arxiv.org/abs/2509.09754.
+Code:  MGDDestiny/Lava@71d3cc8, adaptive_snapkv/monkeypatch/snapkv_utils.py, LavaKVCluster.
+Ours:  the heads' floor is a share of what their layer gets (a misspelt name in the public code
+       leaves it a share of the whole budget, above what was asked for; `floor_of=keep`).
+"""
+
+from dataclasses import dataclass
+
+from kvtrim import ops
+from kvtrim.policies.base import Policy, require_odd
+from kvtrim.types import LayerView, Scores
+
+
+@dataclass(frozen=True)
+class Lava(Policy):
+    window: int = 32  # how many last queries are asked; their slots always stay
+    kernel: int = 7  # width of the pooling, odd
+    pool: ops.Pool = "max"
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        require_odd("kernel", self.kernel)
+
+    def lookback(self) -> int:
+        return self.window
+
+    def recent(self, keep: int) -> int:
+        return self.window
+
+    def score(self, layer: LayerView) -> Scores:
+        """Queries [B, H, W, D], keys and values [B, K, S, D] to scores [B, K, S - W]."""
+        kv_heads, candidates = layer.keys.shape[1], layer.keys.shape[2] - self.window
+        weights = ops.attention(layer, last=self.window)[..., :candidates]
+        votes = ops.pool(weights.mean(dim=-2), self.kernel, self.pool)
+        size = layer.values[:, :, :candidates].float().norm(p=1, dim=-1)
+        if layer.lengths is not None:
+            size = size.masked_fill(~ops.held(layer)[..., :candidates], 0)
+        return ops.reduce_group(votes, kv_heads, "max") * size.amax(dim=-1, keepdim=True)
