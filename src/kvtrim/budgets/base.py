@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from kvtrim.types import Counts, Room, Scores
+from kvtrim.types import Counts, Room, Scores, Target
 
 
 class Budget(ABC):
@@ -18,6 +18,14 @@ class Budget(ABC):
 
     unlimited: ClassVar[bool] = False
     """Nothing is ever evicted."""
+
+    def fitted(self, target: Target) -> "Budget":
+        """This budget, made ready for one model.
+
+        Raises:
+            UsageError: it cannot serve that model.
+        """
+        return self
 
     @abstractmethod
     def counts(self, room: Room, scores: Scores) -> Counts:

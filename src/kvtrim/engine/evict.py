@@ -40,6 +40,7 @@ class Evictor:
             asked=self.asked,
             protected=sinks + recent,
             tokens=view.tokens,
+            group=view.queries.shape[1] // view.keys.shape[1],
         )
         scores = policy.score(view)
         counts = self.method.budget.counts(room, _candidates(view, scores, sinks, recent))
