@@ -5,11 +5,20 @@ command line, the tests and the tables read this one.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from kvtrim.budgets import Budget, Global, LayerShare, PerHead, Pyramid, Uniform, Unlimited
+from kvtrim.budgets import (
+    Budget,
+    Global,
+    HeadTable,
+    LayerShare,
+    PerHead,
+    Pyramid,
+    Uniform,
+    Unlimited,
+)
 from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
 from kvtrim.policies.cake import Cake
@@ -25,6 +34,7 @@ from kvtrim.policies.streaming_llm import StreamingLLM
 from kvtrim.policies.tova import Tova
 from kvtrim.schedules import Schedule
 from kvtrim.selection import Chunk, Token, Unit
+from kvtrim.types import Target
 
 Settings = Mapping[str, Any]
 
@@ -57,6 +67,10 @@ class Method:
                 f"{type(self.policy).__name__} chooses in two stages inside each head, which a "
                 "model-wide budget cannot do; use budget=uniform or budget=per-head"
             )
+
+    def fitted(self, target: Target) -> "Method":
+        """This method, made ready for one model; errors as `Budget.fitted`."""
+        return replace(self, budget=self.budget.fitted(target))
 
 
 _KVPRESS_WINDOW = {
@@ -132,6 +146,17 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "kvf-kv": {**_KVF_WINDOW, "normalize": True},
                 "fastkv-v1": {**_KVF_WINDOW, "pool": "avg", "granularity": "query"},
                 "kvpress": {**_KVPRESS_WINDOW, "rule": "floor"},
+            },
+        ),
+        "headkv": Method(
+            SnapKV(window=8, rows="mean"),
+            budget=HeadTable(),
+            source="arXiv 2410.19258",
+            presets={
+                "upstream": {"beta": 1.01, "granularity": "query"},
+                "fastkv-v1": {"pool": "avg", "granularity": "query"},
+                "kvf": {"beta": 1.01, "window_inside": False, "granularity": "query"},
+                "kvf-kv": {"beta": 1.01, "window_inside": False},
             },
         ),
         "chunkkv": Method(

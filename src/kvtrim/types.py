@@ -26,7 +26,18 @@ else:
 
         Bool = Float = Int = _Unchecked
 
-__all__ = ["Bool", "Counts", "Float", "Int", "Kept", "LayerView", "Room", "Scores", "Tensor"]
+__all__ = [
+    "Bool",
+    "Counts",
+    "Float",
+    "Int",
+    "Kept",
+    "LayerView",
+    "Room",
+    "Scores",
+    "Target",
+    "Tensor",
+]
 
 Scores = Float[Tensor, "B K N"]
 """How much each candidate slot matters to each KV head, fp32, higher = keep."""
@@ -72,6 +83,7 @@ class Room:
     asked: float  # the same before rounding: 99.9 for keep=0.3 of 333 tokens
     protected: int  # slots that are kept whatever their score (sinks and recent window)
     tokens: int  # tokens that this layer has read
+    group: int = 1  # query heads that share one of `heads`
 
     @property
     def candidates(self) -> int:
@@ -82,6 +94,16 @@ class Room:
     def free(self) -> int:
         """Entries per head left for candidates: never negative, never more than there are."""
         return max(0, min(self.keep - self.protected, self.candidates))
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that a method is about to be used on, as far as a budget may care."""
+
+    name: str  # what messages call it
+    layers: int  # how many layers kvtrim manages
+    heads: int  # query heads of each
+    identity: Callable[[], str | None]  # hash of its weights; None where there are none
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,12 @@ import pytest
 import torch
 
 import kvtrim
-import kvtrim.settings
 import models
 import oracles
+from small import WINDOW, small
 
 METHODS = sorted(kvtrim.METHODS)
-KEEP, WINDOW = 24, 8
-
-
-def small(name):
-    """Settings that make a method evict from a short prompt."""
-    fields = kvtrim.settings.parameters(kvtrim.METHODS[name])
-    return {"window": WINDOW} if "policy.window" in fields else {}
+KEEP = 24
 
 
 def held_positions(cache):

@@ -5,17 +5,12 @@ import torch
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 import kvtrim
-import kvtrim.settings
 import models
 from kvtrim.hf.running import read
+from small import small
 
 METHODS = sorted(kvtrim.METHODS)
 NEW = 12
-
-
-def small(name):
-    fields = kvtrim.settings.parameters(kvtrim.METHODS[name])
-    return {"window": 8} if "policy.window" in fields else {}
 
 
 def cache_for(model, name, keep=24, **options):

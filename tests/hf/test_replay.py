@@ -4,23 +4,21 @@ import pytest
 import torch
 
 import kvtrim
-import kvtrim.settings
 import models
 from kvtrim.hf.replay import record
+from small import small
 
 
 @pytest.mark.parametrize("name", sorted(kvtrim.METHODS))
 def test_a_replayed_cache_equals_its_own_prefill(llama, name):
-    fields = kvtrim.settings.parameters(kvtrim.METHODS[name])
-    small = {"window": 8} if "policy.window" in fields else {}
     ids = models.prompt(48)
     recording = record(llama, ids)
-    own = kvtrim.Cache(llama, name, 24, **small)
+    own = kvtrim.Cache(llama, name, 24, **small(name))
     with torch.no_grad(), kvtrim.attach(llama):
         logits = llama(ids, past_key_values=own, logits_to_keep=1).logits[:, -1]
     assert torch.equal(recording.logits, logits)
     for _ in range(2):
-        replayed = recording.cache(name, 24, **small)
+        replayed = recording.cache(name, 24, **small(name))
         assert replayed.held_bytes == own.held_bytes
         assert go_on(llama, replayed).equal(go_on(llama, own.copy()))
 

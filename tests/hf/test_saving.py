@@ -11,17 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import kvtrim
-import kvtrim.settings
 import models
 from kvtrim.cache import archive
 from kvtrim.errors import CacheError, CacheFileError
+from small import small
 
 METHODS = sorted(kvtrim.METHODS)
-
-
-def small(name):
-    fields = kvtrim.settings.parameters(kvtrim.METHODS[name])
-    return {"window": 8} if "policy.window" in fields else {}
 
 
 def filled(model, name="snapkv", length=48, **options):

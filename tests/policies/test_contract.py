@@ -11,16 +11,16 @@ import torch
 import kvtrim
 from kvtrim import policies
 from kvtrim.policies.base import Policy
-from kvtrim.settings import find, parameters
+from kvtrim.settings import find
 from kvtrim.types import LayerView
+from small import small, table
 
 METHODS = sorted(kvtrim.METHODS)
 H, K, D, N = 6, 2, 8, 64
 
 
 def method(name):
-    small = {"window": 8} if "policy.window" in parameters(kvtrim.METHODS[name]) else {}
-    return find(name, **small)
+    return find(name, **small(name, layers=2, alike=K))
 
 
 def qkv(seed=0, layers=2):
@@ -162,7 +162,7 @@ def test_a_policy_must_say_which_queries_it_needs():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_preset_can_be_built_and_selects(name):
     for preset in kvtrim.METHODS[name].presets:
-        chosen = find(name, preset=preset)
+        chosen = find(name, preset=preset, **table(name, layers=2))
         keep = 80
         q, k, v = (t.repeat(1, 1, 3, 1) for t in qkv())
         assert kvtrim.select(chosen, q, k, v, keep=keep)

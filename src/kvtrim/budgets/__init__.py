@@ -1,6 +1,7 @@
 """How many entries each layer and head keeps."""
 
 from kvtrim.budgets.base import Budget
+from kvtrim.budgets.head_table import HeadTable
 from kvtrim.budgets.keep import Keep
 from kvtrim.budgets.layer_share import LayerShare
 from kvtrim.budgets.model_wide import Global
@@ -11,6 +12,7 @@ from kvtrim.budgets.uniform import Uniform, Unlimited
 BUDGETS: dict[str, type[Budget]] = {
     "global": Global,
     "layer-share": LayerShare,
+    "head-table": HeadTable,
     "per-head": PerHead,
     "pyramid": Pyramid,
     "uniform": Uniform,
@@ -21,6 +23,7 @@ __all__ = [
     "BUDGETS",
     "Budget",
     "Global",
+    "HeadTable",
     "Keep",
     "LayerShare",
     "PerHead",

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from kvtrim.types import Counts, Float, Room, Scores, Tensor
+from kvtrim.types import Counts, Float, Room, Scores, Target, Tensor
 
 
 class Ledger(ABC):
@@ -39,6 +39,14 @@ class Budget(ABC):
     def model_wide(self) -> bool:
         """Layers compete: what one of them keeps is settled when the last one was read."""
         return False
+
+    def fitted(self, target: Target) -> "Budget":
+        """This budget, made ready for one model.
+
+        Raises:
+            UsageError: it cannot serve that model.
+        """
+        return self
 
     @abstractmethod
     def counts(self, room: Room, scores: Scores) -> Counts:

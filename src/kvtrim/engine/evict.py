@@ -87,6 +87,7 @@ class Evictor:
             asked=self.asked,
             protected=sinks + recent,
             tokens=view.tokens,
+            group=view.queries.shape[1] // view.keys.shape[1],
         )
         competing = _candidates(view, scores, sinks, recent)
         if not budget.model_wide:

@@ -14,7 +14,7 @@ from kvtrim.errors import UsageError
 from kvtrim.methods import Method
 from kvtrim.ops import output_factor
 from kvtrim.settings import find
-from kvtrim.types import Float, Int, Tensor
+from kvtrim.types import Float, Int, Target, Tensor
 
 Layers = Tensor | Sequence[Tensor]
 
@@ -56,7 +56,9 @@ def select(
             f"queries, keys and values have {[len(s) for s in stacks]} layers; give the same "
             "number"
         )
-    session = Session(find(method, **settings), Keep.parse(keep), layers=len(stacks[0]))
+    target = Target("the given queries", len(stacks[0]), stacks[0][0].shape[0], lambda: None)
+    chosen = find(method, **settings).fitted(target)
+    session = Session(chosen, Keep.parse(keep), layers=len(stacks[0]))
     session.begin(rows=1, columns=stacks[0][0].shape[1])
     for index, (q, k, v) in enumerate(zip(*stacks, strict=True)):
         if q.shape[0] % k.shape[0] or k.shape[:2] != v.shape[:2] or q.shape[1] != k.shape[1]:

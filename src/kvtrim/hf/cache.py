@@ -17,6 +17,7 @@ from kvtrim.budgets import Keep
 from kvtrim.engine.session import Session
 from kvtrim.engine.state import Mark as SessionMark
 from kvtrim.errors import NotAttachedError, UsageError
+from kvtrim.hf import fingerprint
 from kvtrim.hf.architectures import layout
 from kvtrim.methods import Method
 from kvtrim.settings import find
@@ -81,6 +82,7 @@ class Cache(TransformersCache):
     Raises:
         UnknownNameError: no such method, preset or parameter.
         BudgetError: a `keep` out of range, or below what the method always keeps.
+        UsageError: a method that needs a table of this model's heads, and none was given.
         UnsupportedModelError: the model's layers cannot be managed.
     """
 
@@ -96,6 +98,7 @@ class Cache(TransformersCache):
     ):
         budget, chosen = Keep.parse(keep), find(method, **settings)
         self.managed = layout(model, allow_untested=True).managed
+        chosen = chosen.fitted(fingerprint.target(model, len(self.managed)))
         self.session = Session(chosen, budget, len(self.managed), prompt_tokens, impl)
         self.request = (method, settings)  # as asked for, to be saved
         self.prompt: dict[str, Any] = {}  # how the prompt was built, for questions asked later

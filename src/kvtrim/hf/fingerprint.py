@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvtrim.types import Tensor
+from kvtrim.types import Target, Tensor
 
 _SAMPLES = 16  # parameters that are looked at, evenly spread over the model
 _ELEMENTS = 256  # leading elements of each
@@ -29,6 +29,19 @@ def of_model(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def target(model: PreTrainedModel, layers: int) -> Target:
+    """What a budget is told of a model of which kvtrim manages so many layers."""
+    config = model.config.get_text_config(decoder=True)
+    name = model.config.name_or_path or f"this {config.model_type} model"
+    return Target(name, layers, config.num_attention_heads, lambda: identity(model))
+
+
+def identity(model: PreTrainedModel) -> str:
+    """Hash of shape, RoPE and weights; the same whether loaded in float32 or in bfloat16."""
+    record = of_model(model) | {"dtype": None, "weights": _weights(model, torch.bfloat16)}
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def of_tokenizer(tokenizer: Any) -> str:
     """Hash of the vocabulary, the special tokens and the chat template."""
     parts = [
@@ -45,17 +58,17 @@ def differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
     return [f"{name}: {saved.get(name)} saved, {here[name]} here" for name in names]
 
 
-def _weights(model: PreTrainedModel) -> str:
+def _weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
     """Hash of a sample of the weights: tells two fine-tunes of one architecture apart."""
     total = hashlib.sha256()
     parameters = list(model.named_parameters())
     for name, parameter in parameters[:: max(1, len(parameters) // _SAMPLES)]:
         total.update(f"{name} {list(parameter.shape)}".encode())
-        total.update(_bytes(parameter))
+        total.update(_bytes(parameter, dtype))
     return total.hexdigest()[:16]
 
 
-def _bytes(parameter: Tensor) -> bytes:
+def _bytes(parameter: Tensor, dtype: torch.dtype | None) -> bytes:
     local = getattr(parameter, "to_local", lambda: parameter)()
-    start = local.detach().flatten()[:_ELEMENTS].cpu().contiguous()
+    start = local.detach().flatten()[:_ELEMENTS].cpu().to(dtype or local.dtype).contiguous()
     return start.view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,116 @@
+"""Tables of head scores: the file format of HeadKV's authors, and the tables that kvtrim ships.
+
+A table is one JSON object with a list of scores for every query head, one per sample that
+counted: {"0-0": [0.1, 0.0], "0-1": ...}. A key is "layer-head", counted from 0 over the layers
+that kvtrim manages. Keys are parsed, their order means nothing.
+
+A shipped table has a record beside it (NAME.record.json) that says what it was measured on.
+"""
+
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvtrim.errors import UsageError
+from kvtrim.types import Float, Tensor
+
+SHIPPED = Path(__file__).parents[1] / "tables"
+RECORD = ".record.json"
+HOW_TO = "kvtrim calibrate heads --model MODEL --out FILE"
+
+
+def shipped() -> dict[str, Path]:
+    """The tables that come with kvtrim, by name."""
+    files = sorted(SHIPPED.glob("*.json"))
+    return {path.stem: path for path in files if not path.name.endswith(RECORD)}
+
+
+def measured_on(identity: str | None) -> str | None:
+    """The name of the first shipped table that was measured on exactly these weights."""
+    for name, path in shipped().items():
+        if identity is not None and record_of(path).get("identity") == identity:
+            return name
+    return None
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """What was written beside a table when it was measured; empty where nothing was."""
+    beside = record_path(path)
+    return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+
+
+def record_path(path: Path) -> Path:
+    """Where the record of a table is: table.json has table.record.json."""
+    return path.with_name(path.name.removesuffix(".json") + RECORD)
+
+
+def read(table: str) -> Float[Tensor, "L H"]:
+    """Each query head's mean score, float64, of a shipped table's name or a file.
+
+    Raises:
+        UsageError: no such table, or a file that is none.
+    """
+    path = _located(table)
+    try:
+        found = path.stat()
+        return _read(path, found.st_mtime_ns, found.st_size)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the head table {table}: {error}") from error
+
+
+def _located(table: str) -> Path:
+    names = shipped()
+    if table in names:
+        return names[table]
+    path = Path(table).expanduser()
+    if not path.is_file():
+        raise UsageError(
+            f"no head table {table!r}: neither a file nor one that comes with kvtrim "
+            f"({', '.join(names)}). Measure one: {HOW_TO}"
+        )
+    return path
+
+
+@lru_cache(maxsize=16)
+def _read(path: Path, *stamp: int) -> Float[Tensor, "L H"]:
+    """As `read`; the stamp is what a changed file differs in."""
+    try:
+        lists = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path} is no head table: not JSON ({error})") from error
+    if not isinstance(lists, dict) or not lists:
+        raise UsageError(f'{path} is no head table: expected one object {{"layer-head": [...]}}')
+    means = {_key(path, key): _mean(path, key, scores) for key, scores in lists.items()}
+    layers, heads = (1 + max(numbers) for numbers in zip(*means, strict=True))
+    wanted = [(layer, head) for layer in range(layers) for head in range(heads)]
+    missing = [f"{layer}-{head}" for layer, head in wanted if (layer, head) not in means]
+    if missing or len(means) != len(lists):
+        raise UsageError(
+            f"the head table {path} is incomplete: {layers} layers of {heads} heads need "
+            f"{layers * heads} keys, {len(lists)} are there; missing {', '.join(missing[:5])}"
+        )
+    table = torch.tensor([means[at] for at in wanted], dtype=torch.float64)
+    if not float(table.sum()) > 0:
+        raise UsageError(f"in the head table {path} no head has a score above 0; measure it again")
+    return table.view(layers, heads)
+
+
+def _key(path: Path, key: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", key)
+    if match is None:
+        raise UsageError(f'{path} is no head table: a key is "layer-head", not {key!r}')
+    return int(match[1]), int(match[2])
+
+
+def _mean(path: Path, key: str, scores: Any) -> float:
+    numbers = scores if isinstance(scores, list) else []
+    good = all(isinstance(x, int | float) and 0 <= x < float("inf") for x in numbers)
+    if not numbers or not good:
+        raise UsageError(
+            f"{path} is no head table: {key} needs a list of numbers that are not negative"
+        )
+    return sum(numbers) / len(numbers)

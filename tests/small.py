@@ -1,0 +1,40 @@
+"""Settings that make every method of the registry evict from the short prompts of the tests."""
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import kvtrim
+from kvtrim.settings import parameters
+
+WINDOW = 8
+
+
+def small(name, layers=3, heads=6, alike=0):
+    """Settings for tiny models; layers and heads as kvtrim manages them.
+
+    With `alike` that many KV heads are given the same table of head scores.
+    """
+    known = parameters(kvtrim.METHODS[name])
+    settings = {"window": WINDOW} if "policy.window" in known else {}
+    return settings | table(name, layers, heads, alike)
+
+
+def table(name, layers=3, heads=6, alike=0):
+    """A table of head scores, for methods that need one."""
+    if "budget.table" not in parameters(kvtrim.METHODS[name]):
+        return {}
+    return {"table": str(_written(layers, heads, heads // alike if alike else heads))}
+
+
+@cache
+def _written(layers, heads, period):
+    scores = {
+        f"{layer}-{head}": [1 + (5 * layer + 3 * (head % period)) % 7, (layer + head % period) % 3]
+        for layer in range(layers)
+        for head in range(heads)
+    }
+    path = Path(tempfile.mkdtemp(prefix="kvtrim-test-")) / f"{layers}x{heads}-{period}.json"
+    path.write_text(json.dumps(scores))
+    return path
