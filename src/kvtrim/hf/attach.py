@@ -73,11 +73,12 @@ class Attachment:
 def _hand_over(
     number: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Attention pre-hook: put the session and the managed layer's number among the keywords."""
+    """Attention pre-hook: put session, managed layer's number and rotation among the keywords."""
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, Cache):
         return None
-    return args, {**kwargs, HANDLE: (cache.session, number)}
+    rotate = cache.rotations[number] if cache.rotations else None
+    return args, {**kwargs, HANDLE: (cache.session, number, rotate)}
 
 
 _attached: "WeakKeyDictionary[PreTrainedModel, Attachment]" = WeakKeyDictionary()

@@ -26,7 +26,7 @@ for.
 """
 
 HANDLE = "kvtrim_cache"
-"""Keyword under which the attention pre-hook passes (session, layer number)."""
+"""Keyword under which the attention pre-hook passes (session, layer number, rotation)."""
 
 _KNOWN_KEYWORDS = {"position_ids", "use_cache", "sliding_window", "output_attentions", "is_causal"}
 
@@ -88,9 +88,9 @@ def attention(
             f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which kvtrim "
             "does not implement"
         )
-    session, index = handle
+    session, index, rotate = handle
     output = partial(output_per_head, module, query.shape[1])
-    out = session.attend(index, Call(query, key, value, scale, softcap, output))
+    out = session.attend(index, Call(query, key, value, scale, softcap, output, rotate))
     return out.transpose(1, 2).contiguous(), None
 
 
