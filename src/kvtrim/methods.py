@@ -50,6 +50,8 @@ class Method:
     granularity: Literal["kv", "query"] = "kv"  # which heads hold entries of their own
     skip_layers: tuple[int, ...] = ()  # layers that keep everything
     reuse: int = 1  # so many neighbouring layers share the slots that the first of them kept
+    positions: Literal["original", "rolled"] = "original"  # where kept keys stand for later
+    # queries: where they were read, or closed up at their slot numbers
     source: str = ""
     presets: Mapping[str, Settings] = field(default_factory=dict, compare=False)
 
@@ -82,6 +84,7 @@ _KVPRESS_WINDOW = {
 }
 _KVF_WINDOW = {"window": 8, "kernel": 7, "pool": "max"}
 _EVERY_STEP = Schedule(every=1)
+_BOUNDED = {"every": 1, "ahead": True}
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -90,7 +93,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "streaming-llm": Method(
             StreamingLLM(),
             source="arXiv 2309.17453",
-            presets={"kvf": {}, "kvpress": {}, "bounded": {"every": 1, "ahead": True}},
+            presets={
+                "upstream": {**_BOUNDED, "positions": "rolled"},
+                "bounded": _BOUNDED,
+                "kvf": {},
+                "fastkv": {},
+                "kvpress": {},
+            },
         ),
         "knorm": Method(
             KNorm(),
@@ -114,8 +123,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             schedule=_EVERY_STEP,
             source="arXiv 2306.14048",
             presets={
+                "upstream-ratio": {"granularity": "query"},
+                "upstream-stream": {"heavy": 48, "positions": "rolled", "granularity": "query"},
                 "prefill": {"window": 8, "every": None},
                 "kvf": {"window": 8, "every": None, "granularity": "query"},
+                "fastkv": {"window": 8, "every": None, "granularity": "query"},
                 "observed": {"window": 0, "every": None, "per_query": True},
             },
         ),

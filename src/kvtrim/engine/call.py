@@ -1,6 +1,7 @@
 """One layer in one pass: what the model hands over, what is held, and how the two are joined."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from kvtrim.cache.attend import attend
 from kvtrim.cache.store import LayerStore
 from kvtrim.engine.reading import Pass
-from kvtrim.types import Counts, Float, Tensor
+from kvtrim.types import Counts, Float, Int, Tensor
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Call:
     softcap: float | None = None
     output: Callable[[], Float[Tensor, "H E M"]] | None = None  # W_O per query head
     factor: Callable[[], Float[Tensor, "H E E"]] | None = None  # R with |v @ W_O| = |v @ R.T|
+    rotate: Callable[[Float[Tensor, "N D"], Int[Tensor, " N"]], Tensor] | None = None
+    """Keys turned on by so many positions each, for methods with rolled positions."""
 
     @property
     def kv_bytes(self) -> int:
@@ -129,3 +132,15 @@ def real_queries(queries: Float[Tensor, "B H Q D"], now: Pass, rows: slice) -> T
     if now.real is None:
         return queries[rows]
     return queries[rows][:, :, now.real[rows.start]]
+
+
+@contextmanager
+def writable() -> Iterator[None]:
+    """What is stored must stay writable when the caller leaves inference mode, and needs no
+    graph.
+    """
+    if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield

@@ -7,20 +7,18 @@ alternate.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 from kvtrim.budgets import Keep
 from kvtrim.cache.attend import require_known
 from kvtrim.cache.store import LayerStore
-from kvtrim.engine.call import Call, attended, last_queries, real_queries, stored
+from kvtrim.engine.call import Call, attended, last_queries, real_queries, stored, writable
 from kvtrim.engine.evict import Evictor, merge
 from kvtrim.engine.reading import Pass
+from kvtrim.engine.rolled import rolled
 from kvtrim.engine.state import Mark, State
-from kvtrim.errors import CacheError
+from kvtrim.errors import CacheError, UsageError
 from kvtrim.methods import Method
 from kvtrim.types import Float, Kept, LayerView, Tensor
 
@@ -53,6 +51,7 @@ class Session:
     Raises:
         BudgetError: a number of tokens too small for what the method always keeps.
         UnknownNameError: no such `impl`.
+        UsageError: a schedule that the policy cannot serve.
     """
 
     def __init__(
@@ -64,6 +63,11 @@ class Session:
         impl: str = "auto",
     ):
         require_known(impl)
+        if method.schedule.ahead and method.policy.lookback():
+            raise UsageError(
+                f"ahead=True evicts before the new tokens' queries exist, and "
+                f"{type(method.policy).__name__} scores by queries; leave ahead=False"
+            )
         self.method, self.keep, self.impl = method, keep, impl
         self.prompt_tokens = prompt_tokens
         self.tap: Callable[[int, Call], None] | None = None  # sees every call, for recording
@@ -102,17 +106,18 @@ class Session:
         """
         if self.tap is not None:
             self.tap(index, call)
-        with _writable():
+        with writable():
             call, store = self._stored(index, call)
-            out = attended(store, call, self._now, self.impl)
-            self._settled(index, call, store)
+            shown = self._shown(call, store)
+            out = attended(shown, call, self._now, self.impl)
+            self._settled(index, call, store, shown)
         return out
 
     def absorb(self, index: int, call: Call) -> None:
         """As `attend`, without computing the attention: to go through a recorded pass again."""
-        with _writable():
+        with writable():
             call, store = self._stored(index, call)
-            self._settled(index, call, store)
+            self._settled(index, call, store, self._shown(call, store))
 
     def end(self) -> None:
         """All layers have attended."""
@@ -181,35 +186,47 @@ class Session:
         if self.method.granularity == "query":
             call = call.per_query_head()
         if self._plan.before and held.store is not None:
-            self._cut(index, call, held.store, call.queries[:, :, :0], coming=now.columns)
+            none = call.queries[:, :, :0]
+            self._cut(index, call, held.store, held.store, none, coming=now.columns)
         held.store = stored(held.store, call, now)
         return call, held.store
 
-    def _settled(self, index: int, call: Call, store: LayerStore) -> None:
+    def _shown(self, call: Call, store: LayerStore) -> LayerStore:
+        """The entries as this pass's queries see them: keys turned to their slots if asked."""
+        if self.method.positions == "original" or self.in_prompt or not self.state.cut_at:
+            return store
+        return rolled(store, call, [length - 1 for length in self._now.lengths()])
+
+    def _settled(self, index: int, call: Call, store: LayerStore, shown: LayerStore) -> None:
         """After a layer's new tokens have attended: observe, evict, keep what is needed later."""
         plan, held = self._plan, self.state.layers[index]
         if plan.observe:
-            self._observe(index, call, store)
+            self._observe(index, call, store, shown)
         if plan.after or plan.again:
             last = last_queries(held.queries, call.queries, self._now, plan.lookback)
             if plan.after:
-                self._cut(index, call, store, last)
+                self._cut(index, call, store, shown, last)
             held.queries = last.clone() if plan.lookback and plan.again else None
         store.settle()
         if plan.observe and not plan.again:
             store.drop_column(CARRIED)
 
-    def _observe(self, index: int, call: Call, store: LayerStore) -> None:
+    def _observe(self, index: int, call: Call, store: LayerStore, shown: LayerStore) -> None:
         """Let the policy update its running statistic with this pass's queries."""
         store.add_column(CARRIED)
         for rows in self._now.groups():
-            part = self._part(store, rows)
             queries = real_queries(call.queries, self._now, rows)
-            view = self._view(index, call, part, queries, rows, keep=0)
-            part.set_column(CARRIED, self.method.policy.observe(view))
+            view = self._view(index, call, self._part(shown, rows), queries, rows, keep=0)
+            self._part(store, rows).set_column(CARRIED, self.method.policy.observe(view))
 
     def _cut(
-        self, index: int, call: Call, store: LayerStore, last: Tensor, coming: int = 0
+        self,
+        index: int,
+        call: Call,
+        store: LayerStore,
+        shown: LayerStore,
+        last: Tensor,
+        coming: int = 0,
     ) -> None:
         """Evict from one layer what exceeds its budget, leaving room for `coming` tokens."""
         if not self._evictors:
@@ -219,7 +236,7 @@ class Session:
             store.add_column(SCORE)
         parts = []
         for rows, evictor in self._evictors:
-            part = self._part(store, rows)
+            part = self._part(shown, rows)
             view = self._view(index, call, part, last[rows], rows, evictor.keep)
             share = self.state.layers[index].share_of(rows)
             parts.append((rows, evictor.choose(view, share)))
@@ -297,15 +314,3 @@ class Session:
             output=call.output,
             factor=call.factor,
         )
-
-
-@contextmanager
-def _writable() -> Iterator[None]:
-    """What is stored must stay writable when the caller leaves inference mode, and needs no
-    graph.
-    """
-    if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    else:
-        yield

@@ -79,11 +79,12 @@ def _hand_over(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Attention pre-hook: put the session and the managed layer's number among the keywords."""
+    """Attention pre-hook: put what the layer needs of the cache among the keywords."""
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, Cache):
         return None
-    return args, {**kwargs, HANDLE: (cache.session, number, output)}
+    rotate = cache.rotations[number] if cache.rotations else None
+    return args, {**kwargs, HANDLE: (cache.session, number, output, rotate)}
 
 
 _attached: "WeakKeyDictionary[PreTrainedModel, Attachment]" = WeakKeyDictionary()

@@ -25,7 +25,7 @@ for.
 """
 
 HANDLE = "kvtrim_cache"
-"""Keyword under which the attention pre-hook passes (session, layer number, projection)."""
+"""Keyword under which the attention pre-hook passes (session, number, projection, rotation)."""
 
 _KNOWN_KEYWORDS = {"position_ids", "use_cache", "sliding_window", "output_attentions", "is_causal"}
 
@@ -87,8 +87,8 @@ def attention(
             f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which kvtrim "
             "does not implement"
         )
-    session, index, output = handle
-    call = Call(query, key, value, scale, softcap, output.weight, output.factor)
+    session, index, output, rotate = handle
+    call = Call(query, key, value, scale, softcap, output.weight, output.factor, rotate)
     out = session.attend(index, call)
     return out.transpose(1, 2).contiguous(), None
 

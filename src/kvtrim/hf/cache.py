@@ -19,6 +19,7 @@ from kvtrim.engine.state import Mark as SessionMark
 from kvtrim.errors import NotAttachedError, UsageError
 from kvtrim.hf import fingerprint
 from kvtrim.hf.architectures import layout
+from kvtrim.hf.rotary import rotations
 from kvtrim.methods import Method
 from kvtrim.settings import find
 from kvtrim.types import Int, Tensor
@@ -99,6 +100,7 @@ class Cache(TransformersCache):
         budget, chosen = Keep.parse(keep), find(method, **settings)
         self.managed = layout(model, allow_untested=True).managed
         chosen = chosen.fitted(fingerprint.target(model, len(self.managed)))
+        self.rotations = rotations(model) if chosen.positions == "rolled" else []
         self.session = Session(chosen, budget, len(self.managed), prompt_tokens, impl)
         self.request = (method, settings)  # as asked for, to be saved
         self.prompt: dict[str, Any] = {}  # how the prompt was built, for questions asked later

@@ -1,32 +1,45 @@
 """H2O: a token is a heavy hitter when all queries so far attended to it a lot.
 
+Rule:  the score of a slot is the softmax attention it received from every query since it was read,
+       added up; half of the budget goes to the highest, half to the newest. `upstream-ratio` takes
+       keep=20% (a tenth of the prompt each), `upstream-stream` keep=2048 (48 heavy, 2000 recent).
 Paper: Zhang et al. 2023, https://arxiv.org/abs/2306.14048, section 4.
-Code:  FMInference/H2O@ac75c2a, h2o_hf/utils_real_drop/modify_llama.py; prefill-only ports in
+Code:  FMInference/H2O@ac75c2a, h2o_hf/utils_real_drop/modify_llama.py ("upstream-stream") and
+       utils_hh/modify_llama.py ("upstream-ratio"); prefill-only ports in
        Zefan-Cai/KVCache-Factory@c97f9d7 and dongwonjo/FastKV@b978769; kvpress ObservedAttention.
 Ours:  true causal column sums, in blocks of queries (the ports lack the causal mask or need an
-       n x n matrix); query heads are averaged per KV group.
+       n x n matrix); query heads are averaged per KV group. The ratio code only masks, and hides
+       the token that leaves the recent part for one step; here it competes at once.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 from kvtrim import ops
+from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
 from kvtrim.types import Float, LayerView, Scores, Tensor
 
 
 @dataclass(frozen=True)
 class H2O(Policy):
-    window: int | None = None  # newest slots always kept; None is half of the budget
+    window: int | None = None  # newest slots always kept; none is half of the budget
+    heavy: int | None = None  # the other way round: heavy hitters kept, the rest are the newest
     group: ops.Reduce = "mean"  # over the query heads of one KV head
     per_query: bool = False  # divide by the number of queries that saw the token (kvpress)
     sinks: int = 0
     carries: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.heavy is not None and (self.heavy < 1 or self.window is not None):
+            raise UsageError(f"heavy={self.heavy}: give heavy (at least 1) or window, not both")
+
     def lookback(self) -> int:
         return 0  # `observe` has seen every query already
 
     def recent(self, keep: int) -> int:
+        if self.heavy is not None:
+            return max(0, keep - self.sinks - self.heavy)
         return keep // 2 if self.window is None else self.window
 
     def observe(self, layer: LayerView) -> Float[Tensor, "B K S"]:

@@ -1,0 +1,63 @@
+"""Turning keys to other positions with the frequencies of the model's own rotary embedding."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvtrim.errors import UnsupportedModelError
+from kvtrim.hf.architectures import SUPPORTED, layout
+from kvtrim.types import Float, Int, Tensor
+
+_CHANGING = ("dynamic", "longrope")  # kinds of RoPE whose frequencies depend on the length so far
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The rotary embedding of one layer: pairs (i, i + F) of the first 2 F dimensions turn."""
+
+    module: torch.nn.Module
+    name: str  # of the buffer that holds the F frequencies
+
+    def __call__(self, keys: Float[Tensor, "N D"], by: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
+        """Keys at some positions, turned on to positions that are `by` greater."""
+        frequencies = getattr(self.module, self.name).to(keys.device)
+        wide = torch.promote_types(torch.promote_types(frequencies.dtype, keys.dtype), torch.float)
+        angles = by[:, None].to(wide) * frequencies.to(wide)
+        cos, sin, half = angles.cos(), angles.sin(), frequencies.shape[0]
+        a, b, rest = keys.to(wide).split([half, half, keys.shape[-1] - 2 * half], dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(keys.dtype)
+
+
+def rotations(model: PreTrainedModel) -> list[Rotation]:
+    """The rotation of every layer that kvtrim manages.
+
+    Raises:
+        UnsupportedModelError: an architecture on which this was not tested, or a rotary embedding
+            whose frequencies change with the length of the input.
+    """
+    config = model.config.get_text_config(decoder=True)
+    plan = layout(model, allow_untested=True)
+    rotary: Any = getattr(plan.decoder, "rotary_emb", None)
+    if config.model_type not in SUPPORTED or rotary is None:
+        raise UnsupportedModelError(
+            f"positions='rolled' turns keys and is tested on {', '.join(SUPPORTED)}, not on "
+            f"{config.model_type!r}; use positions='original' (preset=bounded)"
+        )
+    return [_rotation(rotary, config, layer) for layer in plan.managed]
+
+
+def _rotation(rotary: Any, config: Any, layer: int) -> Rotation:
+    """One layer's; Gemma 3 keeps one set of frequencies per type of layer."""
+    kind, name = rotary.rope_type, "inv_freq"
+    if isinstance(kind, dict):
+        layer_type = config.layer_types[layer]
+        kind, name = kind.get(layer_type), f"{layer_type}_inv_freq"
+    if kind is None or kind in _CHANGING:
+        raise UnsupportedModelError(
+            f"positions='rolled' needs fixed rotary frequencies; layer {layer} of this "
+            f"{config.model_type} model has RoPE of type {kind!r}; use positions='original' "
+            "(preset=bounded)"
+        )
+    return Rotation(rotary, name)
