@@ -17,7 +17,8 @@ def small(name, layers=3, heads=6, alike=0):
     With `alike` that many KV heads are given the same table of head scores.
     """
     known = parameters(kvtrim.METHODS[name])
-    settings = {"window": WINDOW} if "policy.window" in known else {}
+    windows = [full for full in known if full.endswith(".window")]
+    settings = {full: WINDOW for full in windows}
     return settings | table(name, layers, heads, alike)
 
 

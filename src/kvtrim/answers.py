@@ -14,7 +14,15 @@ from kvtrim.hf.cache import Cache
 from kvtrim.hf.running import Progress, read, synchronize
 from kvtrim.hf.running import generate as run
 from kvtrim.methods import Method
-from kvtrim.prompts import Frame, cut_middle, encode_question, encode_text, frame
+from kvtrim.prompts import (
+    Frame,
+    Words,
+    cut_middle,
+    encode_question,
+    encode_text,
+    frame,
+    repeat_words,
+)
 from kvtrim.settings import split
 
 Protocol = Literal["question-aware", "question-agnostic"]
@@ -151,7 +159,8 @@ def generate(
     ids = _context(tokenizer, around, context, room, truncate)
     if protocol == AGNOSTIC:
         start = perf_counter()
-        cache = _compressed(model, ids, method, keep, prefill_chunk, progress, settings)
+        words = repeat_words(tokenizer, around)
+        cache = _compressed(model, ids, method, keep, words, prefill_chunk, progress, settings)
         cache.prompt = {"chat": chat, "system": system}
         return _ask(model, tokenizer, cache, questions, perf_counter() - start, asking)
     if protocol != AWARE:
@@ -159,6 +168,7 @@ def generate(
     answers = []
     for own in follow:
         cache = Cache(model, method, keep, prompt_tokens=len(ids) + len(own), **settings)
+        cache.words = repeat_words(tokenizer, around)
         answers.append(_answer(model, tokenizer, cache, ids + own, asking))
     return Result(answers, AWARE, _name(method), str(Keep.parse(keep)), 0.0)
 
@@ -184,7 +194,8 @@ def compress(
     """
     around = frame(tokenizer, chat, system)
     ids = _context(tokenizer, around, context, _window(model) - 1, truncate)
-    cache = _compressed(model, ids, method, keep, prefill_chunk, progress, settings)
+    words = repeat_words(tokenizer, around)
+    cache = _compressed(model, ids, method, keep, words, prefill_chunk, progress, settings)
     cache.prompt = {"chat": chat, "system": system}
     return cache
 
@@ -194,11 +205,13 @@ def _compressed(
     ids: list[int],
     method: str | Method,
     keep: int | float | str,
+    words: Words,
     chunk: int | None,
     progress: Progress | None,
     settings: dict[str, Any],
 ) -> Cache:
     cache = Cache(model, method, keep, prompt_tokens=len(ids), **settings)
+    cache.words = words
     with attach(model):
         read(model, torch.tensor([ids], device=model.device), cache, chunk, progress)
     synchronize(model.device)

@@ -26,6 +26,7 @@ from kvtrim.policies.critical import Critical
 from kvtrim.policies.full import Full
 from kvtrim.policies.h2o import H2O
 from kvtrim.policies.knorm import KNorm
+from kvtrim.policies.kvzip import KVzip
 from kvtrim.policies.laprox import LaProx
 from kvtrim.policies.lava import Lava
 from kvtrim.policies.random import Random
@@ -57,6 +58,11 @@ class Method:
 
     def __post_init__(self) -> None:
         """Refuse parts that do not go together."""
+        if self.policy.probes and (self.schedule.every is not None or self.skip_layers):
+            raise UsageError(
+                f"{type(self.policy).__name__} probes the prompt once: use schedule=prompt and no "
+                "skip_layers"
+            )
         if not self.budget.model_wide:
             return
         if not self.unit.single or self.reuse > 1 or self.skip_layers or self.schedule.ahead:
@@ -204,6 +210,15 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "layer": {"budget": "per-head", "floor": 0.0},
                 "uniform": {"budget": "uniform"},
                 "unnormalised": {"norm": "none"},
+            },
+        ),
+        "kvzip": Method(
+            KVzip(),
+            budget=Global(),
+            source="arXiv 2505.23416",
+            presets={
+                "layer": {"budget": "per-head", "floor": 0.0},
+                "uniform": {"budget": "uniform"},
             },
         ),
         "lava": Method(

@@ -3,12 +3,12 @@
 The window score that most methods share: softmax over ALL keys first, cut to the candidates after.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-from kvtrim.errors import UsageError
 from kvtrim.types import Bool, Float, LayerView, Tensor
 
 Pool = Literal["none", "avg", "max"]
@@ -32,13 +32,27 @@ def column_sums(layer: LayerView) -> Float[Tensor, "B H S"]:
 
     Equals `attention(layer).sum(-2)`, in blocks of queries: the n x n matrix never exists.
     """
-    keys, total = layer.keys.float(), layer.queries.shape[2]
-    sums = keys.new_zeros(*layer.queries.shape[:2], keys.shape[2])
-    for first in range(0, total, _ROWS_AT_ONCE):
-        queries = layer.queries[:, :, first : first + _ROWS_AT_ONCE]
-        weights = _weights(layer, queries, keys, newer=total - first - queries.shape[2])
+    sums = layer.keys.new_zeros(*layer.queries.shape[:2], layer.keys.shape[2], dtype=torch.float32)
+    for weights in _blocks(layer):
         sums[..., : weights.shape[-1]] += weights.sum(dim=-2)
     return sums
+
+
+def column_max(layer: LayerView) -> Float[Tensor, "B H S"]:
+    """Largest attention that each slot received from any query at hand; memory as above."""
+    most = layer.keys.new_zeros(*layer.queries.shape[:2], layer.keys.shape[2], dtype=torch.float32)
+    for weights in _blocks(layer):
+        seen = most[..., : weights.shape[-1]]
+        torch.maximum(seen, weights.amax(dim=-2), out=seen)
+    return most
+
+
+def _blocks(layer: LayerView) -> Iterator[Float[Tensor, "B H W V"]]:
+    """Attention weights of all queries at hand, a block of them at a time."""
+    keys, total = layer.keys.float(), layer.queries.shape[2]
+    for first in range(0, total, _ROWS_AT_ONCE):
+        queries = layer.queries[:, :, first : first + _ROWS_AT_ONCE]
+        yield _weights(layer, queries, keys, newer=total - first - queries.shape[2])
 
 
 def _weights(
@@ -72,67 +86,6 @@ def _visible(layer: LayerView, rows: int, newer: int, seen: int) -> Bool[Tensor,
     if layer.lengths is None:
         return None if rows == 1 else slot <= own_from_end + seen + newer
     return slot <= own_from_end + layer.lengths.to(device)[:, :, None, None, None]
-
-
-def output_factor(output: Float[Tensor, "H E M"]) -> Float[Tensor, "H E E"]:
-    """R of each head with |v @ W_O| = |v @ R.T| for every v, by QR of the transposed W_O."""
-    return torch.linalg.qr(output.float().transpose(1, 2), mode="r").R
-
-
-def output(layer: LayerView) -> Float[Tensor, "H E M"]:
-    """The layer's output projection by query head.
-
-    Raises:
-        UsageError: it was not given.
-    """
-    if layer.output is None or layer.factor is None:
-        raise UsageError(
-            "this method weighs values by the output projection; pass output=[o_proj.weight, ...]"
-        )
-    return layer.output()
-
-
-def projected_norms(layer: LayerView) -> Float[Tensor, "B H S"]:
-    """L2 norm of each slot's value after the output projection of each query head."""
-    heads = output(layer).shape[0]
-    factor = layer.factor() if layer.factor is not None else output_factor(output(layer))
-    values = layer.values.float().repeat_interleave(heads // layer.values.shape[1], dim=1)
-    return (values @ factor.transpose(-1, -2)).norm(dim=-1)
-
-
-def projected_norms_l1(layer: LayerView, slots: int) -> Float[Tensor, "B K N"]:
-    """L1 norm of the first slots' values after the output projection, mean over the KV group.
-
-    No factor stands for W_O here; one head's product at a time, in blocks of slots.
-    """
-    kv_heads = layer.values.shape[1]
-    weights = output(layer).float().unflatten(0, (kv_heads, -1))  # [K, G, E, M]
-    values = layer.values[:, :, :slots].float()
-    total = values.new_zeros(values.shape[:3])
-    for first in range(0, slots, _ROWS_AT_ONCE):
-        part = slice(first, first + _ROWS_AT_ONCE)
-        for one in weights.unbind(1):
-            total[:, :, part] += (values[:, :, part] @ one).norm(p=1, dim=-1)
-    return total / weights.shape[1]
-
-
-def group_output_norms(
-    layer: LayerView, weights: Float[Tensor, "B H W N"]
-) -> Float[Tensor, "B K N"]:
-    """|sum over a group's heads of (attention column) x (value @ W_O)|, for each slot.
-
-    Squared it is a sum over pairs of heads of (column . column') x (v W W'^T v).
-    """
-    kv_heads, slots = layer.values.shape[1], weights.shape[-1]
-    columns = weights.unflatten(1, (kv_heads, -1))  # [B, K, G, W, N]
-    projection = output(layer).float().unflatten(0, (kv_heads, -1))  # [K, G, E, M]
-    values, total = layer.values[:, :, :slots].float(), 0
-    for one in range(columns.shape[2]):
-        for other in range(columns.shape[2]):
-            overlap = (columns[:, :, one] * columns[:, :, other]).sum(dim=-2)  # [B, K, N]
-            gram = projection[:, one] @ projection[:, other].transpose(-1, -2)  # [K, E, E]
-            total = total + overlap * ((values @ gram) * values).sum(dim=-1)
-    return torch.as_tensor(total).clamp(min=0).sqrt()
 
 
 def held(layer: LayerView) -> Bool[Tensor, "B K S"]:

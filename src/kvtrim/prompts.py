@@ -4,7 +4,7 @@ The two parts are tokenised separately, so the ids are the same whether the ques
 together with the context (question-aware) or after it was compressed (question-agnostic).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvtrim.errors import UsageError
@@ -60,6 +60,16 @@ class Prompt:
         return len(self.context) + len(self.question)
 
 
+@dataclass(frozen=True)
+class Words:
+    """What stands around the repeated text, as token ids; nothing by default."""
+
+    first: list[int] = field(default_factory=list)  # asks for the whole context
+    later: list[int] = field(default_factory=list)  # asks for what starts with the next tokens
+    suffix: list[int] = field(default_factory=list)  # ends the request, begins the answer
+    prefix: list[int] = field(default_factory=list)  # before the context: kept, not repeated
+
+
 def frame(tokenizer: Any, chat: bool | None = None, system: str | None = None) -> Frame:
     """The frame to use: the chat template where there is one, unless told otherwise."""
     if chat is None:
@@ -93,3 +103,18 @@ def cut_middle(ids: list[int], length: int) -> list[int]:
         return ids
     head = (length + 1) // 2
     return ids[:head] + ids[len(ids) - (length - head) :]
+
+
+def repeat_words(tokenizer: Any, around: Frame) -> Words:
+    """Token ids that ask for the repetition of a context.
+
+    Source: KVzip, https://arxiv.org/abs/2505.23416, section 3.2.
+    """
+    whole = "\n\nRepeat the previous context exactly."
+    part = "\n\nRepeat the part of the previous context exactly, starting with"
+    return Words(
+        first=encode_text(tokenizer, whole),
+        later=encode_text(tokenizer, part),
+        suffix=encode_text(tokenizer, around.after) if around.after else [],
+        prefix=encode_text(tokenizer, around.before) if around.before else [],
+    )

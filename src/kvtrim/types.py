@@ -33,6 +33,7 @@ __all__ = [
     "Int",
     "Kept",
     "LayerView",
+    "Probed",
     "Room",
     "Scores",
     "Target",
@@ -44,6 +45,15 @@ Scores = Float[Tensor, "B K N"]
 
 Counts = Int[Tensor, "B K"]
 """How many candidates each KV head keeps; lives on the CPU."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Which part of a prompt a probe is about, in positions: [start, stop)."""
+
+    prefix: int  # so many tokens before the context are never evicted
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,7 @@ class LayerView:
     lengths: Counts | None = None  # slots per KV head where they differ
     carried: Float[Tensor, "B K S"] | None = None  # the policy's running statistic, see `observe`
     decoding: bool = False  # the prompt is over
+    probed: Probed | None = None  # the queries are a probe's, and this is what it is about
     output: Callable[[], Float[Tensor, "H E M"]] | None = None  # W_O per query head
     factor: Callable[[], Float[Tensor, "H E E"]] | None = None  # R with |v @ W_O| = |v @ R.T|
 

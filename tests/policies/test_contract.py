@@ -11,11 +11,12 @@ import torch
 import kvtrim
 from kvtrim import policies
 from kvtrim.policies.base import Policy
+from kvtrim.projections import output_factor
 from kvtrim.settings import find
 from kvtrim.types import LayerView
 from small import small, table
 
-METHODS = sorted(kvtrim.METHODS)
+METHODS = sorted(name for name in kvtrim.METHODS if not kvtrim.METHODS[name].policy.probes)
 H, K, D, N = 6, 2, 8, 64
 
 
@@ -29,9 +30,14 @@ def qkv(seed=0, layers=2):
     return [torch.randn(*shape, generator=draw) for shape in shapes]
 
 
+def output(layers=2):
+    """o_proj.weight of each layer: [M, H * D], the same for every KV group."""
+    draw = torch.Generator().manual_seed(9)
+    return [torch.randn(32, H // K * D, generator=draw).repeat(1, K)] * layers
+
+
 def kept(name, q, k, v, keep=24):
-    chosen = method(name)
-    return kvtrim.select(chosen, q, k, v, keep=keep)
+    return kvtrim.select(method(name), q, k, v, keep=keep, output=output(len(q)))
 
 
 def as_lists(selected):
@@ -104,6 +110,7 @@ def test_low_precision_input_is_accepted(name):
 def test_a_prompt_scores_the_same_alone_and_in_a_batch(name):
     policy = method(name).policy
     q, k, v = qkv(layers=3)
+    weight = output()[0].unflatten(1, (H, D)).permute(1, 2, 0)
 
     def view(rows):
         return LayerView(
@@ -117,6 +124,8 @@ def test_a_prompt_scores_the_same_alone_and_in_a_batch(name):
             positions=torch.arange(N).int().expand(len(q[rows]), K, N),
             scale=D**-0.5,
             carried=torch.zeros(len(q[rows]), K, N),
+            output=lambda: weight,
+            factor=lambda: output_factor(weight),
         )
 
     def score(rows):
@@ -165,4 +174,4 @@ def test_every_preset_can_be_built_and_selects(name):
         chosen = find(name, preset=preset, **table(name, layers=2))
         keep = 80
         q, k, v = (t.repeat(1, 1, 3, 1) for t in qkv())
-        assert kvtrim.select(chosen, q, k, v, keep=keep)
+        assert kvtrim.select(chosen, q, k, v, keep=keep, output=output())

@@ -12,7 +12,7 @@ from kvtrim.engine.call import Call
 from kvtrim.engine.session import Session
 from kvtrim.errors import UsageError
 from kvtrim.methods import Method
-from kvtrim.ops import output_factor
+from kvtrim.projections import output_factor
 from kvtrim.settings import find
 from kvtrim.types import Float, Int, Target, Tensor
 
@@ -58,6 +58,11 @@ def select(
         )
     target = Target("the given queries", len(stacks[0]), stacks[0][0].shape[0], lambda: None)
     chosen = find(method, **settings).fitted(target)
+    if chosen.policy.probes:
+        raise UsageError(
+            "this method reads its prompt a second time and so needs a model: use "
+            "kvtrim.compress, or a kvtrim.Cache with model.generate"
+        )
     session = Session(chosen, Keep.parse(keep), layers=len(stacks[0]))
     session.begin(rows=1, columns=stacks[0][0].shape[1])
     for index, (q, k, v) in enumerate(zip(*stacks, strict=True)):

@@ -41,6 +41,7 @@ def export(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "cut_at": session.state.cut_at,
         "since_cut": session.state.since_cut,
         "keeps": session.state.keeps,
+        "probed": session.state.probed,
         "full_entries": [held.full_entry for held in session.state.layers],
     }
     return tensors, record
@@ -63,6 +64,7 @@ def restore(
         reading.real = tensors.get("real")
         session.prompt_tokens = record["prompt_tokens"]
         session.state.cut_at, session.state.since_cut = record["cut_at"], record["since_cut"]
+        session.state.probed = record["probed"]
         session.state.keeps = [(entries, asked) for entries, asked in record["keeps"]]
         for index, held in enumerate(session.state.layers):
             held.full_entry = record["full_entries"][index]

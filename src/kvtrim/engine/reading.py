@@ -114,7 +114,7 @@ class Reading:
         if self.expects(mask, columns):
             return None
         past = mask[:, : self.seen].bool().cpu()
-        before = self._real(past.shape[0])
+        before = self.mask(past.shape[0])
         if torch.equal(past, before):
             return None
         gone = before & ~past
@@ -134,7 +134,7 @@ class Reading:
             for row, columns in enumerate(done.real or []):
                 new[row] = False
                 new[row, columns] = True
-            self.real = torch.cat([self._real(done.rows), new], dim=1)
+            self.real = torch.cat([self.mask(done.rows), new], dim=1)
         self.seen += done.columns
         self.lengths = done.lengths()
 
@@ -152,7 +152,7 @@ class Reading:
 
     def take_back(self, tokens: list[int]) -> list[int]:
         """Turn each prompt's last tokens into padding; returns the lengths that remain."""
-        real = self._real(len(tokens))
+        real = self.mask(len(tokens))
         after = real.flip(-1).cumsum(-1).flip(-1)  # tokens from this column on
         self.real = real & (after > torch.tensor(tokens)[:, None])
         self.lengths = self.real.sum(-1).tolist()
@@ -163,7 +163,8 @@ class Reading:
         self.real = None if self.real is None else self.real[rows.cpu()]
         self.lengths = [self.lengths[row] for row in rows.tolist()]
 
-    def _real(self, rows: int) -> Bool[Tensor, "B seen"]:
+    def mask(self, rows: int) -> Bool[Tensor, "B seen"]:
+        """Which columns hold a token."""
         return (
             self.real if self.real is not None else torch.ones(rows, self.seen, dtype=torch.bool)
         )

@@ -1,8 +1,7 @@
 """One generation's state: what was read, what each layer holds, what is due.
 
 Whoever runs the model feeds a session: `begin`, then `attend` for each layer, then `end`. A
-    session
-knows nothing of transformers, and nothing of it lives on the model, so conversations can
+session knows nothing of transformers, and nothing of it lives on the model, so conversations can
 alternate.
 """
 
@@ -13,17 +12,14 @@ from dataclasses import dataclass
 from kvtrim.budgets import Keep
 from kvtrim.cache.attend import require_known
 from kvtrim.cache.store import LayerStore
-from kvtrim.engine.call import Call, attended, last_queries, real_queries, stored, writable
-from kvtrim.engine.evict import Evictor, merge
+from kvtrim.engine.call import Call, attended, last_queries, stored, writable
+from kvtrim.engine.cutting import CARRIED, Cutting
 from kvtrim.engine.reading import Pass
 from kvtrim.engine.rolled import rolled
 from kvtrim.engine.state import Mark, State
 from kvtrim.errors import CacheError, UsageError
 from kvtrim.methods import Method
-from kvtrim.types import Float, Kept, LayerView, Tensor
-
-CARRIED = "carried"  # the store's column for a policy's running statistic
-SCORE = "score"  # and for scores, while layers compete for one budget
+from kvtrim.types import Float, Probed, Tensor
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,7 @@ class Plan:
     observe: bool = False  # the policy updates its running statistic
     again: bool = False  # what is held now will be scored by a later pass
     lookback: int = 0  # how many of the last queries the policy reads
+    probe: bool = False  # the new tokens are a probe's, to be forgotten again
 
 
 class Session:
@@ -74,7 +71,7 @@ class Session:
         self.state = State.empty(layers)
         self._pass: Pass | None = None
         self._plan = Plan()
-        self._evictors: list[tuple[slice, Evictor]] = []
+        self._cutting: Cutting | None = None
         if keep.kind == "tokens" and not method.budget.unlimited:
             protected = method.policy.sinks + method.policy.recent(int(keep.amount))
             keep.entries(prompt=protected + 1, protected=protected, entry_bytes=1)
@@ -88,17 +85,33 @@ class Session:
             CacheError: the last pass over this cache never ended.
             UsageError: the input does not continue what this cache has read.
         """
-        if self._pass is not None:
-            raise CacheError(
-                "an earlier forward pass over this cache was interrupted, so its layers disagree; "
-                "rewind it to a mark taken before, or start a new cache"
-            )
+        self._require_idle()
         taken_back = self.state.reading.masked_again(mask, columns)
         if taken_back is not None:
             self.state.forget_from(self.state.reading.take_back(taken_back))
         self._pass = self.state.reading.plan(rows, columns, mask)
         self._plan = self._planned(columns)
-        self._evictors = []
+        self._cutting = Cutting(self.method, self.keep, self.state, self._pass, self.in_prompt)
+
+    def begin_probe(
+        self, columns: int, mask: Tensor | None, probed: list[Probed], last: bool
+    ) -> None:
+        """Start a pass over a probe's tokens. They are forgotten when it ends.
+
+        Args:
+            columns, mask: as in `begin`, of the new columns.
+            probed: what the probe of each prompt is about.
+            last: nothing more is probed, so the prompts are cut in this pass.
+
+        Raises:
+            CacheError: the last pass over this cache never ended.
+        """
+        self._require_idle()
+        self._pass = self.state.reading.plan(len(probed), columns, mask)
+        self._plan = Plan(after=last, observe=True, again=not last, probe=True)
+        self._cutting = Cutting(
+            self.method, self.keep, self.state, self._pass, prompt=False, probed=probed
+        )
 
     def attend(self, index: int, call: Call) -> Float[Tensor, "B H Q E"]:
         """One layer's attention over everything held and the new tokens; then evict what is
@@ -122,14 +135,31 @@ class Session:
     def end(self) -> None:
         """All layers have attended."""
         cut = self._plan.before or self._plan.after
-        self.state.reading.record(self._now)
-        self.state.since_cut = 0 if cut else self.state.since_cut + self._now.columns
+        if self._plan.probe:
+            self.state.probed = cut
+        else:
+            self.state.reading.record(self._now)
+            self.state.since_cut = 0 if cut else self.state.since_cut + self._now.columns
         self._pass = None
 
     @property
     def in_prompt(self) -> bool:
         """The pass at hand, or else the next one, reads the prompt."""
         return self.state.reading.seen < (self.prompt_tokens or 1)
+
+    @property
+    def probe_due(self) -> bool:
+        """The prompt is read, the policy probes, and there is something to evict."""
+        state = self.state
+        if not self.method.policy.probes or self.in_prompt or state.probed or self.under_way:
+            return False
+        lengths, entry = state.reading.lengths, state.entry_bytes
+        return any(self.keep.asked(length, entry) < length for length in lengths)
+
+    @property
+    def probing(self) -> bool:
+        """The pass under way reads a probe."""
+        return self.under_way and self._plan.probe
 
     @property
     def under_way(self) -> bool:
@@ -162,9 +192,24 @@ class Session:
             raise CacheError("no forward pass is under way over this cache; call begin first")
         return self._pass
 
+    def _require_idle(self) -> None:
+        if self._pass is not None:
+            raise CacheError(
+                "an earlier forward pass over this cache was interrupted, so its layers disagree; "
+                "rewind it to a mark taken before, or start a new cache"
+            )
+
+    @property
+    def _cuts(self) -> Cutting:
+        if self._cutting is None:
+            raise CacheError("no forward pass is under way over this cache; call begin first")
+        return self._cutting
+
     def _planned(self, columns: int) -> "Plan":
         """What is due in a pass over so many columns."""
         schedule, policy, state = self.method.schedule, self.method.policy, self.state
+        if policy.probes:
+            return Plan()  # the cut waits for the probe
         if self.in_prompt:
             cut = state.reading.seen + columns >= (self.prompt_tokens or 1)
         else:
@@ -187,7 +232,7 @@ class Session:
             call = call.per_query_head()
         if self._plan.before and held.store is not None:
             none = call.queries[:, :, :0]
-            self._cut(index, call, held.store, held.store, none, coming=now.columns)
+            self._cuts.cut(index, call, held.store, held.store, none, coming=now.columns)
         held.store = stored(held.store, call, now)
         return call, held.store
 
@@ -201,116 +246,16 @@ class Session:
         """After a layer's new tokens have attended: observe, evict, keep what is needed later."""
         plan, held = self._plan, self.state.layers[index]
         if plan.observe:
-            self._observe(index, call, store, shown)
+            self._cuts.observe(index, call, store, shown)
+        if plan.probe:
+            store.forget_from(self._now.first)
         if plan.after or plan.again:
             last = last_queries(held.queries, call.queries, self._now, plan.lookback)
             if plan.after:
-                self._cut(index, call, store, shown, last)
+                self._cuts.cut(index, call, store, shown, last)
             held.queries = last.clone() if plan.lookback and plan.again else None
         store.settle()
         if plan.observe and not plan.again:
             store.drop_column(CARRIED)
-
-    def _observe(self, index: int, call: Call, store: LayerStore, shown: LayerStore) -> None:
-        """Let the policy update its running statistic with this pass's queries."""
-        store.add_column(CARRIED)
-        for rows in self._now.groups():
-            queries = real_queries(call.queries, self._now, rows)
-            view = self._view(index, call, self._part(shown, rows), queries, rows, keep=0)
-            self._part(store, rows).set_column(CARRIED, self.method.policy.observe(view))
-
-    def _cut(
-        self,
-        index: int,
-        call: Call,
-        store: LayerStore,
-        shown: LayerStore,
-        last: Tensor,
-        coming: int = 0,
-    ) -> None:
-        """Evict from one layer what exceeds its budget, leaving room for `coming` tokens."""
-        if not self._evictors:
-            self._evictors = self._new_evictors(call, coming)
-        competing = self.method.budget.model_wide
-        if competing:
-            store.add_column(SCORE)
-        parts = []
-        for rows, evictor in self._evictors:
-            part = self._part(shown, rows)
-            view = self._view(index, call, part, last[rows], rows, evictor.keep)
-            share = self.state.layers[index].share_of(rows)
-            parts.append((rows, evictor.choose(view, share)))
-            if evictor.scored is not None:
-                part.set_column(SCORE, evictor.scored)
-        self._retain(store, merge(parts, store.length), coming)
-        if competing:
-            store.settle()
-            self._cut_again(index)
-
-    def _retain(self, store: LayerStore, kept: Kept | None, coming: int = 0) -> None:
-        if kept is not None:
-            store.retain(kept)
-            self.state.cut_at = self.state.reading.seen + (0 if coming else self._now.columns)
-
-    def _cut_again(self, index: int) -> None:
-        """Layers compete: what this one won, the earlier ones lose; the last one settles it."""
-        layers, last = self.state.layers, index == len(self.state.layers) - 1
-        for earlier, held in enumerate(layers[:index]):
-            store = held.store
-            if store is None or not any(evictor.dealt for _, evictor in self._evictors):
-                continue
-            parts = []
-            for rows, evictor in self._evictors:
-                dense, lengths = self._part(store, rows).dense()
-                scores = dense[SCORE]
-                lengths = store.length[rows] if lengths is None else lengths
-                parts.append((rows, evictor.again(earlier, scores, lengths, last)))
-            self._retain(store, merge(parts, store.length))
-        if last:
-            for layer, held in enumerate(layers):
-                if held.store is not None:
-                    held.store.drop_column(SCORE)
-                for rows, evictor in self._evictors:
-                    held.settle_share(rows, self._now.rows, evictor.dealt, layer)
-
-    def _new_evictors(self, call: Call, coming: int) -> list[tuple[slice, Evictor]]:
-        if self.in_prompt:
-            entry = len(self.state.layers) * call.keys.shape[1] * call.entry_bytes * self._now.rows
-            self.state.keeps = [self._budget(length, entry) for length in self._now.lengths()]
-        evictors = []
-        for rows in self._now.groups():
-            keep, asked = self.state.keeps[rows.start]
-            evictors.append((rows, Evictor(self.method, max(1, keep - coming), asked)))
-        return evictors
-
-    def _budget(self, length: int, entry_bytes: int) -> tuple[int, float]:
-        """Entries per head for a prompt of this length, and the same before rounding."""
-        asked, policy = self.keep.asked(length, entry_bytes), self.method.policy
-        protected = policy.sinks + policy.recent(int(asked))
-        return self.keep.entries(length, protected, entry_bytes), asked
-
-    def _part(self, store: LayerStore, rows: slice) -> LayerStore:
-        everyone = rows.stop - rows.start == self._now.rows
-        return store if everyone else store.row(rows.start)
-
-    def _view(
-        self, index: int, call: Call, store: LayerStore, queries: Tensor, rows: slice, keep: int
-    ) -> LayerView:
-        dense, lengths = store.dense()
-        return LayerView(
-            index=index,
-            layers=len(self.state.layers),
-            keep=keep,
-            tokens=self._now.lengths()[rows.start],
-            queries=queries,
-            keys=dense["keys"],
-            values=dense["values"],
-            positions=dense["positions"],
-            scale=call.scale,
-            softcap=call.softcap,
-            lengths=lengths,
-            carried=dense.get(CARRIED),
-            decoding=not self.in_prompt,
-            output=call.output,
-            factor=call.factor,
-        )
+        if plan.probe and plan.after:
+            store.cut_back(store.length)

@@ -22,6 +22,8 @@ class State:
     """Columns read when entries were last evicted; none of those can be taken back."""
     since_cut: int = 0
     """Columns read since a cut was last due."""
+    probed: bool = False
+    """The prompts were probed, if the policy does that, and cut."""
 
     @classmethod
     def empty(cls, layers: int) -> "State":
@@ -38,6 +40,13 @@ class State:
         """Bytes of the K and V of everything read, had nothing been evicted."""
         tokens = self.reading.seen * len(self.reading.lengths)
         return tokens * sum(held.full_entry for held in self.layers)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one more entry in every head of every layer, for all prompts."""
+        heads = sum(store.length.shape[1] for store in self.stores())
+        per_prompt = sum(held.full_entry for held in self.layers) + 4 * heads
+        return per_prompt * len(self.reading.lengths)
 
     def stores(self) -> list[LayerStore]:
         """The store of every layer that has read something."""

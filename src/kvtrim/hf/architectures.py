@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvtrim.errors import UnsupportedModelError
-from kvtrim.ops import output_factor
+from kvtrim.projections import output_factor
 from kvtrim.types import Float, Tensor
 
 SUPPORTED = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")

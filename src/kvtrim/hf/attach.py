@@ -14,6 +14,7 @@ from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf.architectures import OutputProjection, layout
 from kvtrim.hf.attention import HANDLE, NAME, register
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.probing import probe
 
 
 class Attachment:
@@ -50,7 +51,7 @@ class Attachment:
     ) -> None:
         """Decoder pre-hook: tell the cache what is coming."""
         cache = kwargs.get("past_key_values")
-        if not isinstance(cache, Cache):
+        if not isinstance(cache, Cache) or cache.session.probing:
             return
         if cache.model is not self._model():
             raise CacheError(
@@ -66,10 +67,12 @@ class Attachment:
     def _end(
         self, decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Decoder post-hook: every layer has attended."""
+        """Decoder post-hook: every layer has attended; a probe is read right after the prompt."""
         cache = kwargs.get("past_key_values")
         if isinstance(cache, Cache):
             cache.end_pass()
+            if cache.session.probe_due:
+                probe(decoder, cache)
 
 
 def _hand_over(

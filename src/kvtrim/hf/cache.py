@@ -21,6 +21,7 @@ from kvtrim.hf import fingerprint
 from kvtrim.hf.architectures import layout
 from kvtrim.hf.rotary import rotations
 from kvtrim.methods import Method
+from kvtrim.prompts import Words, frame, repeat_words
 from kvtrim.settings import find
 from kvtrim.types import Int, Tensor
 
@@ -78,6 +79,8 @@ class Cache(TransformersCache):
         prompt_tokens: length of the prompt if it is fed in several passes, so that the cache
             knows when it is complete; by default the first pass is the whole prompt.
         impl: attention over the store: "auto", "sdpa", or "reference" (slow).
+        tokenizer: for methods that probe their prompt in words (kvzip); without it the prompt's
+            own tokens are the whole probe.
         settings: parameters of the method, and `preset`.
 
     Raises:
@@ -95,6 +98,7 @@ class Cache(TransformersCache):
         *,
         prompt_tokens: int | None = None,
         impl: str = "auto",
+        tokenizer: Any = None,
         **settings: Any,
     ):
         budget, chosen = Keep.parse(keep), find(method, **settings)
@@ -102,6 +106,7 @@ class Cache(TransformersCache):
         chosen = chosen.fitted(fingerprint.target(model, len(self.managed)))
         self.rotations = rotations(model) if chosen.positions == "rolled" else []
         self.session = Session(chosen, budget, len(self.managed), prompt_tokens, impl)
+        self.words = Words() if tokenizer is None else repeat_words(tokenizer, frame(tokenizer))
         self.request = (method, settings)  # as asked for, to be saved
         self.prompt: dict[str, Any] = {}  # how the prompt was built, for questions asked later
         self.token_ids: Int[Tensor, "B seen"] | None = None  # None too if embeddings were fed

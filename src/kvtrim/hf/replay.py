@@ -13,6 +13,7 @@ from kvtrim.budgets import Keep
 from kvtrim.engine.call import Call
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.probing import probe
 from kvtrim.methods import Method
 from kvtrim.types import Float, Int, Tensor
 
@@ -37,6 +38,9 @@ class Recording:
         for index, call in enumerate(self.calls):
             other.session.absorb(index, call)
         other.end_pass()
+        if other.session.probe_due:
+            with attach(self.model):
+                probe(self.model.get_decoder(), other)
         return other
 
 

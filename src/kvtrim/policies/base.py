@@ -29,6 +29,12 @@ class Policy(ABC):
     carries: ClassVar[bool] = False
     """It keeps a running statistic per slot, which `observe` updates at every forward pass."""
 
+    probes: ClassVar[bool] = False
+    """It scores what `observe` saw in a probe that is read once the prompt is complete."""
+
+    chunk: int = 0
+    """Tokens of the prompt that one pass of its probe is about."""
+
     @abstractmethod
     def lookback(self) -> int:
         """How many of the last queries `score` reads."""

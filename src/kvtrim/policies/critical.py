@@ -11,7 +11,7 @@ Ours:  sinks and window are set apart first and the two stages divide what is le
 
 from dataclasses import dataclass, field
 
-from kvtrim import ops
+from kvtrim import projections
 from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
 from kvtrim.policies.snapkv import SnapKV
@@ -52,6 +52,6 @@ class Critical(Policy):
 
     def rescore(self, layer: LayerView, scores: Scores) -> Scores:
         """(score + eps) x |v W_O|, [B, K, N]; |.| is the L1 norm, averaged over the group."""
-        sizes = ops.projected_norms_l1(layer, scores.shape[-1])
+        sizes = projections.projected_norms_l1(layer, scores.shape[-1])
         eps = self.eps + self.eps_rel * scores.mean(dim=-1, keepdim=True)
         return (scores + eps) * sizes

@@ -1,0 +1,140 @@
+"""What one pass evicts: each layer as the policy sees it, and the cuts that follow."""
+
+from dataclasses import dataclass, field
+
+from kvtrim.budgets import Keep
+from kvtrim.cache.store import LayerStore
+from kvtrim.engine.call import Call, real_queries
+from kvtrim.engine.evict import Evictor, merge
+from kvtrim.engine.reading import Pass
+from kvtrim.engine.state import State
+from kvtrim.methods import Method
+from kvtrim.types import Kept, LayerView, Probed, Tensor
+
+CARRIED = "carried"  # the store's column for a policy's running statistic
+SCORE = "score"  # and for scores, while layers compete for one budget
+
+
+@dataclass
+class Cutting:
+    """The cuts of one pass over all layers of a session."""
+
+    method: Method
+    keep: Keep
+    state: State
+    now: Pass
+    prompt: bool  # the pass reads the prompt
+    probed: list[Probed] | None = None  # the pass probes these parts of each prompt
+    _evictors: list[tuple[slice, Evictor]] = field(default_factory=list)
+
+    def observe(self, index: int, call: Call, store: LayerStore, shown: LayerStore) -> None:
+        """Let the policy update its running statistic with this pass's queries."""
+        store.add_column(CARRIED)
+        for rows in self.now.groups():
+            queries = real_queries(call.queries, self.now, rows)
+            if queries.shape[2]:
+                view = self._view(index, call, self._part(shown, rows), queries, rows, keep=0)
+                self._part(store, rows).set_column(CARRIED, self.method.policy.observe(view))
+
+    def cut(
+        self,
+        index: int,
+        call: Call,
+        store: LayerStore,
+        shown: LayerStore,
+        last: Tensor,
+        coming: int = 0,
+    ) -> None:
+        """Evict from one layer what exceeds its budget, leaving room for `coming` tokens.
+
+        Args:
+            store, shown: what the layer holds, and the same as this pass's queries see it.
+            last: the last queries, as many as the policy looks back to.
+        """
+        if not self._evictors:
+            self._evictors = self._new_evictors(call, coming)
+        competing = self.method.budget.model_wide
+        if competing:
+            store.add_column(SCORE)
+        parts = []
+        for rows, evictor in self._evictors:
+            view = self._view(index, call, self._part(shown, rows), last[rows], rows, evictor.keep)
+            parts.append((rows, evictor.choose(view, self.state.layers[index].share_of(rows))))
+            if evictor.scored is not None:
+                self._part(store, rows).set_column(SCORE, evictor.scored)
+        self._retain(store, merge(parts, store.length), coming)
+        if competing:
+            store.settle()
+            self._cut_again(index)
+
+    def _cut_again(self, index: int) -> None:
+        """Layers compete: what this one won, the earlier ones lose; the last one settles it."""
+        layers, last = self.state.layers, index == len(self.state.layers) - 1
+        dealt = any(evictor.dealt for _, evictor in self._evictors)
+        for earlier, held in enumerate(layers[:index]):
+            store = held.store
+            if store is None or not dealt:
+                continue
+            parts = []
+            for rows, evictor in self._evictors:
+                scores = self._part(store, rows).dense()[0][SCORE]
+                parts.append((rows, evictor.again(earlier, scores, store.length[rows], last)))
+            self._retain(store, merge(parts, store.length))
+        for layer, held in enumerate(layers if last else []):
+            if held.store is not None:
+                held.store.drop_column(SCORE)
+            for rows, evictor in self._evictors:
+                held.settle_share(rows, self.now.rows, evictor.dealt, layer)
+
+    def _retain(self, store: LayerStore, kept: Kept | None, coming: int = 0) -> None:
+        if kept is not None:
+            store.retain(kept)
+            new = 0 if coming or self.probed else self.now.columns
+            self.state.cut_at = self.state.reading.seen + new
+
+    def _new_evictors(self, call: Call, coming: int) -> list[tuple[slice, Evictor]]:
+        if self.prompt or self.probed:
+            entry = len(self.state.layers) * call.keys.shape[1] * call.entry_bytes * self.now.rows
+            self.state.keeps = [self._budget(length, entry) for length in self._lengths()]
+        evictors = []
+        for rows in self.now.groups():
+            keep, asked = self.state.keeps[rows.start]
+            evictors.append((rows, Evictor(self.method, max(1, keep - coming), asked)))
+        return evictors
+
+    def _budget(self, length: int, entry_bytes: int) -> tuple[int, float]:
+        """Entries per head for a prompt of this length, and the same before rounding."""
+        asked, policy = self.keep.asked(length, entry_bytes), self.method.policy
+        protected = policy.sinks + policy.recent(int(asked))
+        return self.keep.entries(length, protected, entry_bytes), asked
+
+    def _lengths(self) -> list[int]:
+        """Tokens of each prompt; those of a probe do not count."""
+        return self.now.first if self.probed else self.now.lengths()
+
+    def _part(self, store: LayerStore, rows: slice) -> LayerStore:
+        everyone = rows.stop - rows.start == self.now.rows
+        return store if everyone else store.row(rows.start)
+
+    def _view(
+        self, index: int, call: Call, store: LayerStore, queries: Tensor, rows: slice, keep: int
+    ) -> LayerView:
+        dense, lengths = store.dense()
+        return LayerView(
+            index=index,
+            layers=len(self.state.layers),
+            keep=keep,
+            tokens=self._lengths()[rows.start],
+            queries=queries,
+            keys=dense["keys"],
+            values=dense["values"],
+            positions=dense["positions"],
+            scale=call.scale,
+            softcap=call.softcap,
+            lengths=lengths,
+            carried=dense.get(CARRIED),
+            decoding=not self.prompt,
+            probed=None if self.probed is None else self.probed[rows.start],
+            output=call.output,
+            factor=call.factor,
+        )

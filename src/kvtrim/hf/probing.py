@@ -1,0 +1,68 @@
+"""Running a probe: the model reads it against the full cache, and forgets it again."""
+
+from typing import Any
+
+import torch
+
+from kvtrim.engine.probe import Step, repetition
+from kvtrim.errors import UsageError
+from kvtrim.hf.cache import Cache
+from kvtrim.types import Bool, Int, Probed, Tensor
+
+
+def probe(decoder: Any, cache: Cache) -> None:
+    """Probe the prompts that a cache has read, and evict.
+
+    Args:
+        decoder: the model without its head, attached.
+        cache: of a method that probes, its prompts complete.
+
+    Raises:
+        UsageError: the prompt was fed as embeddings, so there is nothing to repeat.
+    """
+    if cache.token_ids is None:
+        raise UsageError(
+            "this method repeats its prompt, which takes token ids; feed input_ids, no embeddings"
+        )
+    real = cache.session.state.reading.mask(cache.token_ids.shape[0])
+    chunk = cache.session.method.policy.chunk
+    plans = [
+        repetition(ids[mask].tolist(), cache.words, chunk)
+        for ids, mask in zip(cache.token_ids.cpu(), real, strict=True)
+    ]
+    steps, untouched = max(len(plan) for plan in plans), cache.mark().sliding
+    for number in range(steps):
+        now = [plan[number] if number < len(plan) else None for plan in plans]
+        _read(decoder, cache, now, real, last=number == steps - 1)
+        for layer, state in zip(cache.stock_layers(), untouched, strict=True):
+            vars(layer).update(state)
+
+
+def _read(
+    decoder: Any, cache: Cache, now: list[Step | None], real: Bool[Tensor, "B seen"], last: bool
+) -> None:
+    """One pass: a step of each prompt's probe, padded on the left."""
+    device, lengths = decoder.device, cache.session.state.reading.lengths
+    width = max(len(step.ids) for step in now if step is not None)
+    ids, mask, positions = torch.zeros(3, len(now), width, dtype=torch.int64)
+    for row, step in enumerate(now):
+        count = 0 if step is None else len(step.ids)
+        part = slice(width - count, width)
+        ids[row, part] = torch.tensor([] if step is None else step.ids, dtype=torch.int64)
+        mask[row, part] = 1
+        positions[row, part] = lengths[row] + torch.arange(count)
+    nothing = Probed(0, 0, 0)
+    probed = [nothing if step is None else step.probed for step in now]
+    cache.session.begin_probe(width, None if bool(mask.all()) else mask, probed, last)
+    with torch.no_grad():
+        decoder(
+            input_ids=ids.to(device),
+            attention_mask=_whole(real, mask).to(device),
+            position_ids=positions.to(device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+
+def _whole(real: Bool[Tensor, "B seen"], mask: Int[Tensor, "B m"]) -> Int[Tensor, "B all"]:
+    return torch.cat([real.long(), mask], dim=1)

@@ -1,0 +1,58 @@
+"""KVzip: an entry matters as much as the model looks at it while repeating its own context.
+
+Once the prompt is read, the model is asked to repeat it, chunk by chunk, against the full cache.
+An entry's score is the largest attention it gets from any query of its chunk's repetition, over
+the sinks, the chunk and the repetition itself. All layers and heads share one budget.
+
+Paper: Kim et al. 2025, https://arxiv.org/abs/2505.23416.
+Code:  NVIDIA/kvpress@8bb29b9, presses/kvzip_press.py; snu-mllab/KVzip.
+Ours:  what is evicted is freed per layer and head (kvpress masks it); scores are fp32; queries are
+       taken in blocks. `kvtrim.Cache` needs a tokenizer for the words of the request.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from kvtrim import ops
+from kvtrim.errors import UsageError
+from kvtrim.policies.base import Policy
+from kvtrim.types import Float, LayerView, Scores, Tensor
+
+
+@dataclass(frozen=True)
+class KVzip(Policy):
+    chunk: int = 2048  # tokens repeated at a time
+    sinks: int = 4
+    probes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise UsageError(f"a chunk has at least one token, got chunk={self.chunk}")
+
+    def lookback(self) -> int:
+        return 0  # `observe` has seen every query of the probe
+
+    def observe(self, layer: LayerView) -> Float[Tensor, "B K S"]:
+        """Largest attention so far: probe queries [B, H, Q, D], keys [B, K, S, D] to [B, K, S]."""
+        if layer.probed is None or layer.carried is None:
+            raise TypeError("KVzip observes a probe")
+        start, stop, own = layer.probed.start, layer.probed.stop, layer.queries.shape[2]
+        begin, end = max(start, self.sinks), layer.keys.shape[2] - own
+        slots = torch.cat(
+            [torch.arange(self.sinks), torch.arange(begin, stop), torch.arange(end, end + own)]
+        )
+        probe = replace(layer, keys=layer.keys[:, :, slots.to(layer.keys.device)])
+        most = ops.column_max(probe)[..., self.sinks : self.sinks + stop - begin]
+        most = ops.reduce_group(most, layer.keys.shape[1], "max")
+        found = layer.carried.clone()
+        found[..., begin:stop] = found[..., begin:stop].maximum(most)
+        found[..., : layer.probed.prefix] = torch.inf
+        return found
+
+    def score(self, layer: LayerView) -> Scores:
+        """What the probe saw, [B, K, S]."""
+        if layer.carried is None:
+            raise TypeError("KVzip scores what a probe observed")
+        return layer.carried
