@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 from kvtrim.budgets import Budget, PerHead, Pyramid, Uniform, Unlimited
 from kvtrim.policies.base import Policy
+from kvtrim.policies.curdkv import CurDKV
 from kvtrim.policies.full import Full
 from kvtrim.policies.h2o import H2O
+from kvtrim.policies.keydiff import KeyDiff
 from kvtrim.policies.knorm import KNorm
 from kvtrim.policies.random import Random
 from kvtrim.policies.snapkv import SnapKV
@@ -47,6 +49,11 @@ _KVPRESS_WINDOW = {
     "group_order": "after",
 }
 _KVF_WINDOW = {"window": 8, "kernel": 7, "pool": "max"}
+_CURDKV_PRESETS = {
+    "paper": {},
+    "authors": {"project": None, "local_window": 16, "padding": "front"},
+    "kvpress": {"project": None, "local_window": 16, "padding": "tail"},
+}
 _EVERY_STEP = Schedule(every=1)
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -129,6 +136,18 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                     "window_competes": True,
                 },
             },
+        ),
+        "curdkv": Method(CurDKV(), source="arXiv 2509.15038", presets=_CURDKV_PRESETS),
+        "ada-curdkv": Method(
+            CurDKV(),
+            budget=PerHead(rule="floor"),
+            source="arXiv 2509.15038",
+            presets=_CURDKV_PRESETS,
+        ),
+        "keydiff": Method(
+            KeyDiff(),
+            source="arXiv 2504.15364",
+            presets={"kvpress": {}, "bounded": {"every": 1}},
         ),
     }
 )
