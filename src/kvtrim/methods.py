@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from kvtrim.budgets import Budget, PerHead, Pyramid, Uniform, Unlimited
 from kvtrim.policies.base import Policy
+from kvtrim.policies.circuitkv import CircuitKV
 from kvtrim.policies.curdkv import CurDKV
 from kvtrim.policies.full import Full
 from kvtrim.policies.h2o import H2O
@@ -148,6 +149,15 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             KeyDiff(),
             source="arXiv 2504.15364",
             presets={"kvpress": {}, "bounded": {"every": 1}},
+        ),
+        "circuitkv": Method(
+            CircuitKV(),
+            source="Js-Hwang1/submission_folder",
+            presets={
+                "v4.3": {},
+                "head-shared": {"window": 64, "surface": "split"},
+                "head-perhead": {"window": 64, "surface": "own", "granularity": "query"},
+            },
         ),
     }
 )
