@@ -22,9 +22,12 @@ from kvtrim.budgets import (
 from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
 from kvtrim.policies.cake import Cake
+from kvtrim.policies.circuitkv import CircuitKV
 from kvtrim.policies.critical import Critical
+from kvtrim.policies.curdkv import CurDKV
 from kvtrim.policies.full import Full
 from kvtrim.policies.h2o import H2O
+from kvtrim.policies.keydiff import KeyDiff
 from kvtrim.policies.knorm import KNorm
 from kvtrim.policies.kvzip import KVzip
 from kvtrim.policies.laprox import LaProx
@@ -89,6 +92,11 @@ _KVPRESS_WINDOW = {
     "group_order": "after",
 }
 _KVF_WINDOW = {"window": 8, "kernel": 7, "pool": "max"}
+_CURDKV_PRESETS = {
+    "paper": {},
+    "authors": {"project": None, "local_window": 16, "padding": "front"},
+    "kvpress": {"project": None, "local_window": 16, "padding": "tail"},
+}
 _EVERY_STEP = Schedule(every=1)
 _BOUNDED = {"every": 1, "ahead": True}
 
@@ -245,6 +253,27 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "llama-2-7b-128": {"tau1": 0.9, "tau2": 2.3},
                 "llama-2-13b-1024": {"tau1": 0.5, "tau2": 0.4},
                 "llama-2-13b-128": {"tau1": 1.8, "tau2": 2.0},
+            },
+        ),
+        "curdkv": Method(CurDKV(), source="arXiv 2509.15038", presets=_CURDKV_PRESETS),
+        "ada-curdkv": Method(
+            CurDKV(),
+            budget=PerHead(rule="floor"),
+            source="arXiv 2509.15038",
+            presets=_CURDKV_PRESETS,
+        ),
+        "keydiff": Method(
+            KeyDiff(),
+            source="arXiv 2504.15364",
+            presets={"kvpress": {}, "bounded": {"every": 1}},
+        ),
+        "circuitkv": Method(
+            CircuitKV(),
+            source="Js-Hwang1/submission_folder",
+            presets={
+                "v4.3": {},
+                "head-shared": {"window": 64, "surface": "split"},
+                "head-perhead": {"window": 64, "surface": "own", "granularity": "query"},
             },
         ),
     }

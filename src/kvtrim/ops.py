@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from kvtrim.types import Bool, Float, LayerView, Tensor
+from kvtrim.types import Bool, Counts, Float, LayerView, Tensor
 
 Pool = Literal["none", "avg", "max"]
 Reduce = Literal["sum", "mean", "max"]
@@ -117,3 +117,18 @@ def pool(scores: Float[Tensor, "*B N"], kernel: int, how: Pool) -> Float[Tensor,
     flat = scores.reshape(1, -1, scores.shape[-1])
     run = F.max_pool1d if how == "max" else F.avg_pool1d
     return run(flat, kernel, stride=1, padding=kernel // 2).view_as(scores)
+
+
+def lengths(layer: LayerView) -> Counts:
+    """Slots that each KV head holds, on the device of the layer's keys."""
+    if layer.lengths is not None:
+        return layer.lengths.to(layer.keys.device)
+    return torch.full(layer.keys.shape[:2], layer.keys.shape[2], device=layer.keys.device)
+
+
+def cleared(layer: LayerView, rows: Float[Tensor, "B K S D"]) -> Float[Tensor, "B K S D"]:
+    """The layer's keys or values with zeros in the slots behind a head's length."""
+    if layer.lengths is None:
+        return rows
+    behind = torch.arange(rows.shape[2], device=rows.device) >= lengths(layer)[..., None]
+    return rows.masked_fill(behind[..., None], 0)

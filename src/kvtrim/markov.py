@@ -1,0 +1,132 @@
+"""Random walks from token to token along the attention of a prompt's last queries.
+
+A chain has one state per slot: the first `sinks` absorb, the last W slots (the window) step to
+what their query attends to, and every other slot steps to an earlier one in proportion to the
+attention that the window pays to it. That middle part has rank one, so a step of the walk costs
+S * W and the S x S matrix never exists.
+
+C chains, S slots of which the first `lengths[c]` are real; attention to others must be 0.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kvtrim.types import Float, Int, Tensor
+
+_LEAST_PULL = 1e-6  # a slot that the window ignores can still be stepped to
+_LEAST_WEIGHT = 1e-8  # below this a weight counts as this in an entropy
+_SINK_SHARE = 0.01  # of all visits, shown for the sinks, which the walk does not count
+
+
+def visits(
+    surface: Float[Tensor, "C W S"],
+    lengths: Int[Tensor, " C"],
+    sinks: int,
+    steps: int,
+    temperature: float = 1.0,
+) -> Float[Tensor, "C 2 S"]:
+    """Expected visits in `steps` steps, float64: from the newest slot, and from anywhere alike."""
+    surface, window = surface.double(), surface.shape[1]
+    slot, first = torch.arange(surface.shape[-1], device=surface.device), lengths - window
+    walked = (slot >= sinks) & (slot < lengths[:, None])
+    prefix = slot < first[:, None]
+    pull = surface.sum(dim=1).clamp(min=_LEAST_PULL).masked_fill(~prefix, 0)
+    if temperature != 1:
+        surface, pull = surface ** (1 / temperature), pull ** (1 / temperature)
+    steer = surface / surface.sum(dim=-1, keepdim=True)
+    reach = _before(pull)
+    chance = torch.where(prefix & walked & (reach > 0), 1 / reach, 0)[:, None]  # 1 / row sum
+    rows = (first[:, None] + torch.arange(window, device=slot.device))[:, None].expand(-1, 2, -1)
+    newest = (slot == lengths[:, None] - 1).double()
+    anywhere = walked.double() / walked.sum(dim=-1, keepdim=True).clamp(min=1)
+    now = torch.stack([newest, anywhere], dim=1)
+    total = now.clone()
+    for _ in range(steps):
+        stepped = pull[:, None] * _before((now * chance).flip(-1)).flip(-1)
+        now = (stepped + now.gather(-1, rows) @ steer) * walked[:, None]
+        total += now
+    total[..., :sinks] = _SINK_SHARE * total.sum(dim=-1, keepdim=True)
+    return total
+
+
+def _before(values: Float[Tensor, "*C S"]) -> Float[Tensor, "*C S"]:
+    """The sum of everything before each slot."""
+    return F.pad(values.cumsum(dim=-1)[..., :-1], (1, 0))
+
+
+def apart(
+    weights: Float[Tensor, "C H W S"],
+    heads: int,
+    lengths: Int[Tensor, " C"],
+    sinks: int,
+    steps: int,
+    temperature: float = 1.0,
+) -> Float[Tensor, "C 2 S"]:
+    """The same on two graphs: that of the `heads` clearest heads from the newest slot, that of the
+    heads that look past the sinks from anywhere; each smoothed over its neighbours.
+    """
+    near = visits(clearest(weights, heads), lengths, sinks, steps, temperature)[:, 0]
+    hubs = visits(outward(weights, sinks), lengths, sinks, steps, temperature)[:, 1]
+    return torch.stack([smooth(near, 3, 0.5), smooth(hubs, 5, 1.0)], dim=1)
+
+
+def clearest(weights: Float[Tensor, "C H W S"], count: int) -> Float[Tensor, "C W S"]:
+    """The largest weight over the `count` heads whose attention has the lowest entropy."""
+    order = _entropies(weights).mean(dim=-1).argsort(dim=-1, stable=True)[:, :count]
+    chosen = order[..., None, None].expand(-1, -1, *weights.shape[2:])
+    return weights.gather(1, chosen).amax(dim=1)
+
+
+def outward(weights: Float[Tensor, "C H W S"], sinks: int) -> Float[Tensor, "C W S"]:
+    """The mean weight over the heads that pay half of their attention or more to other slots than
+    the sinks; over all heads if none does.
+    """
+    outside = weights[..., sinks:].sum(dim=-1).mean(dim=-1) >= 0.5  # [C, H]
+    outside |= ~outside.any(dim=-1, keepdim=True)
+    share = outside / outside.sum(dim=-1, keepdim=True)
+    return torch.einsum("chwn,ch->cwn", weights, share)
+
+
+def alone(
+    weights: Float[Tensor, "B H W S"], lengths: Int[Tensor, "B H"], sinks: int
+) -> Float[Tensor, "B H S"]:
+    """Each head by itself, without a walk: ranks by what its newest query sees in one or two hops
+    and by what it sees, early slots raised; the sharper the head, the more the former counts.
+    """
+    window, newest = weights.shape[2], weights[:, :, -1]
+    slot = torch.arange(weights.shape[-1], device=weights.device)
+    first = lengths[..., None] - window
+    rows = first + torch.arange(window, device=slot.device)
+    twice = (newest.gather(-1, rows)[:, :, None] @ weights)[:, :, 0]
+    walked = lengths[..., None] - sinks
+    early = 1 + (walked - (slot - sinks)) / walked
+    both = smooth(torch.stack([newest + twice, newest * early], dim=2), kernel=5, sigma=1.0)
+    placed = ranks(both, first[..., 0])
+    entropy = _entropies(newest)[..., None]  # [B, H, 1]
+    low, high = entropy.aminmax(dim=1, keepdim=True)
+    blur = (entropy - low) / (high - low).clamp(min=torch.finfo(entropy.dtype).tiny)
+    return (1 - blur) * placed[:, :, 0] + blur * placed[:, :, 1]
+
+
+def smooth(values: Float[Tensor, "*C S"], kernel: int, sigma: float) -> Float[Tensor, "*C S"]:
+    """Gaussian mean over `kernel` neighbours, zeros beyond the ends."""
+    steps = torch.arange(kernel, device=values.device).to(values.dtype) - kernel // 2
+    bell = torch.exp(-0.5 * (steps / sigma) ** 2)
+    flat = values.reshape(-1, 1, values.shape[-1])
+    return F.conv1d(flat, (bell / bell.sum())[None, None], padding=kernel // 2).view_as(values)
+
+
+def ranks(values: Float[Tensor, "*C 2 S"], counts: Int[Tensor, "*C"]) -> Float[Tensor, "*C 2 S"]:
+    """Place of each of the first `counts` values in ascending order, from 0 to 1, ties in slot
+    order; above 1 for the others.
+    """
+    slot = torch.arange(values.shape[-1], device=values.device)
+    others = slot >= counts[..., None, None]
+    order = values.masked_fill(others, torch.inf).argsort(dim=-1, stable=True)
+    places = torch.empty_like(order).scatter_(-1, order, slot.expand_as(order))
+    return places / (counts - 1).clamp(min=1)[..., None, None]
+
+
+def _entropies(weights: Float[Tensor, "*C S"]) -> Float[Tensor, "*C"]:
+    """Entropy of each row of attention, in nats."""
+    return torch.special.entr(weights.clamp(min=_LEAST_WEIGHT)).sum(dim=-1)

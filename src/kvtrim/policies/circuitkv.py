@@ -1,0 +1,60 @@
+"""CircuitKV: tokens that random walks visit often stay, whether from the last token or anywhere.
+
+The attention of the last W queries, its maximum over heads, makes a token graph (`markov.py`). A
+slot ranks by its visits from the newest token and from everywhere; the better rank counts, one set
+for all heads. Costs W attention rows and O(steps * n * W). Leans to early slots.
+
+Paper: none; `v4.3` is the code behind the published rows.
+Code:  Js-Hwang1/submission_folder@40956ab and @86bf1a1 (head-*), pyramidkv/pyramidkv_utils.py.
+Ours:  the same series without n x n matrices, fp64; ties rank by slot; KV heads are stored; heads
+       of different length walk apart; surface="own" averages the queries of a KV head.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kvtrim import markov, ops
+from kvtrim.errors import UsageError
+from kvtrim.policies.base import Policy
+from kvtrim.types import Float, Int, LayerView, Scores, Tensor
+
+
+@dataclass(frozen=True)
+class CircuitKV(Policy):
+    window: int = 8  # how many last queries draw the graph; their slots always stay
+    surface: Literal["max", "split", "own"] = "max"  # over heads; "own": each head, no walk
+    clearest: int = 10  # with "split", so many low-entropy heads draw the newest token's graph
+    steps: int = 10
+    temperature: float = 1.0
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise UsageError(f"temperature must be positive, got {self.temperature}; 1 is neutral")
+
+    def lookback(self) -> int:
+        return self.window
+
+    def recent(self, keep: int) -> int:
+        return self.window
+
+    def score(self, layer: LayerView) -> Scores:
+        """Better of two ranks: queries [B, H, W, D], keys [B, K, S, D] to scores [B, K, S]."""
+        heads, lengths = layer.keys.shape[1], ops.lengths(layer)
+        weights = ops.attention(layer, last=self.window)
+        if self.surface == "own":
+            every = lengths.repeat_interleave(weights.shape[1] // heads, dim=1)
+            return ops.reduce_group(markov.alone(weights, every, self.sinks), heads, "mean")
+        walks = 1 if layer.lengths is None else heads
+        weights, held = weights.unflatten(1, (walks, -1)), lengths[:, :walks].flatten()
+        best = markov.ranks(self.visits(weights.flatten(0, 1), held), held).amax(dim=1)
+        return best.unflatten(0, (-1, walks)).expand(-1, heads, -1)
+
+    def visits(
+        self, weights: Float[Tensor, "C H W S"], lengths: Int[Tensor, " C"]
+    ) -> Float[Tensor, "C 2 S"]:
+        """Expected visits from the newest token and from anywhere."""
+        walk = (lengths, self.sinks, self.steps, self.temperature)
+        if self.surface == "max":
+            return markov.visits(weights.amax(dim=1), *walk)
+        return markov.apart(weights, self.clearest, *walk)
