@@ -19,6 +19,7 @@ ARROWS = {
     "budgets": ["types", "errors"],
     "methods": ["policies", "budgets", "schedules", "selection"],
     "settings": ["methods"],
+    "catalog": ["settings"],
     "kernels": ["types", "errors"],
     "cache": ["kernels"],
     "engine": ["cache", "settings"],
@@ -26,7 +27,7 @@ ARROWS = {
     "prompts": ["errors"],
     "answers": ["hf", "prompts"],
     "bench": ["answers"],
-    "cli": ["bench"],
+    "cli": ["bench", "catalog"],
     "__init__": ["answers"],
     "__main__": ["cli"],
 }
