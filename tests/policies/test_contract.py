@@ -19,7 +19,7 @@ H, K, D, N = 6, 2, 8, 64
 
 
 def method(name):
-    small = {"window": 8} if "policy.window" in parameters(kvtrim.METHODS[name]) else {}
+    small = {"window": 8} if "policy.window" in parameters(find(name)) else {}
     return find(name, **small)
 
 
@@ -161,7 +161,7 @@ def test_a_policy_must_say_which_queries_it_needs():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_preset_can_be_built_and_selects(name):
-    for preset in kvtrim.METHODS[name].presets:
+    for preset in find(name).presets:
         chosen = find(name, preset=preset)
         keep = 80
         q, k, v = (t.repeat(1, 1, 3, 1) for t in qkv())
