@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install $(PIP_ARGS)
 QUESTION := What is the secret password of the old lighthouse keeper?
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test check format docs clean
 
 # torch first and pinned: an open range would fetch gigabytes of CUDA
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -38,6 +38,10 @@ check: setup
 format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: setup
+	$(BIN)/python -m kvtrim methods --markdown > docs/methods.new
+	mv docs/methods.new docs/methods.md
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist

@@ -5,8 +5,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import kvtrim
-from kvtrim.settings import parameters
+from kvtrim.settings import find, parameters
 
 WINDOW = 8
 
@@ -16,7 +15,7 @@ def small(name, layers=3, heads=6, alike=0):
 
     With `alike` that many KV heads are given the same table of head scores.
     """
-    known = parameters(kvtrim.METHODS[name])
+    known = parameters(find(name))
     windows = [full for full in known if full.endswith(".window")]
     settings = {full: WINDOW for full in windows}
     return settings | table(name, layers, heads, alike)
@@ -24,7 +23,7 @@ def small(name, layers=3, heads=6, alike=0):
 
 def table(name, layers=3, heads=6, alike=0):
     """A table of head scores, for methods that need one."""
-    if "budget.table" not in parameters(kvtrim.METHODS[name]):
+    if "budget.table" not in parameters(find(name)):
         return {}
     return {"table": str(_written(layers, heads, heads // alike if alike else heads))}
 

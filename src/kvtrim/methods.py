@@ -1,26 +1,21 @@
 """METHODS: one entry per published name. A method is a product: policy x budget x schedule x unit.
 
-To add one: write `policies/NAME.py` (or reuse a policy) and add its entry here. Nothing else: the
-command line, the tests and the tables read this one.
+To add one: write `policies/NAME.py` (or reuse a policy) and add its entry here, with `source`,
+`use` and `cost`. Nothing else: the command line, the tests and docs/methods.md read this one.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal
 
 from kvtrim.budgets import (
-    Budget,
     Global,
     HeadTable,
     LayerShare,
     PerHead,
     Pyramid,
-    Uniform,
     Unlimited,
 )
-from kvtrim.errors import UsageError
-from kvtrim.policies.base import Policy
+from kvtrim.method import Method
 from kvtrim.policies.cake import Cake
 from kvtrim.policies.circuitkv import CircuitKV
 from kvtrim.policies.critical import Critical
@@ -37,52 +32,7 @@ from kvtrim.policies.snapkv import SnapKV
 from kvtrim.policies.streaming_llm import StreamingLLM
 from kvtrim.policies.tova import Tova
 from kvtrim.schedules import Schedule
-from kvtrim.selection import Chunk, Token, Unit
-from kvtrim.types import Target
-
-Settings = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A published way to make the cache small."""
-
-    policy: Policy
-    budget: Budget = field(default_factory=Uniform)
-    schedule: Schedule = field(default_factory=Schedule)
-    unit: Unit = field(default_factory=Token)
-    granularity: Literal["kv", "query"] = "kv"  # which heads hold entries of their own
-    skip_layers: tuple[int, ...] = ()  # layers that keep everything
-    reuse: int = 1  # so many neighbouring layers share the slots that the first of them kept
-    positions: Literal["original", "rolled"] = "original"  # where kept keys stand for later
-    # queries: where they were read, or closed up at their slot numbers
-    source: str = ""
-    presets: Mapping[str, Settings] = field(default_factory=dict, compare=False)
-
-    def __post_init__(self) -> None:
-        """Refuse parts that do not go together."""
-        if self.policy.probes and (self.schedule.every is not None or self.skip_layers):
-            raise UsageError(
-                f"{type(self.policy).__name__} probes the prompt once: use schedule=prompt and no "
-                "skip_layers"
-            )
-        if not self.budget.model_wide:
-            return
-        if not self.unit.single or self.reuse > 1 or self.skip_layers or self.schedule.ahead:
-            raise UsageError(
-                "a model-wide budget deals with single tokens of every layer: use unit=token, "
-                "reuse=1, no skip_layers, ahead=no, or another budget"
-            )
-        if self.policy.first_stage < 1:
-            raise UsageError(
-                f"{type(self.policy).__name__} chooses in two stages inside each head, which a "
-                "model-wide budget cannot do; use budget=uniform or budget=per-head"
-            )
-
-    def fitted(self, target: Target) -> "Method":
-        """This method, made ready for one model; errors as `Budget.fitted`."""
-        return replace(self, budget=self.budget.fitted(target))
-
+from kvtrim.selection import Chunk
 
 _KVPRESS_WINDOW = {
     "window": 64,
@@ -97,16 +47,42 @@ _CURDKV_PRESETS = {
     "authors": {"project": None, "local_window": 16, "padding": "front"},
     "kvpress": {"project": None, "local_window": 16, "padding": "tail"},
 }
+_CAKE_TAUS = {  # tau1, tau2
+    "llama-3.1-8b-1024": (1.6, 0.4),
+    "llama-3.1-8b-128": (1.6, 0.6),
+    "mistral-7b-v0.3-1024": (0.8, 0.5),
+    "mistral-7b-v0.3-128": (1.0, 0.8),
+    "qwen2.5-7b-1024": (1.5, 0.6),
+    "qwen2.5-7b-128": (0.4, 0.6),
+    "llama-2-7b-1024": (1.9, 1.8),
+    "llama-2-7b-128": (0.9, 2.3),
+    "llama-2-13b-1024": (0.5, 0.4),
+    "llama-2-13b-128": (1.8, 2.0),
+}
+_CAKE_PRESETS = {name: {"tau1": one, "tau2": two} for name, (one, two) in _CAKE_TAUS.items()}
 _EVERY_STEP = Schedule(every=1)
 _BOUNDED = {"every": 1, "ahead": True}
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "full": Method(Full(), budget=Unlimited(), source="plain causal attention"),
-        "random": Method(Random(), source="baseline"),
+        "full": Method(
+            Full(),
+            budget=Unlimited(),
+            source="plain causal attention",
+            use="The reference: where memory is no concern, and beside every other method.",
+            cost="Every token of every layer and head stays.",
+        ),
+        "random": Method(
+            Random(),
+            source="baseline",
+            use="The floor in comparisons: a method must beat it to be worth its name.",
+            cost="Nothing to compute.",
+        ),
         "streaming-llm": Method(
             StreamingLLM(),
             source="arXiv 2309.17453",
+            use="Endless chats and streams in which only the recent text matters.",
+            cost="Nothing to compute; rolled positions copy one layer's keys at every step.",
             presets={
                 "upstream": {**_BOUNDED, "positions": "rolled"},
                 "bounded": _BOUNDED,
@@ -118,11 +94,15 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "knorm": Method(
             KNorm(),
             source="arXiv 2406.11430",
+            use="Contexts compressed before any question is known: keys alone decide.",
+            cost="One norm per key.",
             presets={"upstream": {}, "kvf": {"skip_layers": (0, 1)}, "kvpress": {}},
         ),
         "snapkv": Method(
             SnapKV(),
             source="arXiv 2404.14469",
+            use="The first to try: a question at the end of the prompt says what matters.",
+            cost="Attention of the last window queries over the prompt, once per layer.",
             presets={
                 "upstream": {"granularity": "query"},
                 "kvf": {**_KVF_WINDOW, "granularity": "query"},
@@ -136,6 +116,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             H2O(),
             schedule=_EVERY_STEP,
             source="arXiv 2306.14048",
+            use="Long generations under a fixed budget: what mattered to all tokens so far stays.",
+            cost="A second pass of attention over the whole prompt, then one number per entry.",
             presets={
                 "upstream-ratio": {"granularity": "query"},
                 "upstream-stream": {"heavy": 48, "positions": "rolled", "granularity": "query"},
@@ -149,12 +131,16 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Tova(),
             schedule=_EVERY_STEP,
             source="arXiv 2401.06104",
+            use="Long generations under a fixed budget, with no state beside the cache.",
+            cost="The newest query's attention row at every step.",
             presets={"upstream": {}, "kvpress": {"every": None, "protect_last": 1}},
         ),
         "pyramidkv": Method(
             SnapKV(window=8),
             budget=Pyramid(),
             source="arXiv 2406.02069",
+            use="Small budgets: low layers spread their attention, high layers focus it.",
+            cost="As snapkv; layers differ in what they hold and in the time they take.",
             presets={
                 "kvf": {"granularity": "query"},
                 "adakv": {"window": 32, "rounding": "adakv", "granularity": "query"},
@@ -165,6 +151,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             SnapKV(rows="mean"),
             budget=PerHead(),
             source="arXiv 2407.11550",
+            use="As snapkv, where heads differ: focused heads lend entries to scattered ones.",
+            cost="As snapkv, and one sort per layer; attention runs over heads of unequal length.",
             presets={
                 "upstream": {"floor": 0.5, "granularity": "query"},
                 "upstream-gqa": {"floor": 0.2},
@@ -178,6 +166,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             SnapKV(window=8, rows="mean"),
             budget=HeadTable(),
             source="arXiv 2410.19258",
+            use="Models with a measured table: heads that retrieve get the room.",
+            cost="As snapkv; the table is measured once per model (`kvtrim calibrate heads`).",
             presets={
                 "upstream": {"beta": 1.01, "granularity": "query"},
                 "fastkv-v1": {"pool": "avg", "granularity": "query"},
@@ -189,6 +179,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             SnapKV(kernel=1, group="sum"),
             unit=Chunk(),
             source="arXiv 2502.00299",
+            use="Answers that need whole phrases: neighbouring tokens stay together.",
+            cost="As snapkv; entries that no whole run fits into stay unused.",
             presets={
                 "paper": {"granularity": "query", "reuse": 2},
                 "kvpress": {
@@ -204,6 +196,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "criticalkv": Method(
             Critical(),
             source="arXiv 2502.03805",
+            use="To repair a scorer that overlooks rare tokens whose values weigh much.",
+            cost="As the scorer it wraps, and every value through every output projection.",
             presets={
                 "ada": {"budget": "per-head", "rule": "floor"},
                 "kvpress": {**_KVPRESS_WINDOW, "count_protected": True},
@@ -213,6 +207,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             LaProx(),
             budget=Global(),
             source="arXiv 2605.07234",
+            use="Where layers differ: one budget, spent where the projected output needs it.",
+            cost="As snapkv, a small product per value, and one pool of scores for the model.",
             presets={
                 "literal": {"gqa": "attn"},
                 "layer": {"budget": "per-head", "floor": 0.0},
@@ -224,6 +220,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             KVzip(),
             budget=Global(),
             source="arXiv 2505.23416",
+            use="Many questions on one saved context, none of them known: the strongest there.",
+            cost="The model reads the context a second time: two to three prefills in all.",
             presets={
                 "layer": {"budget": "per-head", "floor": 0.0},
                 "uniform": {"budget": "uniform"},
@@ -233,6 +231,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Lava(),
             budget=PerHead(layers=LayerShare()),
             source="arXiv 2509.09754",
+            use="Tight budgets on long prompts: layers and heads with flat scores get more.",
+            cost="As snapkv, one sort per layer; layers are cut again as later ones join.",
             presets={"upstream": {"floor_of": "keep", "spread": False}},
         ),
         "cake": Method(
@@ -240,36 +240,41 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             budget=LayerShare(rounding="even"),
             schedule=_EVERY_STEP,
             source="arXiv 2503.12491",
+            use="Long generations in which some layers shift their attention more than others.",
+            cost="As snapkv and a variance; one attention row per step while generating.",
             presets={
                 "prefill": {"every": None},
                 "upstream": {"spread": False},
-                "llama-3.1-8b-1024": {"tau1": 1.6, "tau2": 0.4},
-                "llama-3.1-8b-128": {"tau1": 1.6, "tau2": 0.6},
-                "mistral-7b-v0.3-1024": {"tau1": 0.8, "tau2": 0.5},
-                "mistral-7b-v0.3-128": {"tau1": 1.0, "tau2": 0.8},
-                "qwen2.5-7b-1024": {"tau1": 1.5, "tau2": 0.6},
-                "qwen2.5-7b-128": {"tau1": 0.4, "tau2": 0.6},
-                "llama-2-7b-1024": {"tau1": 1.9, "tau2": 1.8},
-                "llama-2-7b-128": {"tau1": 0.9, "tau2": 2.3},
-                "llama-2-13b-1024": {"tau1": 0.5, "tau2": 0.4},
-                "llama-2-13b-128": {"tau1": 1.8, "tau2": 2.0},
+                **_CAKE_PRESETS,
             },
         ),
-        "curdkv": Method(CurDKV(), source="arXiv 2509.15038", presets=_CURDKV_PRESETS),
+        "curdkv": Method(
+            CurDKV(),
+            source="arXiv 2509.15038",
+            use="Contexts compressed before any question is known: no attention is needed.",
+            cost="Two random projections per entry; no queries, no attention.",
+            presets=_CURDKV_PRESETS,
+        ),
         "ada-curdkv": Method(
             CurDKV(),
             budget=PerHead(rule="floor"),
             source="arXiv 2509.15038",
+            use="As curdkv, where heads differ in how much of their energy is concentrated.",
+            cost="As curdkv, and one sort per layer; attention runs over heads of unequal length.",
             presets=_CURDKV_PRESETS,
         ),
         "keydiff": Method(
             KeyDiff(),
             source="arXiv 2504.15364",
+            use="Contexts compressed before any question is known; streams under a hard cap.",
+            cost="One cosine per key; no queries, no attention.",
             presets={"kvpress": {}, "bounded": {"every": 1}},
         ),
         "circuitkv": Method(
             CircuitKV(),
             source="Js-Hwang1/submission_folder",
+            use="To compare with its benchmark rows; it leans to early tokens.",
+            cost="As snapkv with a short window, and ten steps of a walk over the prompt.",
             presets={
                 "v4.3": {},
                 "head-shared": {"window": 64, "surface": "split"},

@@ -15,8 +15,8 @@ class Schedule:
     instead of after, so that a query never sees more than the budget (StreamingLLM).
     """
 
-    every: int | None = None
-    ahead: bool = False
+    every: int | None = None  # evict again after so many tokens; none is once, after the prompt
+    ahead: bool = False  # evict before the new tokens are read instead of after
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 1:

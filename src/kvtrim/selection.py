@@ -34,7 +34,7 @@ class Unit(ABC):
 
 @dataclass(frozen=True)
 class Token(Unit):
-    """Every slot by itself."""
+    """Token: every slot is kept or dropped by itself."""
 
     single: ClassVar[bool] = True
 
@@ -45,16 +45,18 @@ class Token(Unit):
 
 @dataclass(frozen=True)
 class Chunk(Unit):
-    """Runs of `chunk` consecutive candidates, ranked by the sum of their scores.
+    """Chunk: runs of consecutive tokens are kept or dropped as a whole.
 
-    The last run may be shorter. A head whose budget is smaller than one run falls back to tokens.
-
-    Source: ChunkKV, https://arxiv.org/abs/2502.00299, Algorithm 1; `window_competes`, `shared` and
-    reduce="mean" together are NVIDIA/kvpress@8bb29b9, presses/chunkkv_press.py.
+    Rule:  runs of `chunk` candidates are ranked by the sum of their scores and the best ones stay.
+           The last run may be shorter. A head whose budget is smaller than one run falls back to
+           single tokens.
+    Paper: Liu et al. 2025 (ChunkKV), https://arxiv.org/abs/2502.00299, Algorithm 1.
+    Code:  NVIDIA/kvpress@8bb29b9, presses/chunkkv_press.py, is `window_competes`, `shared` and
+           reduce="mean" together.
     """
 
-    chunk: int = 10
-    reduce: Literal["sum", "mean"] = "sum"
+    chunk: int = 10  # tokens per run
+    reduce: Literal["sum", "mean"] = "sum"  # of the scores in a run
     fill: Literal["none", "partial"] = "none"  # entries no whole run fits into: unused, or the
     # leading tokens of the next best run
     shared: bool = False  # one set for all heads of the layer, by the sum of their scores

@@ -21,8 +21,8 @@ from kvtrim.schedules import Schedule
 from kvtrim.selection import Chunk, Token, Unit
 
 PARTS = ("policy", "budget", "schedule", "unit")
-_UNITS: dict[str, type[Unit]] = {"token": Token, "chunk": Chunk}
-_NOT_SETTINGS = {"source", "presets", *PARTS}
+UNITS: dict[str, type[Unit]] = {"token": Token, "chunk": Chunk}
+_NOT_SETTINGS = {"source", "use", "cost", "presets", *PARTS}
 
 
 def find(name: "str | Method", **settings: Any) -> Method:
@@ -62,6 +62,11 @@ def _parameters(prefix: str, owner: Any) -> dict[str, Any]:
         if is_dataclass(value):
             found |= _parameters(name, value)
     return found
+
+
+def takes(owner: type, field: str) -> str:
+    """What a parameter of a part may be: "int or none", "avg | max"."""
+    return " or ".join(_type_name(option) for option in _options(owner, field))
 
 
 def split(
@@ -131,7 +136,7 @@ def _part(part: str, value: Any) -> Any:
         "policy": _policy,
         "budget": _budget,
         "schedule": _schedule,
-        "unit": lambda name: _lookup("unit", name, _UNITS)(),
+        "unit": lambda name: _lookup("unit", name, UNITS)(),
     }
     return makers[part](value)
 
@@ -164,14 +169,16 @@ def _lookup(kind: str, name: str, table: Mapping[str, Any]) -> Any:
 
 def _converted(owner: type, field: str, value: Any) -> Any:
     """The value as the field's type, which may be given as text."""
-    wanted = get_type_hints(owner)[field]
-    options = get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)
-    for option in options:
+    for option in _options(owner, field):
         done, result = _as(option, value)
         if done:
             return result
-    names = " or ".join(_type_name(option) for option in options)
-    raise UsageError(f"{field}={value!r}: expected {names}")
+    raise UsageError(f"{field}={value!r}: expected {takes(owner, field)}")
+
+
+def _options(owner: type, field: str) -> tuple[Any, ...]:
+    wanted = get_type_hints(owner)[field]
+    return get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)
 
 
 def _as(wanted: Any, value: Any) -> tuple[bool, Any]:
@@ -206,7 +213,9 @@ def _as_number(wanted: type, value: Any) -> tuple[bool, Any]:
 
 
 def _as_tuple(item: type, value: Any) -> tuple[bool, Any]:
-    parts = [part for part in value.split(",") if part] if isinstance(value, str) else list(value)
+    if isinstance(value, str):
+        value = [part for part in value.split(",") if part not in ("", "none")]
+    parts = list(value)
     results = [_as(item, part) for part in parts]
     return all(done for done, _ in results), tuple(result for _, result in results)
 

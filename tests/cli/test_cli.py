@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+import kvtrim
+from kvtrim.catalog.markdown import manual
 from kvtrim.cli import main
 
 DOCUMENT = "The cat sat on the mat and looked at the wide blue sea. " * 5
@@ -111,8 +113,28 @@ def test_methods_are_listed_and_explained(run):
     code, out, _ = run("methods", "adakv", "--json", model=False)
     assert json.loads(out)["parameters"]["budget.floor"] == "0.2"
     code, out, _ = run("methods", "adakv", model=False)
-    assert code == 0 and "budget.floor" in out and "kvpress" in out
-    assert "snapkv" in run("methods", model=False)[1]
+    assert code == 0 and "kvpress" in out
+    shown = " ".join(out.split())
+    method = kvtrim.METHODS["adakv"]
+    assert all(said in shown for said in (method.use, method.cost, method.source))
+    assert "floor 0.2 float the share that is dealt out evenly" in shown
+    assert "upstream granularity kv → query, floor 0.2 → 0.5" in shown
+    out = run("methods", model=False)[1]
+    assert all(name in out for name in kvtrim.METHODS)
+    for heading in ("scores by", "budget", "evicts", "propagation", "source"):
+        assert heading in out
+
+
+def test_methods_as_markdown_is_the_page_of_the_documentation(run):
+    code, page, _ = run("methods", "--markdown", model=False)
+    assert code == 0 and page == manual()
+    code, one, _ = run("methods", "h2o", "--markdown", model=False)
+    assert code == 0 and one.startswith("## h2o\n") and one in page
+
+
+def test_a_method_of_your_own_is_explained_too(run):
+    code, out, _ = run("methods", "test_settings:MINE", model=False)
+    assert code == 0 and "KNorm: keys of small length" in out
 
 
 def test_speed_measures_plain_transformers_in_the_same_run(run, tmp_path):
@@ -181,13 +203,15 @@ def test_version_and_help(run):
         (("speed", "--method", "nothing"), "unknown method"),
         (("speed", "--out", "nowhere/x"), "there is no folder"),
         (("asks",), "Did you mean 'ask'"),
+        (("methods", "snapvk"), "did you mean 'snapkv'"),
+        (("methods", "--json", "--markdown"), "choose one"),
     ],
 )
 def test_every_bad_input_is_one_line_and_an_exit_code(run, tmp_path, arguments, message):
     (tmp_path / "empty.txt").write_text("  \n")
     (tmp_path / "binary.bin").write_bytes(bytes(range(256)))
     (tmp_path / "folder").mkdir()
-    code, out, err = run(*arguments, model=arguments[0] != "asks")
+    code, out, err = run(*arguments, model=arguments[0] not in ("asks", "methods"))
     assert code in (1, 2)
     assert message in err
     assert err.startswith("kvtrim: ") and err.count("\n") == 1, err

@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 import kvtrim
 import models
 from kvtrim.errors import UnsupportedModelError
+from kvtrim.hf.replay import record
 from kvtrim.hf.rotary import rotations
 
 SINKS = 4
@@ -347,3 +348,14 @@ def test_turning_rounds_once_and_turning_by_nothing_changes_no_bit(llama, dtype)
     assert turn(keys, by).dtype == dtype
     torch.testing.assert_close(turn(keys, by), exactly.to(dtype), rtol=1e-3, atol=1e-4)
     assert torch.equal(turn(keys, by * 0), keys)
+
+
+def test_a_stream_goes_on_from_a_recorded_prefill(llama):
+    ids = models.prompt(48, seed=9)
+    own = kvtrim.Cache(llama, "streaming-llm", 12, preset="upstream")
+    replayed = record(llama, ids[:, :40]).cache("streaming-llm", 12, preset="upstream")
+    with torch.no_grad(), kvtrim.attach(llama):
+        llama(ids[:, :40], past_key_values=own)
+        for part in ids[:, 40:].split(1, dim=1):
+            expected = llama(part, past_key_values=own).logits
+            assert torch.equal(llama(part, past_key_values=replayed).logits, expected)

@@ -12,11 +12,11 @@ import kvtrim
 from kvtrim import policies
 from kvtrim.policies.base import Policy
 from kvtrim.projections import output_factor
-from kvtrim.settings import find
+from kvtrim.settings import find, parameters
 from kvtrim.types import LayerView
 from small import small, table
 
-METHODS = sorted(name for name in kvtrim.METHODS if not kvtrim.METHODS[name].policy.probes)
+METHODS = sorted(name for name in kvtrim.METHODS if not find(name).policy.probes)
 H, K, D, N = 6, 2, 8, 64
 
 
@@ -93,7 +93,7 @@ def test_a_budget_as_long_as_the_prompt_keeps_everything(name):
 
 def drawn(name):
     """The scores come from a draw per head, which stays where it is when heads change places."""
-    return "policy.seed" in parameters(kvtrim.METHODS[name])
+    return "policy.seed" in parameters(find(name))
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if not drawn(n)])
@@ -175,7 +175,7 @@ def test_a_policy_must_say_which_queries_it_needs():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_preset_can_be_built_and_selects(name):
-    for preset in kvtrim.METHODS[name].presets:
+    for preset in find(name).presets:
         chosen = find(name, preset=preset, **table(name, layers=2))
         keep = 80
         q, k, v = (t.repeat(1, 1, 3, 1) for t in qkv())

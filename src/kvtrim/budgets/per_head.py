@@ -1,5 +1,8 @@
 """Per head: a layer's total stays, its heads compete for it in one flat top-k, with a floor.
 
+Rule:  blend: a head keeps (1 - floor) x the number of its entries among the layer's best, plus
+       floor x the even share, rounded. floor: the best of every head up to floor x its share are
+       safe, then the best of the layer fill what is left.
 Paper: Feng et al. 2024 (AdaKV), https://arxiv.org/abs/2407.11550, Algorithms 1 and 2.
 Code:  FFY0/AdaKV@efe4e2e, adaptive_snapkv/monkeypatch/snapkv_utils.py ("blend");
        NVIDIA/kvpress@8bb29b9, presses/adakv_press.py ("floor").
@@ -20,10 +23,10 @@ from kvtrim.types import Counts, Float, Int, Room, Scores, Tensor
 @dataclass(frozen=True)
 class PerHead(Budget):
     floor: float = 0.2  # the share that is dealt out evenly: 1 is uniform, 0 pure competition
-    rule: Literal["blend", "floor"] = "blend"
+    rule: Literal["blend", "floor"] = "blend"  # how floor is meant: AdaKV's way or kvpress's
     floor_of: Literal["layer", "keep"] = "layer"  # a share of what the layer got, or of `keep`
     normalize: bool = False  # weigh each head by the share of its scores that its top entries hold
-    exact: bool = False
+    exact: bool = False  # meet the layer's total exactly; the public rule misses it by rounding
     layers: Budget = field(default_factory=Uniform)  # what each layer gets before heads compete
 
     def __post_init__(self) -> None:

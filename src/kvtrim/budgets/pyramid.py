@@ -1,5 +1,7 @@
 """Pyramid: low layers keep more, high layers less, in even steps.
 
+Rule:  the last layer keeps mean / beta, the first 2 x mean minus that, those between lie on the
+       line; no layer keeps more than there is.
 Paper: Cai et al. 2024 (PyramidKV), https://arxiv.org/abs/2406.02069, section 3.2.
 Code:  Zefan-Cai/KVCache-Factory@c97f9d7, pyramidkv/pyramidkv_utils.py ("kvf");
        FFY0/AdaKV@efe4e2e, pyram option ("adakv"); NVIDIA/kvpress@8bb29b9, pyramidkv_press.py.
@@ -18,8 +20,8 @@ from kvtrim.types import Counts, Room, Scores
 @dataclass(frozen=True)
 class Pyramid(Budget):
     beta: int = 20  # the last layer keeps about 1 / beta of the mean
-    rounding: Literal["kvf", "adakv", "kvpress"] = "kvf"
-    exact: bool = False
+    rounding: Literal["kvf", "adakv", "kvpress"] = "kvf"  # whose public code's steps
+    exact: bool = False  # meet the mean exactly; integer steps miss it
 
     def counts(self, room: Room, scores: Scores) -> Counts:
         entries = self.entries(room)

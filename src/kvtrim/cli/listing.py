@@ -1,79 +1,69 @@
 """`methods`: what there is, and one method in detail."""
 
-import inspect
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvtrim.cli import options, output
+from kvtrim.errors import UsageError
 
 if TYPE_CHECKING:
-    from kvtrim.methods import Method
+    from kvtrim.catalog.entries import Entry
 
 Name = Annotated[str | None, typer.Argument(help="Explain this method.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the page of docs/methods.md.")]
 
 
-def methods(name: Name = None, json: options.Json = False) -> None:
+def methods(name: Name = None, json: options.Json = False, markdown: Markdown = False) -> None:
     """List the methods, or explain one."""
+    from kvtrim.catalog.entries import entry
+    from kvtrim.catalog.markdown import manual, section
     from kvtrim.methods import METHODS
-    from kvtrim.settings import find
 
-    if name is not None:
-        _explain(name, find(name), json)
-        return
-    records = [_record(key, method) for key, method in METHODS.items()]
+    if json and markdown:
+        raise UsageError("--json and --markdown: choose one")
+    if markdown:
+        typer.echo(manual() if name is None else section(entry(name)), nl=False)
+    elif name is not None:
+        _explain(entry(name), json)
+    else:
+        _list([entry(key) for key in METHODS], json)
+
+
+def _list(entries: "list[Entry]", json: bool) -> None:
+    records = [e.record() for e in entries]
     if json:
         output.print_json(records)
         return
-    columns = [
-        (heading, "left") for heading in ("name", "scores by", "budget", "evicts", "source")
-    ]
-    rows = [[r["name"], r["scorer"], r["budget"], r["schedule"], r["source"]] for r in records]
-    output.table("kvtrim methods", columns, rows)
+    headings = ("name", "scores by", "budget", "evicts", "propagation", "source")
+    keys = ("name", "scorer", "budget", "schedule", "propagation", "source")
+    rows = [[record[key] for key in keys] for record in records]
+    output.table("kvtrim methods", [(heading, "left") for heading in headings], rows)
+    output.out.print("kvtrim methods NAME explains one", highlight=False)
 
 
-def _record(name: str, method: "Method") -> dict[str, Any]:
-    return {
-        "name": name,
-        "scorer": type(method.policy).__name__,
-        "budget": type(method.budget).__name__,
-        "schedule": "never" if method.budget.unlimited else str(method.schedule),
-        "unit": type(method.unit).__name__.lower(),
-        "propagation": "all tokens",
-        "source": method.source,
-        "presets": sorted(method.presets),
-        "summary": _about(method).splitlines()[0],
-    }
-
-
-def _explain(name: str, method: "Method", json: bool) -> None:
-    from kvtrim.settings import parameters
-
-    values = parameters(method)
-    record = _record(name, method) | {
-        "about": _about(method),
-        "parameters": {key: str(value) for key, value in values.items()},
-        "preset_settings": {key: dict(value) for key, value in method.presets.items()},
-    }
+def _explain(e: "Entry", json: bool) -> None:
     if json:
-        output.print_json(record)
+        output.print_json(e.full_record())
         return
-    output.out.print(f"[bold]{name}[/bold]", highlight=False)
-    output.out.print(record["about"], markup=False, highlight=False)
-    shown = [[key.rpartition(".")[2], str(value), key] for key, value in values.items()]
-    output.table(
-        "parameters (--set name=value)",
-        [("name", "left"), ("value", "left"), ("full name", "left")],
-        shown,
-    )
-    if method.presets:
-        presets = [
-            [key, ", ".join(f"{k}={v}" for k, v in value.items()) or "as it is"]
-            for key, value in method.presets.items()
+    policy, budget, unit = e.parts
+    output.out.print(f"[bold]{e.name}[/bold]", highlight=False)
+    output.facts(
+        [
+            ("use", e.method.use),
+            ("cost", e.method.cost),
+            ("score", policy.sentences),
+            ("budget", budget.sentences),
+            ("keeps", unit.sentences),
+            ("evicts", e.schedule),
+            ("source", e.method.source),
+            *((label.lower(), said) for label in e.LABELS for said in e.labelled(label)),
         ]
-        output.table("presets (--set preset=NAME)", [("name", "left"), ("sets", "left")], presets)
-
-
-def _about(method: "Method") -> str:
-    """The docstring of the policy's file: what it does, paper, code, differences."""
-    return inspect.cleandoc(inspect.getmodule(type(method.policy)).__doc__ or "")
+    )
+    columns = [(heading, "left") for heading in ("name", "default", "takes", "meaning")]
+    rows = [[p.name, p.default, p.takes, p.meaning] for p in e.parameters]
+    output.table("parameters (--set name=value)", columns, rows)
+    if e.presets:
+        presets = [[name, changes or "nothing"] for name, changes in e.presets.items()]
+        columns = [(heading, "left") for heading in ("name", "changes")]
+        output.table("presets (--set preset=NAME)", columns, presets)

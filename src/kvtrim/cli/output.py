@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 _SHORT = 16  # a cell up to this width is never broken
 _BARS = "▁▂▃▄▅▆▇█"
@@ -32,6 +33,17 @@ def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequenc
     for row in rows:
         drawn.add_row(*row)
     out.print(drawn)
+
+
+def facts(rows: Sequence[tuple[str, str]]) -> None:
+    """Labelled sentences below each other; rows without a sentence are left out."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    for label, said in rows:
+        if said:
+            grid.add_row(label, Text(said))
+    out.print(grid, highlight=False)
 
 
 def size(count: int | None) -> str:

@@ -1,8 +1,8 @@
 """CAKE: mean attention of the window plus how much it varies between its queries.
 
-Layers whose window attention is dispersed (entropy) and shifting (variance) get more of the
-model's budget. While generating, the current query ranks the slots alone.
-
+Rule:  mean + gamma x variance of the last `window` queries' attention, pooled over `kernel`
+       neighbours, averaged over the group. Layers whose window attention is dispersed (entropy)
+       and shifting (variance) get more of the budget. While generating the newest query ranks.
 Paper: https://arxiv.org/abs/2503.12491, section 4.
 Code:  antgroup/cakekv@c4675ce, cake/cake_cache.py and cake/utils.py.
 Ours:  compresses as soon as the prompt exceeds the budget (the public code waits for a window

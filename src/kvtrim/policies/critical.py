@@ -1,8 +1,7 @@
 """CriticalKV: half of the entries by attention, the other half by attention times |v W_O|.
 
-Wraps any scorer: its scores choose the first stage; the second ranks the rest by (score + eps)
-times the mean L1 norm of the value behind the group's output projections.
-
+Rule:  wraps any scorer: its scores choose the first stage; the second ranks the rest by
+       (score + eps) times the mean L1 norm of the value behind the group's output projections.
 Paper: Feng et al. 2025, https://arxiv.org/abs/2502.03805.
 Code:  NVIDIA/kvpress@8bb29b9, presses/criticalkv_press.py (by the authors).
 Ours:  sinks and window are set apart first and the two stages divide what is left

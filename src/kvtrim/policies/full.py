@@ -1,5 +1,6 @@
 """Full: nothing is evicted. The reference for answers, seconds and bytes of every other method.
 
+Rule:  every slot scores 0; the budget of this method never evicts.
 Paper: none, plain causal attention.
 """
 

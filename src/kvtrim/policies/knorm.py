@@ -1,5 +1,6 @@
 """KNorm: keys of small length tend to attract attention, so the slots with the smallest norm stay.
 
+Rule:  the score of a slot is minus the Euclidean length of its key.
 Paper: Devoto et al. 2024, https://arxiv.org/abs/2406.11430, section 3.
 Code:  alessiodevoto/l2compress@f93d6ca, cache.py; NVIDIA/kvpress@8bb29b9, presses/knorm_press.py.
 Ours:  slots stay in ascending position (the public code leaves them in order of norm).

@@ -1,9 +1,8 @@
 """KVzip: an entry matters as much as the model looks at it while repeating its own context.
 
-Once the prompt is read, the model is asked to repeat it, chunk by chunk, against the full cache.
-An entry's score is the largest attention it gets from any query of its chunk's repetition, over
-the sinks, the chunk and the repetition itself. All layers and heads share one budget.
-
+Rule:  once the prompt is read, the model is asked to repeat it, chunk by chunk, against the full
+       cache. A slot's score is the largest attention it gets from any query of its chunk's
+       repetition, over the sinks, the chunk and the repetition itself.
 Paper: Kim et al. 2025, https://arxiv.org/abs/2505.23416.
 Code:  NVIDIA/kvpress@8bb29b9, presses/kvzip_press.py; snu-mllab/KVzip.
 Ours:  what is evicted is freed per layer and head (kvpress masks it); scores are fp32; queries are

@@ -1,8 +1,7 @@
 """LaProx: an entry matters as much as it adds to the window's projected attention output.
 
-The product |attention column| x |value through W_O| bounds what leaving an entry out costs.
-Divided by their sum over the layer, such scores are comparable throughout the model.
-
+Rule:  |attention column| x |value through W_O|, which bounds what leaving an entry out costs,
+       summed over the group and divided by the layer's sum, to be comparable between layers.
 Paper: https://arxiv.org/abs/2605.07234, Algorithms 1 and 2, Appendix A; no official code.
 Ours:  what the text leaves open is a parameter. Norms behind W_O come from a QR factor per head.
 """

@@ -1,9 +1,8 @@
 """LAVa: window attention times the largest value norm of the head.
 
-Window weights are averaged and max-pooled, multiplied by the largest L1 norm of the head's values,
-and the largest query head of each group counts. Layers share the model's budget by the entropy of
-these scores, heads compete inside their layer.
-
+Rule:  the attention of the last `window` queries, averaged, max-pooled over `kernel` neighbours
+       and multiplied by the largest L1 norm of the head's values; of a group the largest query
+       head counts. Layers share the budget by the entropy of these scores, heads compete.
 Paper: https://arxiv.org/abs/2509.09754.
 Code:  MGDDestiny/Lava@71d3cc8, adaptive_snapkv/monkeypatch/snapkv_utils.py, LavaKVCluster.
 Ours:  the heads' floor is a share of what their layer gets (a misspelt name in the public code

@@ -1,5 +1,6 @@
 """Random: slots are kept by chance. The floor that a method has to clear to be worth its name.
 
+Rule:  a uniform random number per slot and KV head; sinks and the newest `window` slots stay.
 Paper: none.
 Ours:  drawn on the CPU from (seed, layer), so that a run repeats exactly on any device and a
        prompt keeps the same slots alone and inside a batch.
@@ -17,7 +18,7 @@ from kvtrim.types import LayerView, Scores
 class Random(Policy):
     window: int = 32  # newest slots always kept, as in the window methods, so that they compare
     sinks: int = 4
-    seed: int = 0
+    seed: int = 0  # another number draws another sample
 
     def lookback(self) -> int:
         return 0

@@ -1,5 +1,8 @@
 """SnapKV: a past token matters as much as the prompt's last queries attend to it.
 
+Rule:  the softmax attention (over all keys) that the prompt's last `window` queries give a slot,
+       added up over those queries and averaged over the query heads of its KV head; then each slot
+       takes the largest value among its `kernel` neighbours. The window itself always stays.
 Paper: Li et al. 2024, https://arxiv.org/abs/2404.14469, section 4.
 Code:  FasterDecoding/SnapKV@e216ddc, snapkv/monkeypatch/snapkv_utils.py; variants in
        Zefan-Cai/KVCache-Factory@c97f9d7, dongwonjo/FastKV@5322e1a and NVIDIA/kvpress@8bb29b9.
@@ -18,7 +21,7 @@ from kvtrim.types import LayerView, Scores
 class SnapKV(Policy):
     window: int = 32  # the observation window: how many last queries vote; their slots always stay
     kernel: int = 7  # width of the pooling, odd
-    pool: ops.Pool = "max"
+    pool: ops.Pool = "max"  # what a slot takes from its `kernel` neighbours
     rows: Literal["sum", "mean"] = "sum"  # over the window's queries; ranks alike
     group: ops.Reduce = "mean"  # over the query heads of one KV head
     group_order: Literal["before", "after"] = "before"  # before or after the pooling

@@ -1,5 +1,8 @@
 """TOVA: after each step the slot that the newest token attends to least is dropped.
 
+Rule:  the score of a slot is the softmax attention that the newest token gives it, averaged over
+       all query heads of the layer. Nothing is accumulated and nothing protected, not even that
+       token itself; all KV heads of a layer keep the same positions.
 Paper: Oren et al. 2024, https://arxiv.org/abs/2401.06104, section 3.2.
 Code:  schwartz-lab-NLP/TOVA@275cf5f, src/tova_cache.py; NVIDIA/kvpress@8bb29b9, tova_press.py.
 Ours:  a prompt is read with full attention and cut once at its end, as the released code does.
@@ -15,7 +18,7 @@ from kvtrim.types import LayerView, Scores
 @dataclass(frozen=True)
 class Tova(Policy):
     protect_last: int = 0  # newest slots that never compete; kvpress protects one
-    per_head: bool = False  # the released cache keeps one set per layer
+    per_head: bool = False  # KV heads choose alone; the released cache keeps one set per layer
     sinks: int = 0
 
     def lookback(self) -> int:

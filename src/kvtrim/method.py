@@ -1,0 +1,57 @@
+"""A method is a product: policy x budget x schedule x unit."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from kvtrim.budgets import Budget, Uniform
+from kvtrim.errors import UsageError
+from kvtrim.policies.base import Policy
+from kvtrim.schedules import Schedule
+from kvtrim.selection import Token, Unit
+from kvtrim.types import Target
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published way to make the cache small."""
+
+    policy: Policy
+    budget: Budget = field(default_factory=Uniform)
+    schedule: Schedule = field(default_factory=Schedule)
+    unit: Unit = field(default_factory=Token)
+    granularity: Literal["kv", "query"] = "kv"  # which heads hold entries of their own
+    skip_layers: tuple[int, ...] = ()  # layers that keep everything
+    reuse: int = 1  # so many neighbouring layers share the slots that the first of them kept
+    positions: Literal["original", "rolled"] = "original"  # where kept keys stand for later
+    # queries: where they were read, or closed up at their slot numbers
+    source: str = ""
+    use: str = ""  # one sentence: when it is the method to take
+    cost: str = ""  # one sentence: what it computes and holds beside the entries it keeps
+    presets: Mapping[str, Settings] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not go together."""
+        if self.policy.probes and (self.schedule.every is not None or self.skip_layers):
+            raise UsageError(
+                f"{type(self.policy).__name__} probes the prompt once: use schedule=prompt and no "
+                "skip_layers"
+            )
+        if not self.budget.model_wide:
+            return
+        if not self.unit.single or self.reuse > 1 or self.skip_layers or self.schedule.ahead:
+            raise UsageError(
+                "a model-wide budget deals with single tokens of every layer: use unit=token, "
+                "reuse=1, no skip_layers, ahead=no, or another budget"
+            )
+        if self.policy.first_stage < 1:
+            raise UsageError(
+                f"{type(self.policy).__name__} chooses in two stages inside each head, which a "
+                "model-wide budget cannot do; use budget=uniform or budget=per-head"
+            )
+
+    def fitted(self, target: Target) -> "Method":
+        """This method, made ready for one model; errors as `Budget.fitted`."""
+        return replace(self, budget=self.budget.fitted(target))
