@@ -17,7 +17,7 @@ def small(name, layers=3, heads=6, alike=0):
     """
     known = parameters(find(name))
     windows = [full for full in known if full.endswith(".window")]
-    settings = {full: WINDOW for full in windows}
+    settings = {"window": WINDOW} if windows else {}
     return settings | table(name, layers, heads, alike)
 
 

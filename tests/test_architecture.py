@@ -13,7 +13,7 @@ ARROWS = {
     "version": [],
     "types": [],
     "ops": ["types"],
-    "projections": ["types", "errors"],
+    "projections": ["ops", "errors"],
     "schedules": ["errors"],
     "selection": ["types", "errors"],
     "policies": ["ops", "projections", "energy", "markov", "errors"],

@@ -88,13 +88,17 @@ def _visible(layer: LayerView, rows: int, newer: int, seen: int) -> Bool[Tensor,
     return slot <= own_from_end + layer.lengths.to(device)[:, :, None, None, None]
 
 
-def held(layer: LayerView) -> Bool[Tensor, "B K S"]:
-    """Which slots hold an entry, where KV heads hold different numbers of them."""
-    slots = torch.arange(layer.keys.shape[2])
-    lengths = (
-        torch.full(layer.keys.shape[:2], len(slots)) if layer.lengths is None else layer.lengths
-    )
-    return (slots < lengths[..., None]).to(layer.keys.device)
+def window_attention(
+    layer: LayerView, window: int, last: int | None = None
+) -> Float[Tensor, "B H W N"]:
+    """Weights that the last queries (the window's, or fewer) give the slots before the window."""
+    weights = attention(layer, last=window if last is None else last)
+    weights = weights[..., : layer.keys.shape[2] - window]
+    if layer.lengths is None:
+        return weights
+    groups = weights.shape[1] // layer.keys.shape[1]
+    behind = _behind(layer, weights.shape[-1], window).repeat_interleave(groups, dim=1)
+    return weights.masked_fill(behind[:, :, None], 0)
 
 
 def reduce_group(
@@ -126,9 +130,15 @@ def lengths(layer: LayerView) -> Counts:
     return torch.full(layer.keys.shape[:2], layer.keys.shape[2], device=layer.keys.device)
 
 
-def cleared(layer: LayerView, rows: Float[Tensor, "B K S D"]) -> Float[Tensor, "B K S D"]:
-    """The layer's keys or values with zeros in the slots behind a head's length."""
-    if layer.lengths is None:
+def cleared(
+    layer: LayerView, rows: Float[Tensor, "B K S D"], window: int = 0
+) -> Float[Tensor, "B K S D"]:
+    """The layer's keys or values with zeros in each head's window and in the slots behind it."""
+    if layer.lengths is None and not window:
         return rows
-    behind = torch.arange(rows.shape[2], device=rows.device) >= lengths(layer)[..., None]
-    return rows.masked_fill(behind[..., None], 0)
+    return rows.masked_fill(_behind(layer, rows.shape[2], window)[..., None], 0)
+
+
+def _behind(layer: LayerView, slots: int, window: int) -> Bool[Tensor, "B K S"]:
+    """Which of the first slots belong to a head's window or hold nothing."""
+    return torch.arange(slots, device=layer.keys.device) >= (lengths(layer) - window)[..., None]

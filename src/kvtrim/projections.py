@@ -2,6 +2,7 @@
 
 import torch
 
+from kvtrim import ops
 from kvtrim.errors import UsageError
 from kvtrim.types import Float, LayerView, Tensor
 
@@ -69,8 +70,9 @@ def group_output_norms(
     return torch.as_tensor(total).clamp(min=0).sqrt()
 
 
-def output_norm(layer: LayerView, weights: Float[Tensor, "B H W S"]) -> Float[Tensor, "B 1 1"]:
+def output_norm(layer: LayerView, window: int) -> Float[Tensor, "B 1 1"]:
     """Frobenius norm of the window's projected attention output."""
+    weights = ops.attention(layer, last=window)
     values = layer.values.float().repeat_interleave(weights.shape[1] // layer.keys.shape[1], 1)
     mixed = torch.einsum("bhws,bhse,hem->bwm", weights, values, output(layer).float())
     return mixed.norm(dim=(1, 2))[:, None, None]

@@ -41,18 +41,16 @@ class Cake(Policy):
 
     def score(self, layer: LayerView) -> Scores:
         """Queries [B, H, W, D] and keys [B, K, S, D] to scores [B, K, S - W]."""
-        kv_heads, candidates = layer.keys.shape[1], layer.keys.shape[2] - self.window
         rows = 1 if layer.decoding else self.window
-        weights = ops.attention(layer, last=rows)[..., :candidates]
+        weights = ops.window_attention(layer, self.window, last=rows)
         votes = weights.mean(dim=-2)
         if not layer.decoding:
             votes = votes + self.gamma * weights.var(dim=-2)
-        return ops.reduce_group(ops.pool(votes, self.kernel, "avg"), kv_heads, "mean")
+        return ops.reduce_group(ops.pool(votes, self.kernel, "avg"), layer.keys.shape[1], "mean")
 
     def preference(self, layer: LayerView, scores: Scores) -> Float[Tensor, " B"]:
         """Entropy^(1 / tau1) x variance^(1 / tau2) of the window's attention to the candidates."""
-        candidates = layer.keys.shape[2] - self.window
-        weights = ops.attention(layer, last=self.window)[..., :candidates]
+        weights = ops.window_attention(layer, self.window)
         entropy = -(weights * torch.log(weights + 1e-10)).sum(dim=(1, 2, 3))
         variance = weights.var(dim=-2).sum(dim=(1, 2))
         return entropy.double() ** (1 / self.tau1) * variance.double() ** (1 / self.tau2)

@@ -34,14 +34,14 @@ class LaProx(Policy):
 
     def score(self, layer: LayerView) -> Scores:
         """Queries [B, H, W, D], keys and values [B, K, S, D], W_O to scores [B, K, S - W]."""
-        weights = ops.attention(layer, last=self.window)  # [B, H, W, S]
-        candidates = layer.keys.shape[2] - self.window
-        scores = self._join(layer, weights[..., :candidates])
+        scores = self._join(layer, ops.window_attention(layer, self.window))
         if self.pool_on == "score" or self.gqa == "block":
             scores = ops.pool(scores, self.kernel, "avg")
         if self.norm == "sum":
             return scores / scores.sum(dim=(1, 2), keepdim=True).clamp(min=1e-30)
-        return scores / projections.output_norm(layer, weights) if self.norm == "out" else scores
+        return (
+            scores / projections.output_norm(layer, self.window) if self.norm == "out" else scores
+        )
 
     def _join(self, layer: LayerView, weights: Float[Tensor, "B H W N"]) -> Scores:
         kv_heads, candidates = layer.keys.shape[1], weights.shape[-1]

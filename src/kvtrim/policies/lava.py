@@ -35,9 +35,8 @@ class Lava(Policy):
     def score(self, layer: LayerView) -> Scores:
         """Queries [B, H, W, D], keys and values [B, K, S, D] to scores [B, K, S - W]."""
         kv_heads, candidates = layer.keys.shape[1], layer.keys.shape[2] - self.window
-        weights = ops.attention(layer, last=self.window)[..., :candidates]
+        weights = ops.window_attention(layer, self.window)
         votes = ops.pool(weights.mean(dim=-2), self.kernel, self.pool)
-        size = layer.values[:, :, :candidates].float().norm(p=1, dim=-1)
-        if layer.lengths is not None:
-            size = size.masked_fill(~ops.held(layer)[..., :candidates], 0)
+        values = ops.cleared(layer, layer.values, self.window)[:, :, :candidates]
+        size = values.float().norm(p=1, dim=-1)
         return ops.reduce_group(votes, kv_heads, "max") * size.amax(dim=-1, keepdim=True)

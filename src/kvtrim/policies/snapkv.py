@@ -40,8 +40,7 @@ class SnapKV(Policy):
         """Votes of the window: queries [B, H, W, D] and keys [B, K, S, D] to scores [B, K, S -
         W].
         """
-        kv_heads, slots = layer.keys.shape[1:3]
-        votes = ops.attention(layer, last=self.window)[..., : slots - self.window]
+        kv_heads, votes = layer.keys.shape[1], ops.window_attention(layer, self.window)
         votes = votes.mean(dim=-2) if self.rows == "mean" else votes.sum(dim=-2)  # [B, H, N]
         if self.group_order == "before":
             votes = ops.reduce_group(votes, kv_heads, self.group)
