@@ -15,11 +15,12 @@ from kvtrim.policies.full import Full
 from kvtrim.policies.h2o import H2O
 from kvtrim.policies.knorm import KNorm
 from kvtrim.policies.random import Random
+from kvtrim.policies.shotkv import ShotKV
 from kvtrim.policies.snapkv import SnapKV
 from kvtrim.policies.streaming_llm import StreamingLLM
 from kvtrim.policies.tova import Tova
 from kvtrim.schedules import Schedule
-from kvtrim.selection import Chunk, Token, Unit
+from kvtrim.selection import Chunk, Shot, Token, Unit
 
 Settings = Mapping[str, Any]
 
@@ -48,6 +49,7 @@ _KVPRESS_WINDOW = {
 }
 _KVF_WINDOW = {"window": 8, "kernel": 7, "pool": "max"}
 _EVERY_STEP = Schedule(every=1)
+_GENERATED = Schedule(every=1, region="generated")
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -129,6 +131,20 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                     "window_competes": True,
                 },
             },
+        ),
+        "shotkv": Method(
+            ShotKV(),
+            schedule=_GENERATED,
+            unit=Shot(),
+            source="arXiv 2502.01941 v4",
+            presets={"prefill-only": {"every": None}},
+        ),
+        "random-shot": Method(
+            Random(window=0, sinks=0),
+            schedule=_GENERATED,
+            unit=Shot(reduce="first"),
+            source="baseline of arXiv 2502.01941",
+            presets={"prefill-only": {"every": None}},
         ),
     }
 )

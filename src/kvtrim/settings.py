@@ -19,10 +19,10 @@ from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.methods import METHODS, Method
 from kvtrim.policies.base import Policy
 from kvtrim.schedules import Schedule
-from kvtrim.selection import Chunk, Token, Unit
+from kvtrim.selection import Chunk, Shot, Token, Unit
 
 PARTS = ("policy", "budget", "schedule", "unit")
-_UNITS: dict[str, type[Unit]] = {"token": Token, "chunk": Chunk}
+_UNITS: dict[str, type[Unit]] = {"token": Token, "chunk": Chunk, "shot": Shot}
 _NOT_SETTINGS = {"source", "presets", *PARTS}
 
 
@@ -43,7 +43,9 @@ def find(name: "str | Method", **settings: Any) -> Method:
         if preset not in method.presets:
             raise UnknownNameError(f"preset of {name}", preset, method.presets)
         method = _changed(method, method.presets[preset])
-    return _changed(method, settings)
+    method = _changed(method, settings)
+    method.schedule.require_consistent()
+    return method
 
 
 def parameters(method: Method) -> dict[str, Any]:

@@ -7,7 +7,7 @@ The shapes are checked while the tests run (jaxtyping and beartype); without jax
 they are plain annotations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,13 +26,27 @@ else:
 
         Bool = Float = Int = _Unchecked
 
-__all__ = ["Bool", "Counts", "Float", "Int", "Kept", "LayerView", "Room", "Scores", "Tensor"]
+__all__ = [
+    "Bool",
+    "Counts",
+    "Float",
+    "Int",
+    "Kept",
+    "LayerView",
+    "Room",
+    "Scores",
+    "Spans",
+    "Tensor",
+]
 
 Scores = Float[Tensor, "B K N"]
 """How much each candidate slot matters to each KV head, fp32, higher = keep."""
 
 Counts = Int[Tensor, "B K"]
 """How many candidates each KV head keeps; lives on the CPU."""
+
+Spans = Mapping[str, tuple[tuple[tuple[int, int], ...], ...]]
+"""The named parts of one prompt: name -> units -> half-open ranges of positions, see `spans`."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ class LayerView:
     carried: Float[Tensor, "B K S"] | None = None  # the policy's running statistic, see `observe`
     decoding: bool = False  # the prompt is over
     output: Callable[[], Float[Tensor, "H E M"]] | None = None  # W_O per query head
+    spans: tuple[Spans, ...] = ()  # named parts, one mapping per prompt; empty if none were given
 
 
 @dataclass(frozen=True)

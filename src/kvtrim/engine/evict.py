@@ -51,6 +51,7 @@ class Evictor:
             sinks=sinks,
             recent=recent,
             unit=self.method.unit,
+            members=self.method.unit.members(view.spans, view.positions),
         )
         return None if torch.equal(kept.counts, held) else kept
 

@@ -9,6 +9,7 @@ from kvtrim.engine.session import Session
 from kvtrim.errors import UsageError
 from kvtrim.methods import Method
 from kvtrim.settings import find
+from kvtrim.spans import Given
 from kvtrim.types import Float, Int, Tensor
 
 Layers = Tensor | Sequence[Tensor]
@@ -23,6 +24,7 @@ def select(
     keep: int | float | str | Keep,
     scale: float | None = None,
     output: Sequence[Float[Tensor, "M HD"]] | None = None,
+    spans: Given | None = None,
     **settings: Any,
 ) -> list[list[Int[Tensor, " kept"]]]:
     """Positions that each layer and head keeps of one prompt.
@@ -36,6 +38,7 @@ def select(
         scale: factor on query @ key; 1 / sqrt(D) by default.
         output: each layer's output projection `o_proj.weight` [M, H * D], for methods that weigh
             values by it.
+        spans: named parts of the prompt, see `kvtrim.Cache`.
         settings: parameters of the method, `preset` among them.
 
     Returns:
@@ -51,7 +54,8 @@ def select(
             f"queries, keys and values have {[len(s) for s in stacks]} layers; give the same "
             "number"
         )
-    session = Session(find(method, **settings), Keep.parse(keep), layers=len(stacks[0]))
+    layers = len(stacks[0])
+    session = Session(find(method, **settings), Keep.parse(keep), layers, spans=spans)
     session.begin(rows=1, columns=stacks[0][0].shape[1])
     for index, (q, k, v) in enumerate(zip(*stacks, strict=True)):
         if q.shape[0] % k.shape[0] or k.shape[:2] != v.shape[:2] or q.shape[1] != k.shape[1]:

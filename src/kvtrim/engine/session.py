@@ -7,7 +7,7 @@ alternate.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,10 +18,12 @@ from kvtrim.cache.attend import require_known
 from kvtrim.cache.store import LayerStore
 from kvtrim.engine.call import Call, attended, last_queries, real_queries, stored
 from kvtrim.engine.evict import Evictor, merge
+from kvtrim.engine.generated import Evictors, trimmers
 from kvtrim.engine.reading import Pass
 from kvtrim.engine.state import Mark, State
 from kvtrim.errors import CacheError
 from kvtrim.methods import Method
+from kvtrim.spans import Given, per_prompt
 from kvtrim.types import Float, LayerView, Tensor
 
 CARRIED = "carried"  # the store's column for a policy's running statistic
@@ -35,6 +37,8 @@ class Plan:
     after: bool = False  # evict once they have attended
     observe: bool = False  # the policy updates its running statistic
     again: bool = False  # what is held now will be scored by a later pass
+    carry: bool = False  # and the policy's statistic will be needed then
+    closes: bool = False  # what is read is not generated, where the schedule tells them apart
     lookback: int = 0  # how many of the last queries the policy reads
 
 
@@ -48,6 +52,7 @@ class Session:
         prompt_tokens: columns of the prompt if it comes in several passes; by default the first
             pass is the whole prompt.
         impl: implementation of attention over the store.
+        spans: named parts of each prompt, see `kvtrim.hf.cache.Cache`.
 
     Raises:
         BudgetError: a number of tokens too small for what the method always keeps.
@@ -61,15 +66,16 @@ class Session:
         layers: int,
         prompt_tokens: int | None = None,
         impl: str = "auto",
+        spans: Given | Sequence[Given] | None = None,
     ):
         require_known(impl)
         self.method, self.keep, self.impl = method, keep, impl
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens, self.spans = prompt_tokens, per_prompt(spans)
         self.tap: Callable[[int, Call], None] | None = None  # sees every call, for recording
         self.state = State.empty(layers)
         self._pass: Pass | None = None
         self._plan = Plan()
-        self._evictors: list[tuple[slice, Evictor]] = []
+        self._evictors: Evictors = []
         if keep.kind == "tokens" and not method.budget.unlimited:
             protected = method.policy.sinks + method.policy.recent(int(keep.amount))
             keep.entries(prompt=protected + 1, protected=protected, entry_bytes=1)
@@ -91,8 +97,9 @@ class Session:
         taken_back = self.state.reading.masked_again(mask, columns)
         if taken_back is not None:
             self.state.forget_from(self.state.reading.take_back(taken_back))
-        self._pass = self.state.reading.plan(rows, columns, mask)
-        self._plan = self._planned(columns)
+        now, self._plan = self.state.reading.plan(rows, columns, mask), self._planned(columns)
+        self.state.name(self.spans, now, complete=self.in_prompt and self._plan.after)
+        self._pass = now
         self._evictors = []
 
     def attend(self, index: int, call: Call) -> Float[Tensor, "B H Q E"]:
@@ -117,7 +124,10 @@ class Session:
         """All layers have attended."""
         cut = self._plan.before or self._plan.after
         self.state.reading.record(self._now)
-        self.state.since_cut = 0 if cut else self.state.since_cut + self._now.columns
+        if self._plan.closes:
+            self.state.close(self.method.schedule.share)
+        fresh = cut or self._plan.closes
+        self.state.since_cut = 0 if fresh else self.state.since_cut + self._now.columns
         self._pass = None
 
     @property
@@ -159,17 +169,23 @@ class Session:
     def _planned(self, columns: int) -> "Plan":
         """What is due in a pass over so many columns."""
         schedule, policy, state = self.method.schedule, self.method.policy, self.state
+        given = self.in_prompt or columns > 1 or state.reading.seen < state.expected
+        closes = given and schedule.region == "generated"
         if self.in_prompt:
             cut = state.reading.seen + columns >= (self.prompt_tokens or 1)
         else:
             cut = schedule.every is not None and state.since_cut + columns >= schedule.every
-        again = schedule.every is not None or (self.in_prompt and not cut)
+            cut = cut and not closes
+        more = self.in_prompt and not cut
+        again = schedule.every is not None or more
         before = cut and schedule.ahead and not self.in_prompt
         return Plan(
             before=before,
             after=cut and not before,
-            observe=policy.carries and (cut or again),
+            observe=policy.observes(not self.in_prompt) and (cut or again),
             again=again,
+            carry=again and policy.observes(not more),
+            closes=closes,
             lookback=policy.lookback(),
         )
 
@@ -195,7 +211,7 @@ class Session:
                 self._cut(index, call, store, last)
             held.queries = last.clone() if plan.lookback and plan.again else None
         store.settle()
-        if plan.observe and not plan.again:
+        if plan.observe and not plan.carry:
             store.drop_column(CARRIED)
 
     def _observe(self, index: int, call: Call, store: LayerStore) -> None:
@@ -223,7 +239,9 @@ class Session:
             store.retain(kept)
             self.state.cut_at = self.state.reading.seen + (0 if coming else self._now.columns)
 
-    def _new_evictors(self, call: Call, coming: int) -> list[tuple[slice, Evictor]]:
+    def _new_evictors(self, call: Call, coming: int) -> Evictors:
+        if not self.in_prompt and self.method.schedule.region == "generated":
+            return trimmers(self.method, self.state, self._now)
         if self.in_prompt:
             entry = len(self.state.layers) * call.keys.shape[1] * call.entry_bytes * self._now.rows
             self.state.keeps = [self._budget(length, entry) for length in self._now.lengths()]
@@ -262,6 +280,7 @@ class Session:
             carried=dense.get(CARRIED),
             decoding=not self.in_prompt,
             output=call.output,
+            spans=tuple(self.state.spans[rows]),
         )
 
 

@@ -4,6 +4,7 @@ stays.
 
 import copy
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import ref
@@ -20,6 +21,7 @@ from kvtrim.errors import NotAttachedError, UsageError
 from kvtrim.hf.architectures import layout
 from kvtrim.methods import Method
 from kvtrim.settings import find
+from kvtrim.spans import Given
 from kvtrim.types import Int, Tensor
 
 
@@ -76,11 +78,15 @@ class Cache(TransformersCache):
         prompt_tokens: length of the prompt if it is fed in several passes, so that the cache
             knows when it is complete; by default the first pass is the whole prompt.
         impl: attention over the store: "auto", "sdpa", or "reference" (slow).
+        spans: named parts of the prompt in tokens, padding not counted: for each name its units,
+            a unit being one range (start, end) or a list of them (`{"shots": [(0, 40), ...]}`).
+            One mapping for all prompts of the batch, or a list with one for each.
         settings: parameters of the method, and `preset`.
 
     Raises:
         UnknownNameError: no such method, preset or parameter.
         BudgetError: a `keep` out of range, or below what the method always keeps.
+        UsageError: spans that overlap or are no ranges.
         UnsupportedModelError: the model's layers cannot be managed.
     """
 
@@ -92,11 +98,12 @@ class Cache(TransformersCache):
         *,
         prompt_tokens: int | None = None,
         impl: str = "auto",
+        spans: Given | Sequence[Given] | None = None,
         **settings: Any,
     ):
         budget, chosen = Keep.parse(keep), find(method, **settings)
         self.managed = layout(model, allow_untested=True).managed
-        self.session = Session(chosen, budget, len(self.managed), prompt_tokens, impl)
+        self.session = Session(chosen, budget, len(self.managed), prompt_tokens, impl, spans)
         self.request = (method, settings)  # as asked for, to be saved
         self.prompt: dict[str, Any] = {}  # how the prompt was built, for questions asked later
         self.token_ids: Int[Tensor, "B seen"] | None = None  # None too if embeddings were fed
@@ -158,6 +165,12 @@ class Cache(TransformersCache):
         from kvtrim.hf.saving import save  # it needs Cache, so it cannot be imported above
 
         save(self, path, tokenizer)
+
+    def expect(self, tokens: int) -> None:
+        """Everything up to so many tokens is handed over, not generated, in whatever passes it
+        comes; needed only by methods that treat the two differently.
+        """
+        self.session.state.expected = tokens
 
     # A pass over the model, called by the hooks of `attach`
 

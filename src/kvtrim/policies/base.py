@@ -23,6 +23,10 @@ class Policy(ABC):
     carries: ClassVar[bool] = False
     """It keeps a running statistic per slot, which `observe` updates at every forward pass."""
 
+    def observes(self, decoding: bool) -> bool:
+        """Whether `observe` is wanted for passes over the prompt, or (`decoding`) after it."""
+        return self.carries
+
     @abstractmethod
     def lookback(self) -> int:
         """How many of the last queries `score` reads."""
