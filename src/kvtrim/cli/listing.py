@@ -75,5 +75,9 @@ def _explain(name: str, method: "Method", json: bool) -> None:
 
 
 def _about(method: "Method") -> str:
-    """The docstring of the policy's file: what it does, paper, code, differences."""
-    return inspect.cleandoc(inspect.getmodule(type(method.policy)).__doc__ or "")
+    """The docstring of the policy's file: what it does, paper, code, differences; and what is
+    kept as a whole, where that is not a token.
+    """
+    about = inspect.cleandoc(inspect.getmodule(type(method.policy)).__doc__ or "")
+    unit = type(method.unit).__name__
+    return about if unit == "Token" else f"{about}\n\n{unit}: {inspect.getdoc(method.unit)}"
