@@ -6,8 +6,9 @@ stay while they fit beside the fixed text. While generating, the prompt is left 
 generated tokens those stay that the newest query attends to most (region of the schedule).
 
 For many-shot prompts. Costs the attention of the prompt once more (`last_w`: of its last queries
-only). With one prefill over everything the first new token still saw every shot: ask for long
-answers, or compress the shots before the question (question-agnostic).
+only). observers="all", the words of the paper, favours early shots, which more queries follow.
+With one prefill over everything the first new token still saw every shot: ask for long answers,
+or compress the shots before the question (question-agnostic).
 
 Paper: Liu et al. 2025, https://arxiv.org/abs/2502.01941 v4, section 5.1, eq. 2-9, Algorithm 1.
 Code:  none is public.
