@@ -28,7 +28,7 @@ demo: setup
 	  --method snapkv --method adakv --method pyramidkv --method h2o --method tova --method chunkkv --method streaming-llm
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: setup
 	$(BIN)/ruff check

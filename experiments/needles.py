@@ -75,7 +75,7 @@ def measured(model, tokenizer, essays: str, count: int, length: int):
     tries = [("full", None), *((method, keep) for method in METHODS for keep in KEEPS)]
     for number, (context, question, words) in enumerate(prompts(tokenizer, essays, count, length)):
         prompt = encode(tokenizer, around, context, question)
-        recording = record(model, torch.tensor([prompt.context + prompt.question]))
+        recording = record(model, torch.tensor([prompt.ids]), prompt.spans)
         for method, keep in tries:
             cache = recording.cache(method, 1 if keep is None else keep)
             row = {"prompt": number, "method": method, "keep": keep, "tokens": len(prompt)}

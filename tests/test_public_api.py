@@ -11,6 +11,7 @@ import kvtrim
 def test_the_public_names_are_these():
     assert sorted(kvtrim.__all__) == [
         "Cache",
+        "Document",
         "KvtrimError",
         "METHODS",
         "Method",

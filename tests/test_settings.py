@@ -8,8 +8,8 @@ from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.methods import Method
 from kvtrim.policies.knorm import KNorm
 from kvtrim.schedules import Schedule
-from kvtrim.selection import Chunk
 from kvtrim.settings import find, parameters, split
+from kvtrim.units import Chunk
 
 MINE = Method(KNorm(window=3))
 

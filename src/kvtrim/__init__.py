@@ -12,6 +12,7 @@ from kvtrim.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from kvtrim.answers import Result, compress, generate
+    from kvtrim.documents import Document
     from kvtrim.engine.offline import select
     from kvtrim.hf.attach import attach, detach
     from kvtrim.hf.cache import Cache
@@ -23,6 +24,7 @@ _LATER = {
     "METHODS": "kvtrim.methods",
     "Method": "kvtrim.methods",
     "Cache": "kvtrim.hf.cache",
+    "Document": "kvtrim.documents",
     "Result": "kvtrim.answers",
     "attach": "kvtrim.hf.attach",
     "compress": "kvtrim.answers",
@@ -36,6 +38,7 @@ _LATER = {
 __all__ = [
     "METHODS",
     "Cache",
+    "Document",
     "KvtrimError",
     "Method",
     "Result",

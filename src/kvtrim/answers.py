@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from kvtrim.budgets import Keep
+from kvtrim.documents import Document
 from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
@@ -16,10 +17,10 @@ from kvtrim.hf.running import generate as run
 from kvtrim.methods import Method
 from kvtrim.prompts import (
     Frame,
-    Words,
-    cut_middle,
+    Prompt,
+    encode_context,
+    encode_ends,
     encode_question,
-    encode_text,
     frame,
     repeat_words,
 )
@@ -106,7 +107,7 @@ class Result:
 def generate(
     model: Any,
     tokenizer: Any,
-    context: str | Cache,
+    context: str | Document | Cache,
     question: str | Sequence[str] = "",
     *,
     method: str | Method = "snapkv",
@@ -124,7 +125,8 @@ def generate(
 
     Args:
         model, tokenizer: as `kvtrim.load` gives them; attached for the call if it is not already.
-        context: the document, or a cache that `compress` or `load_cache` made of one.
+        context: the document, as text or as a `Document` with named parts, or a cache that
+            `compress` or `load_cache` made of one.
         question: one question is read together with the context (question-aware) unless told
             otherwise; several are asked of one compressed context (question-agnostic), which each
             of them leaves as it found it.
@@ -156,27 +158,29 @@ def generate(
     around = frame(tokenizer, chat, system)
     follow = [encode_question(tokenizer, around, text) for text in questions]
     room = _window(model) - max_new_tokens - max(map(len, follow))
-    ids = _context(tokenizer, around, context, room, truncate)
+    prompt = _context(tokenizer, around, context, room, truncate)
     if protocol == AGNOSTIC:
         start = perf_counter()
-        words = repeat_words(tokenizer, around)
-        cache = _compressed(model, ids, method, keep, words, prefill_chunk, progress, settings)
+        cache = _compressed(
+            model, tokenizer, around, prompt, method, keep, prefill_chunk, progress, settings
+        )
         cache.prompt = {"chat": chat, "system": system}
         return _ask(model, tokenizer, cache, questions, perf_counter() - start, asking)
     if protocol != AWARE:
         raise UsageError(f"unknown protocol {protocol!r}; use {AWARE!r} or {AGNOSTIC!r}")
     answers = []
     for own in follow:
-        cache = Cache(model, method, keep, prompt_tokens=len(ids) + len(own), **settings)
+        whole = prompt.asked(own)
+        cache = Cache(model, method, keep, prompt_tokens=len(whole), spans=whole.spans, **settings)
         cache.words = repeat_words(tokenizer, around)
-        answers.append(_answer(model, tokenizer, cache, ids + own, asking))
+        answers.append(_answer(model, tokenizer, cache, whole.ids, asking))
     return Result(answers, AWARE, _name(method), str(Keep.parse(keep)), 0.0)
 
 
 def compress(
     model: Any,
     tokenizer: Any,
-    context: str,
+    context: str | Document,
     *,
     method: str | Method = "snapkv",
     keep: int | float | str = 512,
@@ -193,27 +197,29 @@ def compress(
     question)`, save it with `cache.save(path)`.
     """
     around = frame(tokenizer, chat, system)
-    ids = _context(tokenizer, around, context, _window(model) - 1, truncate)
-    words = repeat_words(tokenizer, around)
-    cache = _compressed(model, ids, method, keep, words, prefill_chunk, progress, settings)
+    prompt = _context(tokenizer, around, context, _window(model) - 1, truncate)
+    cache = _compressed(
+        model, tokenizer, around, prompt, method, keep, prefill_chunk, progress, settings
+    )
     cache.prompt = {"chat": chat, "system": system}
     return cache
 
 
 def _compressed(
     model: Any,
-    ids: list[int],
+    tokenizer: Any,
+    around: Frame,
+    prompt: Prompt,
     method: str | Method,
     keep: int | float | str,
-    words: Words,
     chunk: int | None,
     progress: Progress | None,
     settings: dict[str, Any],
 ) -> Cache:
-    cache = Cache(model, method, keep, prompt_tokens=len(ids), **settings)
-    cache.words = words
+    cache = Cache(model, method, keep, prompt_tokens=len(prompt), spans=prompt.spans, **settings)
+    cache.words = repeat_words(tokenizer, around)
     with attach(model):
-        read(model, torch.tensor([ids], device=model.device), cache, chunk, progress)
+        read(model, torch.tensor([prompt.ids], device=model.device), cache, chunk, progress)
     synchronize(model.device)
     return cache
 
@@ -234,7 +240,7 @@ def _ask(
     around = frame(tokenizer, **cache.prompt)
     context, mark, answers = cache.token_ids[0].tolist(), cache.mark(), []
     for text in questions:
-        ids = context + encode_question(tokenizer, around, text)
+        ids = context + encode_question(tokenizer, around, text).ids
         if len(ids) + asking["max_new_tokens"] > _window(model):
             raise UsageError(_too_long(len(ids), asking["max_new_tokens"], _window(model)))
         try:
@@ -253,6 +259,7 @@ def _answer(
         held["held_bytes"], held["full_bytes"] = cache.held_bytes, cache.full_bytes
         held["kept"] = [counts[0].tolist() for counts in cache.entries()]
 
+    cache.expect(len(ids))
     with attach(model):
         done = run(model, torch.tensor([ids], device=model.device), cache, on_first=look, **asking)
     text = tokenizer.decode(done.token_ids, skip_special_tokens=True).strip()
@@ -260,18 +267,17 @@ def _answer(
 
 
 def _context(
-    tokenizer: Any, around: Frame, context: str, room: int, truncate: Truncate
-) -> list[int]:
-    """The ids of a context that fits into `room` tokens."""
-    if not context.strip():
+    tokenizer: Any, around: Frame, context: str | Document, room: int, truncate: Truncate
+) -> Prompt:
+    """A context that fits into `room` tokens."""
+    if not Document.of(context).text.strip():
         raise UsageError("the context is empty")
-    ids = encode_text(tokenizer, around.before + context)
-    if len(ids) <= room:
-        return ids
+    prompt = encode_context(tokenizer, around, context)
+    if len(prompt) <= room:
+        return prompt
     if truncate != "middle":
-        raise UsageError(_too_long(len(ids), 0, room))
-    before = encode_text(tokenizer, around.before) if around.before else []
-    return before + cut_middle(encode_text(tokenizer, context), room - len(before))
+        raise UsageError(_too_long(len(prompt), 0, room))
+    return encode_ends(tokenizer, around, context, room)
 
 
 def _too_long(tokens: int, answer: int, window: int) -> str:

@@ -8,8 +8,8 @@ from kvtrim.budgets import Budget, Uniform
 from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
 from kvtrim.schedules import Schedule
-from kvtrim.selection import Token, Unit
 from kvtrim.types import Target
+from kvtrim.units import Token, Unit
 
 Settings = Mapping[str, Any]
 
@@ -41,6 +41,8 @@ class Method:
             )
         if not self.budget.model_wide:
             return
+        if self.schedule.region == "generated":
+            raise UsageError("region=generated and a model-wide budget do not go together")
         if not self.unit.single or self.reuse > 1 or self.skip_layers or self.schedule.ahead:
             raise UsageError(
                 "a model-wide budget deals with single tokens of every layer: use unit=token, "

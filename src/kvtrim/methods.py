@@ -28,40 +28,17 @@ from kvtrim.policies.kvzip import KVzip
 from kvtrim.policies.laprox import LaProx
 from kvtrim.policies.lava import Lava
 from kvtrim.policies.random import Random
+from kvtrim.policies.shotkv import ShotKV
 from kvtrim.policies.snapkv import SnapKV
 from kvtrim.policies.streaming_llm import StreamingLLM
 from kvtrim.policies.tova import Tova
+from kvtrim.presets import CAKE_PRESETS, CURDKV_PRESETS, KVF_WINDOW, KVPRESS_WINDOW
 from kvtrim.schedules import Schedule
-from kvtrim.selection import Chunk
+from kvtrim.units import Chunk, Shot
 
-_KVPRESS_WINDOW = {
-    "window": 64,
-    "kernel": 5,
-    "pool": "avg",
-    "rows": "mean",
-    "group_order": "after",
-}
-_KVF_WINDOW = {"window": 8, "kernel": 7, "pool": "max"}
-_CURDKV_PRESETS = {
-    "paper": {},
-    "authors": {"project": None, "local_window": 16, "padding": "front"},
-    "kvpress": {"project": None, "local_window": 16, "padding": "tail"},
-}
-_CAKE_TAUS = {  # tau1, tau2
-    "llama-3.1-8b-1024": (1.6, 0.4),
-    "llama-3.1-8b-128": (1.6, 0.6),
-    "mistral-7b-v0.3-1024": (0.8, 0.5),
-    "mistral-7b-v0.3-128": (1.0, 0.8),
-    "qwen2.5-7b-1024": (1.5, 0.6),
-    "qwen2.5-7b-128": (0.4, 0.6),
-    "llama-2-7b-1024": (1.9, 1.8),
-    "llama-2-7b-128": (0.9, 2.3),
-    "llama-2-13b-1024": (0.5, 0.4),
-    "llama-2-13b-128": (1.8, 2.0),
-}
-_CAKE_PRESETS = {name: {"tau1": one, "tau2": two} for name, (one, two) in _CAKE_TAUS.items()}
 _EVERY_STEP = Schedule(every=1)
 _BOUNDED = {"every": 1, "ahead": True}
+_GENERATED = Schedule(every=1, region="generated")
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -105,11 +82,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             cost="Attention of the last window queries over the prompt, once per layer.",
             presets={
                 "upstream": {"granularity": "query"},
-                "kvf": {**_KVF_WINDOW, "granularity": "query"},
-                "kvf-kv": _KVF_WINDOW,
-                "fastkv-v1": {**_KVF_WINDOW, "pool": "avg", "granularity": "query"},
-                "fastkv-head": {**_KVF_WINDOW, "granularity": "query"},
-                "kvpress": _KVPRESS_WINDOW,
+                "kvf": {**KVF_WINDOW, "granularity": "query"},
+                "kvf-kv": KVF_WINDOW,
+                "fastkv-v1": {**KVF_WINDOW, "pool": "avg", "granularity": "query"},
+                "fastkv-head": {**KVF_WINDOW, "granularity": "query"},
+                "kvpress": KVPRESS_WINDOW,
             },
         ),
         "h2o": Method(
@@ -144,7 +121,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             presets={
                 "kvf": {"granularity": "query"},
                 "adakv": {"window": 32, "rounding": "adakv", "granularity": "query"},
-                "kvpress": {**_KVPRESS_WINDOW, "rounding": "kvpress"},
+                "kvpress": {**KVPRESS_WINDOW, "rounding": "kvpress"},
             },
         ),
         "adakv": Method(
@@ -156,10 +133,10 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             presets={
                 "upstream": {"floor": 0.5, "granularity": "query"},
                 "upstream-gqa": {"floor": 0.2},
-                "kvf": {**_KVF_WINDOW, "normalize": True, "granularity": "query"},
-                "kvf-kv": {**_KVF_WINDOW, "normalize": True},
-                "fastkv-v1": {**_KVF_WINDOW, "pool": "avg", "granularity": "query"},
-                "kvpress": {**_KVPRESS_WINDOW, "rule": "floor"},
+                "kvf": {**KVF_WINDOW, "normalize": True, "granularity": "query"},
+                "kvf-kv": {**KVF_WINDOW, "normalize": True},
+                "fastkv-v1": {**KVF_WINDOW, "pool": "avg", "granularity": "query"},
+                "kvpress": {**KVPRESS_WINDOW, "rule": "floor"},
             },
         ),
         "headkv": Method(
@@ -184,7 +161,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             presets={
                 "paper": {"granularity": "query", "reuse": 2},
                 "kvpress": {
-                    **_KVPRESS_WINDOW,
+                    **KVPRESS_WINDOW,
                     "group": "mean",
                     "chunk": 20,
                     "reduce": "mean",
@@ -200,7 +177,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             cost="As the scorer it wraps, and every value through every output projection.",
             presets={
                 "ada": {"budget": "per-head", "rule": "floor"},
-                "kvpress": {**_KVPRESS_WINDOW, "count_protected": True},
+                "kvpress": {**KVPRESS_WINDOW, "count_protected": True},
             },
         ),
         "laprox": Method(
@@ -245,7 +222,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             presets={
                 "prefill": {"every": None},
                 "upstream": {"spread": False},
-                **_CAKE_PRESETS,
+                **CAKE_PRESETS,
             },
         ),
         "curdkv": Method(
@@ -253,7 +230,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2509.15038",
             use="Contexts compressed before any question is known: no attention is needed.",
             cost="Two random projections per entry; no queries, no attention.",
-            presets=_CURDKV_PRESETS,
+            presets=CURDKV_PRESETS,
         ),
         "ada-curdkv": Method(
             CurDKV(),
@@ -261,7 +238,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2509.15038",
             use="As curdkv, where heads differ in how much of their energy is concentrated.",
             cost="As curdkv, and one sort per layer; attention runs over heads of unequal length.",
-            presets=_CURDKV_PRESETS,
+            presets=CURDKV_PRESETS,
         ),
         "keydiff": Method(
             KeyDiff(),
@@ -280,6 +257,24 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "head-shared": {"window": 64, "surface": "split"},
                 "head-perhead": {"window": 64, "surface": "own", "granularity": "query"},
             },
+        ),
+        "shotkv": Method(
+            ShotKV(),
+            schedule=_GENERATED,
+            unit=Shot(),
+            source="arXiv 2502.01941 v4",
+            use="Prompts of many examples: whole examples stay, not pieces of each.",
+            cost="As h2o over the prompt; one attention row per step while generating.",
+            presets={"prefill-only": {"every": None}},
+        ),
+        "random-shot": Method(
+            Random(window=0, sinks=0),
+            schedule=_GENERATED,
+            unit=Shot(reduce="first"),
+            source="baseline of arXiv 2502.01941",
+            use="The floor for shotkv: the same shots in random order.",
+            cost="Nothing to compute.",
+            presets={"prefill-only": {"every": None}},
         ),
     }
 )

@@ -9,7 +9,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from kvtrim.types import Bool, Counts, Float, LayerView, Tensor
+from kvtrim.errors import UsageError
+from kvtrim.spans import unit_numbers
+from kvtrim.types import Bool, Counts, Float, Int, LayerView, Tensor
 
 Pool = Literal["none", "avg", "max"]
 Reduce = Literal["sum", "mean", "max"]
@@ -27,13 +29,19 @@ def attention(layer: LayerView, last: int | None = None) -> Float[Tensor, "B H W
     return _weights(layer, queries, layer.keys.float(), newer=0)
 
 
-def column_sums(layer: LayerView) -> Float[Tensor, "B H S"]:
+def column_sums(
+    layer: LayerView, observers: Bool[Tensor, "B Q"] | None = None, own: bool = True
+) -> Float[Tensor, "B H S"]:
     """Attention that each slot received from all queries at hand, added up, in O(H * S) memory.
 
     Equals `attention(layer).sum(-2)`, in blocks of queries: the n x n matrix never exists.
+
+    Args:
+        observers: only these queries count.
+        own: what a query pays to its own slot counts too.
     """
     sums = layer.keys.new_zeros(*layer.queries.shape[:2], layer.keys.shape[2], dtype=torch.float32)
-    for weights in _blocks(layer):
+    for weights in _blocks(layer, observers, own):
         sums[..., : weights.shape[-1]] += weights.sum(dim=-2)
     return sums
 
@@ -47,12 +55,34 @@ def column_max(layer: LayerView) -> Float[Tensor, "B H S"]:
     return most
 
 
-def _blocks(layer: LayerView) -> Iterator[Float[Tensor, "B H W V"]]:
-    """Attention weights of all queries at hand, a block of them at a time."""
+def _blocks(
+    layer: LayerView, observers: Bool[Tensor, "B Q"] | None = None, own: bool = True
+) -> Iterator[Float[Tensor, "B H W V"]]:
+    """Attention weights of all queries at hand (or the observers), a block of them at a time."""
     keys, total = layer.keys.float(), layer.queries.shape[2]
     for first in range(0, total, _ROWS_AT_ONCE):
         queries = layer.queries[:, :, first : first + _ROWS_AT_ONCE]
-        yield _weights(layer, queries, keys, newer=total - first - queries.shape[2])
+        voting = None if observers is None else observers[:, first : first + _ROWS_AT_ONCE]
+        if voting is not None and not bool(voting.any()):
+            continue
+        weights = _weights(layer, queries, keys, total - first - queries.shape[2], own)
+        yield weights if voting is None else weights * voting[:, None, :, None]
+
+
+def queries_in(layer: LayerView, part: str) -> Bool[Tensor, "B Q"]:
+    """Which of the queries at hand stand in a named part of their prompt.
+
+    Raises:
+        UsageError: the prompt does not name that part.
+    """
+    if not layer.spans or not all(spans.get(part) for spans in layer.spans):
+        raise UsageError(
+            f"this method needs to know where the {part} is: read it together with the context "
+            f"(question-aware), or say so: kvtrim.Cache(..., spans={{'{part}': [(start, end)]}})"
+        )
+    own = layer.positions[:, 0, layer.keys.shape[2] - layer.queries.shape[2] :]
+    numbers = [unit_numbers(spans, part, at) for spans, at in zip(layer.spans, own, strict=True)]
+    return torch.stack(numbers) >= 0
 
 
 def _weights(
@@ -60,9 +90,10 @@ def _weights(
     queries: Float[Tensor, "B H W D"],
     keys: Float[Tensor, "B K S D"],
     newer: int,
+    own: bool = True,
 ) -> Float[Tensor, "B H W V"]:
     """Weights of W queries that `newer` other queries follow, over the V slots any of them
-    sees.
+    sees; 0 on a query's own slot unless `own`.
     """
     batch, heads, rows, width = queries.shape
     kv_heads, slots = keys.shape[1:3]
@@ -72,20 +103,23 @@ def _weights(
     if layer.softcap is not None:
         logits = layer.softcap * torch.tanh(logits / layer.softcap)
     logits = logits.view(batch, kv_heads, -1, rows, seen)
-    visible = _visible(layer, rows, newer, seen)
-    if visible is not None:
-        logits = logits.masked_fill(~visible, -torch.inf)
-    return logits.softmax(dim=-1).view(batch, heads, rows, seen)
+    slot = torch.arange(seen, device=logits.device)
+    last = _own_slots(layer, rows, newer, seen)
+    if rows > 1 or layer.lengths is not None:
+        logits = logits.masked_fill(slot > last, -torch.inf)
+    weights = logits.softmax(dim=-1)
+    if not own:
+        weights.scatter_(-1, last.expand(*weights.shape[:-1], 1), 0)
+    return weights.view(batch, heads, rows, seen)
 
 
-def _visible(layer: LayerView, rows: int, newer: int, seen: int) -> Bool[Tensor, "..."] | None:
-    """Which slots each query sees, [W, V] or [B, K, 1, W, V]; None when each of them sees all."""
+def _own_slots(layer: LayerView, rows: int, newer: int, seen: int) -> Int[Tensor, "..."]:
+    """The slot of each query's own token, the last it sees: [W, 1] or [B, K, 1, W, 1]."""
     device = layer.keys.device
-    slot = torch.arange(seen, device=device)
-    own_from_end = torch.arange(rows, device=device)[:, None] - rows - newer
+    from_end = torch.arange(rows, device=device)[:, None] - rows - newer
     if layer.lengths is None:
-        return None if rows == 1 else slot <= own_from_end + seen + newer
-    return slot <= own_from_end + layer.lengths.to(device)[:, :, None, None, None]
+        return from_end + seen + newer
+    return from_end + layer.lengths.to(device)[:, :, None, None, None]
 
 
 def window_attention(

@@ -2,12 +2,20 @@
 
 The two parts are tokenised separately, so the ids are the same whether the question is read
 together with the context (question-aware) or after it was compressed (question-agnostic).
+
+Named parts go along as spans of tokens: `system` (all that stands before the context, start token
+and template included), `context`, `question`, what a `Document` names (`shots`), and `sentences`
+of the context. A token belongs to the unit in which it begins.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvtrim.documents import Document
 from kvtrim.errors import UsageError
+from kvtrim.spans import joined, moved, without
+from kvtrim.types import Spans
 
 _CONTEXT, _QUESTION = "\u2980context\u2980", "\u2980question\u2980"
 _BETWEEN = "\n\n"
@@ -51,13 +59,26 @@ class Frame:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A context and a question as token ids; either may be encoded alone."""
+    """A context and a question as token ids, and where their named parts lie; either may be
+    encoded alone.
+    """
 
     context: list[int]
     question: list[int]
+    spans: Spans = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.context) + len(self.question)
+
+    @property
+    def ids(self) -> list[int]:
+        """The whole prompt."""
+        return self.context + self.question
+
+    def asked(self, question: "Prompt") -> "Prompt":
+        """This context with a question encoded alone."""
+        spans = joined(self.spans, question.spans, len(self.context))
+        return Prompt(self.context, question.question, spans)
 
 
 @dataclass(frozen=True)
@@ -79,17 +100,43 @@ def frame(tokenizer: Any, chat: bool | None = None, system: str | None = None) -
     return Frame.chat(tokenizer, system) if chat else Frame.plain(tokenizer)
 
 
-def encode(tokenizer: Any, around: Frame, context: str, question: str) -> Prompt:
+def encode(tokenizer: Any, around: Frame, context: str | Document, question: str) -> Prompt:
     """Token ids of both parts. Special tokens come from the frame alone, never twice."""
-    return Prompt(
-        context=encode_text(tokenizer, around.before + context),
-        question=encode_question(tokenizer, around, question),
-    )
+    asked = encode_question(tokenizer, around, question)
+    return encode_context(tokenizer, around, context).asked(asked)
 
 
-def encode_question(tokenizer: Any, around: Frame, question: str) -> list[int]:
+def encode_context(tokenizer: Any, around: Frame, context: str | Document) -> Prompt:
+    """Token ids of a context and what stands before it.
+
+    Raises:
+        UsageError: the document has spans, and the tokenizer does not say where tokens begin.
+    """
+    document = Document.of(context)
+    before, parts = _before(around), _parts(tokenizer, document)
+    spans = joined(before, parts, len(around.before))
+    ids, spans = _encoded(tokenizer, around.before + document.text, spans)
+    return Prompt(ids, [], spans)
+
+
+def encode_ends(tokenizer: Any, around: Frame, context: str | Document, room: int) -> Prompt:
+    """As `encode_context`, the middle of the context cut out to fit into `room` tokens."""
+    document = Document.of(context)
+    first, before = _encoded(tokenizer, around.before, _before(around))
+    ids, spans = _encoded(tokenizer, document.text, _parts(tokenizer, document))
+    left = room - len(first)
+    if len(ids) > left:
+        head = (left + 1) // 2
+        spans = without(spans, head, head + len(ids) - left)
+    return Prompt(first + cut_middle(ids, left), [], joined(before, spans, len(first)))
+
+
+def encode_question(tokenizer: Any, around: Frame, question: str) -> Prompt:
     """Token ids of a question that follows a context already read."""
-    return encode_text(tokenizer, around.between + question + around.after)
+    start = len(around.between)
+    parts: Spans = {"question": (((start, start + len(question)),),)} if question else {}
+    ids, spans = _encoded(tokenizer, around.between + question + around.after, parts)
+    return Prompt([], ids, spans)
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -118,3 +165,27 @@ def repeat_words(tokenizer: Any, around: Frame) -> Words:
         suffix=encode_text(tokenizer, around.after) if around.after else [],
         prefix=encode_text(tokenizer, around.before) if around.before else [],
     )
+
+
+def _before(around: Frame) -> Spans:
+    """What stands before the context, as a named part."""
+    return {"system": (((0, len(around.before)),),)} if around.before else {}
+
+
+def _parts(tokenizer: Any, document: Document) -> Spans:
+    """The named parts of a document, if the tokenizer can place them."""
+    if document.spans and not tokenizer.is_fast:
+        raise UsageError(
+            "this tokenizer does not say where its tokens begin, so named spans cannot be found "
+            "in its output; load the fast one (use_fast=True), or drop the spans"
+        )
+    return joined({"context": (((0, len(document.text)),),)}, document.parts(), 0)
+
+
+def _encoded(tokenizer: Any, text: str, parts: Spans) -> tuple[list[int], Spans]:
+    """Token ids of a text, and its parts in tokens; no parts from a tokenizer without offsets."""
+    if not tokenizer.is_fast:
+        return encode_text(tokenizer, text), {}
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    begins = [start for start, _ in found.offset_mapping]
+    return found.input_ids, moved(parts, lambda at: bisect_left(begins, at))

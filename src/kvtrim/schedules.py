@@ -1,6 +1,7 @@
 """When entries are evicted. A declaration that the engine acts on; no logic of its own."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from kvtrim.errors import UsageError
 
@@ -13,18 +14,42 @@ class Schedule:
     `every` the cache is cut back to its budget again after every so many tokens, in generation
     and in later turns, so that it stays bounded. `ahead` cuts before the new token is read
     instead of after, so that a query never sees more than the budget (StreamingLLM).
+
+    With region="generated" what was kept of the prompt stays for good, and `every` concerns the
+    generated tokens alone: of T generated so far max(1, ceil(share * T)) stay, as many in every
+    layer and head, by the policy's score and token by token. Generated is what a pass over a
+    single token reads after the prompt. A pass over several is a further turn: it stays, and so
+    does what is held of the answer before it.
     """
 
     every: int | None = None  # evict again after so many tokens; none is once, after the prompt
     ahead: bool = False  # evict before the new tokens are read instead of after
+    region: Literal["all", "generated"] = "all"  # what is evicted from after the prompt
+    share: float | None = None  # of the generated tokens, that stay; none: the prompt's own share
+    newest: int = 0  # generated tokens that always stay, counted from the end
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 1:
             raise UsageError(
                 f"every={self.every}: evict after at least one token, or leave it out"
             )
+        if self.share is not None and not 0 <= self.share <= 1:
+            raise UsageError(f"share={self.share}: the share that stays lies between 0 and 1")
+
+    def require_consistent(self) -> None:
+        """Refuse settings that have no meaning together.
+
+        Raises:
+            UsageError: naming them.
+        """
+        generated = self.region == "generated"
+        if not generated and (self.share is not None or self.newest):
+            raise UsageError("share and newest are about generated tokens; set region=generated")
+        if generated and self.ahead:
+            raise UsageError("region=generated evicts after a token was read; set ahead=false")
 
     def __str__(self) -> str:
         if self.every is None:
             return "end of prompt"
-        return "every step" if self.every == 1 else f"every {self.every} steps"
+        text = "every step" if self.every == 1 else f"every {self.every} steps"
+        return text if self.region == "all" else f"end of prompt; generated: {text}"

@@ -18,10 +18,10 @@ from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.methods import METHODS, Method
 from kvtrim.policies.base import Policy
 from kvtrim.schedules import Schedule
-from kvtrim.selection import Chunk, Token, Unit
+from kvtrim.units import Chunk, Shot, Token, Unit
 
 PARTS = ("policy", "budget", "schedule", "unit")
-UNITS: dict[str, type[Unit]] = {"token": Token, "chunk": Chunk}
+UNITS: dict[str, type[Unit]] = {"token": Token, "chunk": Chunk, "shot": Shot}
 _NOT_SETTINGS = {"source", "use", "cost", "presets", *PARTS}
 
 
@@ -42,7 +42,9 @@ def find(name: "str | Method", **settings: Any) -> Method:
         if preset not in method.presets:
             raise UnknownNameError(f"preset of {name}", preset, method.presets)
         method = _changed(method, method.presets[preset])
-    return _changed(method, settings)
+    method = _changed(method, settings)
+    method.schedule.require_consistent()
+    return method
 
 
 def parameters(method: Method) -> dict[str, Any]:

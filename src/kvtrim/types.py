@@ -7,7 +7,7 @@ The shapes are checked while the tests run (jaxtyping and beartype); without jax
 they are plain annotations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ __all__ = [
     "Probed",
     "Room",
     "Scores",
+    "Spans",
     "Target",
     "Tensor",
 ]
@@ -45,6 +46,9 @@ Scores = Float[Tensor, "B K N"]
 
 Counts = Int[Tensor, "B K"]
 """How many candidates each KV head keeps; lives on the CPU."""
+
+Spans = Mapping[str, tuple[tuple[tuple[int, int], ...], ...]]
+"""The named parts of one prompt: name -> units -> half-open ranges of positions, see `spans`."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class LayerView:
     probed: Probed | None = None  # the queries are a probe's, and this is what it is about
     output: Callable[[], Float[Tensor, "H E M"]] | None = None  # W_O per query head
     factor: Callable[[], Float[Tensor, "H E E"]] | None = None  # R with |v @ W_O| = |v @ R.T|
+    spans: tuple[Spans, ...] = ()  # named parts, one mapping per prompt; empty if none were given
 
 
 @dataclass(frozen=True)

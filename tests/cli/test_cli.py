@@ -52,6 +52,24 @@ def test_ask_as_json_holds_every_figure(run):
     assert record["ttft_s"] > 0 and record["tpot_s"] > 0
 
 
+def test_a_document_is_split_into_shots(run, tmp_path):
+    shots = "\n---\n".join(f"Question {i}: why? " + "So. " * i * i for i in range(6))
+    (tmp_path / "shots.txt").write_text(shots)
+    asked = ("-q", "Why?", "--method", "shotkv", "--keep", "50%", "--max-new-tokens", "4")
+    code, out, _ = run("ask", "shots.txt", *asked, "--shots-separator", r"\n---\n", "--json")
+    split = json.loads(out)
+    assert code == 0 and split["method"] == "shotkv"
+    code, out, _ = run("ask", "shots.txt", *asked, "--json")
+    assert code == 0 and json.loads(out)["kept"] != split["kept"]
+    run("compress", "shots.txt", "--method", "shotkv", "--shots-separator", "---", "-o", "s.kv")
+    code, out, _ = run("ask", "--cache", "s.kv", "-q", "Why?", "--max-new-tokens", "3")
+    assert code == 0
+    code, out, _ = run("compare", "shots.txt", *asked, "--shots-separator", "---")
+    assert code == 0 and "shotkv" in out
+    code, _, err = run("ask", "shots.txt", *asked, "--shots-separator", "###")
+    assert code == 2 and "'###' does not occur" in err
+
+
 def test_several_questions_are_asked_of_one_compressed_context(run):
     code, out, _ = run(
         "ask", "doc.txt", "-q", "Where?", "-q", "Who?", "--keep", "64", "--max-new-tokens", "4",

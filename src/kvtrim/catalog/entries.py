@@ -11,8 +11,8 @@ from kvtrim.method import Method
 from kvtrim.methods import METHODS
 from kvtrim.policies.base import Policy
 from kvtrim.schedules import Schedule
-from kvtrim.selection import Unit
 from kvtrim.settings import PARTS, find, parameters, takes
+from kvtrim.units import Unit
 
 _COLUMNS = ("scorer", "budget", "unit")
 _COMMON = {f.name: f.default for f in fields(Method)} | {

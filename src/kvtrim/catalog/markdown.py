@@ -7,8 +7,8 @@ from kvtrim.budgets import BUDGETS, Budget
 from kvtrim.catalog.entries import Entry, Parameter, described, entry, parameters_of, part_of
 from kvtrim.methods import METHODS, Method
 from kvtrim.policies.full import Full
-from kvtrim.selection import Unit
 from kvtrim.settings import UNITS
+from kvtrim.units import Unit
 
 _HEAD = """# Methods
 

@@ -33,6 +33,7 @@ def ask(
     chat: options.Chat = None,
     system: options.System = None,
     truncate: options.Truncate = "error",
+    shots_separator: options.Shots = None,
     prefill_chunk: options.Chunk = None,
     model: options.Model = "smollm2",
     device: options.Device = None,
@@ -43,7 +44,7 @@ def ask(
     """Answer questions about a document, or a saved cache, with a small cache."""
     questions = options.read_questions(question)
     settings = options.checked(method, [keep], set_, protocol, truncate)
-    text = None if cache is not None else options.read_document(document)
+    text = None if cache is not None else options.read_document(document, shots_separator)
     if cache is not None and document is not None:
         raise UsageError("give a document or --cache, not both")
     if cache is not None and not cache.is_file():
@@ -76,6 +77,7 @@ def compress(
     chat: options.Chat = None,
     system: options.System = None,
     truncate: options.Truncate = "error",
+    shots_separator: options.Shots = None,
     prefill_chunk: options.Chunk = None,
     model: options.Model = "smollm2",
     device: options.Device = None,
@@ -87,7 +89,7 @@ def compress(
     --cache`.
     """
     settings = options.checked(method, [keep], set_, None, truncate)
-    text = options.read_document(document)
+    text = options.read_document(document, shots_separator)
     _require_writable(out)
     loaded, tokenizer = options.load(model, device, dtype, threads)
     from kvtrim.answers import compress as read

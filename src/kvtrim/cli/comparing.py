@@ -21,6 +21,7 @@ def compare(
     chat: options.Chat = None,
     system: options.System = None,
     truncate: options.Truncate = "error",
+    shots_separator: options.Shots = None,
     model: options.Model = "smollm2",
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -33,7 +34,7 @@ def compare(
     if len(questions) > 1:
         raise UsageError("compare asks one question; use ask for several")
     settings = _all_checked(methods, keeps, set_, protocol, truncate)
-    text = options.read_document(document)
+    text = options.read_document(document, shots_separator)
     loaded, tokenizer = options.load(model, device, dtype, threads)
     how = dict(
         max_new_tokens=max_new_tokens,

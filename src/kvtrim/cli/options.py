@@ -2,11 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvtrim.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvtrim import documents
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="smollm2, a folder, a .gguf file or a Hub id.")
@@ -64,16 +67,35 @@ Chunk = Annotated[
     typer.Option("--prefill-chunk", min=1, help="Read at most so many tokens in one pass."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Shots = Annotated[
+    str | None,
+    typer.Option(
+        "--shots-separator",
+        help="The document is a row of shots (examples) with this text between them (\\n is a "
+        "line break), for methods that keep whole shots. Default: every sentence is one.",
+    ),
+]
 PROTOCOLS, TRUNCATE = ("question-aware", "question-agnostic"), ("error", "middle")
 Document = Annotated[str | None, typer.Argument(help="A text file, or - for standard input.")]
 
 
-def read_document(name: str | None) -> str:
-    """The text of a document.
+def read_document(name: str | None, separator: str | None = None) -> "str | documents.Document":
+    """The text of a document, split into shots where a separator was given.
 
     Raises:
-        UsageError: no such file, not text, or nothing in it.
+        UsageError: no such file, not text, nothing in it, or not that separator.
     """
+    text = _read_text(name)
+    if separator is None:
+        return text
+    from kvtrim import documents
+
+    separator = separator.replace("\\n", "\n").replace("\\t", "\t")
+    return documents.Document.split(text, separator)
+
+
+def _read_text(name: str | None) -> str:
+    """What stands in a file."""
     if name is None:
         raise UsageError("no document given; name a text file, or - for standard input")
     try:

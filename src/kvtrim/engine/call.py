@@ -1,6 +1,6 @@
 """One layer in one pass: what the model hands over, what is held, and how the two are joined."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -59,7 +59,7 @@ class Held:
         settled = self.share is not None and bool((self.share[rows] >= 0).all())
         return self.share[rows] if self.share is not None and settled else None
 
-    def settle_share(self, rows: slice, prompts: int, won: list[Counts], layer: int) -> None:
+    def settle_share(self, rows: slice, prompts: int, won: Sequence[Counts], layer: int) -> None:
         """Remember what a group of prompts won in this layer, for later cuts."""
         if won and self.share_of(rows) is None:
             unsettled = torch.full((prompts, won[layer].shape[1]), -1)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from kvtrim.budgets import Keep
 from kvtrim.cache.store import LayerStore
 from kvtrim.engine.call import Call, real_queries
-from kvtrim.engine.evict import Evictor, merge
+from kvtrim.engine.evict import Cutters, Evictor, merge
+from kvtrim.engine.generated import trimmers
 from kvtrim.engine.reading import Pass
 from kvtrim.engine.state import State
 from kvtrim.methods import Method
@@ -25,7 +26,7 @@ class Cutting:
     now: Pass
     prompt: bool  # the pass reads the prompt
     probed: list[Probed] | None = None  # the pass probes these parts of each prompt
-    _evictors: list[tuple[slice, Evictor]] = field(default_factory=list)
+    _cutters: Cutters = field(default_factory=list)
 
     def observe(self, index: int, call: Call, store: LayerStore, shown: LayerStore) -> None:
         """Let the policy update its running statistic with this pass's queries."""
@@ -51,17 +52,17 @@ class Cutting:
             store, shown: what the layer holds, and the same as this pass's queries see it.
             last: the last queries, as many as the policy looks back to.
         """
-        if not self._evictors:
-            self._evictors = self._new_evictors(call, coming)
+        if not self._cutters:
+            self._cutters = self._new_cutters(call, coming)
         competing = self.method.budget.model_wide
         if competing:
             store.add_column(SCORE)
         parts = []
-        for rows, evictor in self._evictors:
-            view = self._view(index, call, self._part(shown, rows), last[rows], rows, evictor.keep)
-            parts.append((rows, evictor.choose(view, self.state.layers[index].share_of(rows))))
-            if evictor.scored is not None:
-                self._part(store, rows).set_column(SCORE, evictor.scored)
+        for rows, cutter in self._cutters:
+            view = self._view(index, call, self._part(shown, rows), last[rows], rows, cutter.keep)
+            parts.append((rows, cutter.choose(view, self.state.layers[index].share_of(rows))))
+            if cutter.scored is not None:
+                self._part(store, rows).set_column(SCORE, cutter.scored)
         self._retain(store, merge(parts, store.length), coming)
         if competing:
             store.settle()
@@ -70,21 +71,21 @@ class Cutting:
     def _cut_again(self, index: int) -> None:
         """Layers compete: what this one won, the earlier ones lose; the last one settles it."""
         layers, last = self.state.layers, index == len(self.state.layers) - 1
-        dealt = any(evictor.dealt for _, evictor in self._evictors)
+        dealt = any(cutter.dealt for _, cutter in self._cutters)
         for earlier, held in enumerate(layers[:index]):
             store = held.store
             if store is None or not dealt:
                 continue
             parts = []
-            for rows, evictor in self._evictors:
+            for rows, cutter in self._cutters:
                 scores = self._part(store, rows).dense()[0][SCORE]
-                parts.append((rows, evictor.again(earlier, scores, store.length[rows], last)))
+                parts.append((rows, cutter.again(earlier, scores, store.length[rows], last)))
             self._retain(store, merge(parts, store.length))
         for layer, held in enumerate(layers if last else []):
             if held.store is not None:
                 held.store.drop_column(SCORE)
-            for rows, evictor in self._evictors:
-                held.settle_share(rows, self.now.rows, evictor.dealt, layer)
+            for rows, cutter in self._cutters:
+                held.settle_share(rows, self.now.rows, cutter.dealt, layer)
 
     def _retain(self, store: LayerStore, kept: Kept | None, coming: int = 0) -> None:
         if kept is not None:
@@ -92,15 +93,17 @@ class Cutting:
             new = 0 if coming or self.probed else self.now.columns
             self.state.cut_at = self.state.reading.seen + new
 
-    def _new_evictors(self, call: Call, coming: int) -> list[tuple[slice, Evictor]]:
+    def _new_cutters(self, call: Call, coming: int) -> Cutters:
+        if not self.prompt and self.method.schedule.region == "generated":
+            return trimmers(self.method, self.state, self.now)
         if self.prompt or self.probed:
             entry = len(self.state.layers) * call.keys.shape[1] * call.entry_bytes * self.now.rows
             self.state.keeps = [self._budget(length, entry) for length in self._lengths()]
-        evictors = []
+        cutters = []
         for rows in self.now.groups():
             keep, asked = self.state.keeps[rows.start]
-            evictors.append((rows, Evictor(self.method, max(1, keep - coming), asked)))
-        return evictors
+            cutters.append((rows, Evictor(self.method, max(1, keep - coming), asked)))
+        return cutters
 
     def _budget(self, length: int, entry_bytes: int) -> tuple[int, float]:
         """Entries per head for a prompt of this length, and the same before rounding."""
@@ -137,4 +140,5 @@ class Cutting:
             probed=None if self.probed is None else self.probed[rows.start],
             output=call.output,
             factor=call.factor,
+            spans=tuple(self.state.spans[rows]),
         )

@@ -1,7 +1,8 @@
 """From one layer's view to the slots that survive: policy, budget, selection, in that order."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,23 +16,47 @@ LATE = 8
 """While layers go by, an earlier one is cut again once it holds an eighth more than it may."""
 
 
-@dataclass
-class Evictor:
-    """Applies one method to prompts of one length, layer after layer."""
+class Cutter(ABC):
+    """Cuts prompts of one length, layer after layer."""
 
-    method: Method
-    keep: int  # entries per head, protected slots included
-    asked: float  # the same before rounding
-    scored: Scores | None = None  # of all slots, where layers compete for one budget
-    dealt: list[Counts] = field(default_factory=list)  # then the entries of every layer so far
-    _ledger: Ledger | None = None
-    _leader: tuple[int, Kept | None] = (-1, None)
+    keep: int
+    scored: Scores | None = None
+    """Scores of all slots of the layer just cut, where layers compete for one budget."""
+    dealt: Sequence[Counts] = ()
+    """Then the entries per head of every layer so far."""
 
+    @abstractmethod
     def choose(self, view: LayerView, share: Counts | None = None) -> Kept | None:
         """The surviving slots of a layer, or None if all of them stay.
 
         `share`: entries per head that an earlier cut settled for this layer.
         """
+
+    def again(
+        self, layer: int, scores: Float[Tensor, "B K S"], held: Counts, last: bool
+    ) -> Kept | None:
+        """What survives of an earlier layer now that more layers share the budget."""
+        return None
+
+
+Cutters = Sequence[tuple[slice, Cutter]]
+"""Groups of prompts, and what cuts each of them."""
+
+
+@dataclass
+class Evictor(Cutter):
+    """Applies one method to a prompt, or to all that is held."""
+
+    method: Method
+    keep: int  # entries per head, protected slots included
+    asked: float  # the same before rounding
+    scored: Scores | None = None
+    dealt: Sequence[Counts] = ()
+    _ledger: Ledger | None = None
+    _leader: tuple[int, Kept | None] = (-1, None)
+
+    def choose(self, view: LayerView, share: Counts | None = None) -> Kept | None:
+        """See `Cutter.choose`."""
         method = self.method
         self.scored = None
         if method.budget.unlimited or view.index in method.skip_layers or view.tokens <= self.keep:
@@ -44,7 +69,7 @@ class Evictor:
     def again(
         self, layer: int, scores: Float[Tensor, "B K S"], held: Counts, last: bool
     ) -> Kept | None:
-        """What survives of an earlier layer now that more layers share the budget."""
+        """See `Cutter.again`."""
         if not self.dealt:
             return None
         sinks, recent = self._protected()
@@ -72,6 +97,7 @@ class Evictor:
             recent=recent,
             unit=self.method.unit,
             second=self._second(view, scores, counts),
+            members=self.method.unit.members(view.spans, view.positions),
         )
         return None if torch.equal(kept.counts, held) else kept
 

@@ -14,6 +14,7 @@ from kvtrim.errors import UsageError
 from kvtrim.methods import Method
 from kvtrim.projections import output_factor
 from kvtrim.settings import find
+from kvtrim.spans import Given
 from kvtrim.types import Float, Int, Target, Tensor
 
 Layers = Tensor | Sequence[Tensor]
@@ -28,6 +29,7 @@ def select(
     keep: int | float | str | Keep,
     scale: float | None = None,
     output: Sequence[Float[Tensor, "M HD"]] | None = None,
+    spans: Given | None = None,
     **settings: Any,
 ) -> list[list[Int[Tensor, " kept"]]]:
     """Positions that each layer and head keeps of one prompt.
@@ -41,6 +43,7 @@ def select(
         scale: factor on query @ key; 1 / sqrt(D) by default.
         output: each layer's output projection `o_proj.weight` [M, H * D], for methods that weigh
             values by it.
+        spans: named parts of the prompt, see `kvtrim.Cache`.
         settings: parameters of the method, `preset` among them.
 
     Returns:
@@ -56,14 +59,15 @@ def select(
             f"queries, keys and values have {[len(s) for s in stacks]} layers; give the same "
             "number"
         )
-    target = Target("the given queries", len(stacks[0]), stacks[0][0].shape[0], lambda: None)
+    layers = len(stacks[0])
+    target = Target("the given queries", layers, stacks[0][0].shape[0], lambda: None)
     chosen = find(method, **settings).fitted(target)
     if chosen.policy.probes:
         raise UsageError(
             "this method reads its prompt a second time and so needs a model: use "
             "kvtrim.compress, or a kvtrim.Cache with model.generate"
         )
-    session = Session(chosen, Keep.parse(keep), layers=len(stacks[0]))
+    session = Session(chosen, Keep.parse(keep), layers, spans=spans)
     session.begin(rows=1, columns=stacks[0][0].shape[1])
     for index, (q, k, v) in enumerate(zip(*stacks, strict=True)):
         if q.shape[0] % k.shape[0] or k.shape[:2] != v.shape[:2] or q.shape[1] != k.shape[1]:

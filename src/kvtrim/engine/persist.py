@@ -7,6 +7,7 @@ import torch
 from kvtrim.cache.store import LayerStore
 from kvtrim.engine.session import Session
 from kvtrim.errors import CacheError, CacheFileError
+from kvtrim.spans import fitted, per_prompt
 from kvtrim.types import Tensor
 
 
@@ -42,6 +43,8 @@ def export(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "since_cut": session.state.since_cut,
         "keeps": session.state.keeps,
         "probed": session.state.probed,
+        "spans": session.state.spans,
+        "generated": session.state.generated,
         "full_entries": [held.full_entry for held in session.state.layers],
     }
     return tensors, record
@@ -66,6 +69,8 @@ def restore(
         session.state.cut_at, session.state.since_cut = record["cut_at"], record["since_cut"]
         session.state.probed = record["probed"]
         session.state.keeps = [(entries, asked) for entries, asked in record["keeps"]]
+        session.state.spans = fitted(per_prompt(record["spans"]), len(reading.lengths))
+        session.state.generated = [(start, share) for start, share in record["generated"]]
         for index, held in enumerate(session.state.layers):
             held.full_entry = record["full_entries"][index]
             held.store = _store(tensors, f"layers.{index}.", reading.lengths, devices[index])

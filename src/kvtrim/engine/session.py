@@ -6,7 +6,7 @@ alternate.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvtrim.budgets import Keep
@@ -19,6 +19,7 @@ from kvtrim.engine.rolled import rolled
 from kvtrim.engine.state import Mark, State
 from kvtrim.errors import CacheError, UsageError
 from kvtrim.methods import Method
+from kvtrim.spans import Given, per_prompt
 from kvtrim.types import Float, Probed, Tensor
 
 
@@ -30,6 +31,8 @@ class Plan:
     after: bool = False  # evict once they have attended
     observe: bool = False  # the policy updates its running statistic
     again: bool = False  # what is held now will be scored by a later pass
+    carry: bool = False  # and the policy's statistic will be needed then
+    closes: bool = False  # what is read is not generated, where the schedule tells them apart
     lookback: int = 0  # how many of the last queries the policy reads
     probe: bool = False  # the new tokens are a probe's, to be forgotten again
 
@@ -44,6 +47,7 @@ class Session:
         prompt_tokens: columns of the prompt if it comes in several passes; by default the first
             pass is the whole prompt.
         impl: implementation of attention over the store.
+        spans: named parts of each prompt, see `kvtrim.hf.cache.Cache`.
 
     Raises:
         BudgetError: a number of tokens too small for what the method always keeps.
@@ -58,6 +62,7 @@ class Session:
         layers: int,
         prompt_tokens: int | None = None,
         impl: str = "auto",
+        spans: Given | Sequence[Given] | None = None,
     ):
         require_known(impl)
         if method.schedule.ahead and method.policy.lookback():
@@ -66,7 +71,7 @@ class Session:
                 f"{type(method.policy).__name__} scores by queries; leave ahead=False"
             )
         self.method, self.keep, self.impl = method, keep, impl
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens, self.spans = prompt_tokens, per_prompt(spans)
         self.tap: Callable[[int, Call], None] | None = None  # sees every call, for recording
         self.state = State.empty(layers)
         self._pass: Pass | None = None
@@ -89,9 +94,10 @@ class Session:
         taken_back = self.state.reading.masked_again(mask, columns)
         if taken_back is not None:
             self.state.forget_from(self.state.reading.take_back(taken_back))
-        self._pass = self.state.reading.plan(rows, columns, mask)
-        self._plan = self._planned(columns)
-        self._cutting = Cutting(self.method, self.keep, self.state, self._pass, self.in_prompt)
+        now, self._plan = self.state.reading.plan(rows, columns, mask), self._planned(columns)
+        self.state.name(self.spans, now, complete=self.in_prompt and self._plan.after)
+        self._pass = now
+        self._cutting = Cutting(self.method, self.keep, self.state, now, self.in_prompt)
 
     def begin_probe(
         self, columns: int, mask: Tensor | None, probed: list[Probed], last: bool
@@ -108,7 +114,7 @@ class Session:
         """
         self._require_idle()
         self._pass = self.state.reading.plan(len(probed), columns, mask)
-        self._plan = Plan(after=last, observe=True, again=not last, probe=True)
+        self._plan = Plan(after=last, observe=True, again=not last, carry=not last, probe=True)
         self._cutting = Cutting(
             self.method, self.keep, self.state, self._pass, prompt=False, probed=probed
         )
@@ -136,10 +142,13 @@ class Session:
         """All layers have attended."""
         cut = self._plan.before or self._plan.after
         if self._plan.probe:
-            self.state.probed = cut
-        else:
-            self.state.reading.record(self._now)
-            self.state.since_cut = 0 if cut else self.state.since_cut + self._now.columns
+            self.state.probed, self._pass = cut, None
+            return
+        self.state.reading.record(self._now)
+        if self._plan.closes:
+            self.state.close(self.method.schedule.share)
+        fresh = cut or self._plan.closes
+        self.state.since_cut = 0 if fresh else self.state.since_cut + self._now.columns
         self._pass = None
 
     @property
@@ -210,17 +219,23 @@ class Session:
         schedule, policy, state = self.method.schedule, self.method.policy, self.state
         if policy.probes:
             return Plan()  # the cut waits for the probe
+        given = self.in_prompt or columns > 1 or state.reading.seen < state.expected
+        closes = given and schedule.region == "generated"
         if self.in_prompt:
             cut = state.reading.seen + columns >= (self.prompt_tokens or 1)
         else:
             cut = schedule.every is not None and state.since_cut + columns >= schedule.every
-        again = schedule.every is not None or (self.in_prompt and not cut)
+            cut = cut and not closes
+        more = self.in_prompt and not cut
+        again = schedule.every is not None or more
         before = cut and schedule.ahead and not self.in_prompt
         return Plan(
             before=before,
             after=cut and not before,
-            observe=policy.carries and (cut or again),
+            observe=policy.observes(not self.in_prompt) and (cut or again),
             again=again,
+            carry=again and policy.observes(not more),
+            closes=closes,
             lookback=policy.lookback(),
         )
 
@@ -255,7 +270,7 @@ class Session:
                 self._cuts.cut(index, call, store, shown, last)
             held.queries = last.clone() if plan.lookback and plan.again else None
         store.settle()
-        if plan.observe and not plan.again:
+        if plan.observe and not plan.carry:
             store.drop_column(CARRIED)
         if plan.probe and plan.after:
             store.cut_back(store.length)

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field, replace
 
 from kvtrim.cache.store import LayerStore
 from kvtrim.engine.call import Held
-from kvtrim.engine.reading import Reading
+from kvtrim.engine.reading import Pass, Reading
 from kvtrim.errors import CacheError
-from kvtrim.types import Counts, Int, Tensor
+from kvtrim.spans import fitted, require_within
+from kvtrim.types import Counts, Int, Spans, Tensor
 
 
 @dataclass
@@ -24,6 +25,13 @@ class State:
     """Columns read since a cut was last due."""
     probed: bool = False
     """The prompts were probed, if the policy does that, and cut."""
+    spans: list[Spans] = field(default_factory=list)
+    """For each prompt its named parts, if any were given."""
+    generated: list[tuple[int, float]] = field(default_factory=list)
+    """For each prompt where its generated tokens begin and what share of them stays, for methods
+    that evict among those alone."""
+    expected: int = 0
+    """Columns announced as handed over, not generated."""
 
     @classmethod
     def empty(cls, layers: int) -> "State":
@@ -68,13 +76,38 @@ class State:
 
     def forget_from(self, lengths: list[int]) -> None:
         """Drop the entries of every prompt that stand at its length or later."""
+        pairs = zip(self.generated, lengths, strict=False)
+        self.generated = [(min(start, length), share) for (start, share), length in pairs]
         for store in self.stores():
             store.forget_from(lengths)
+
+    def close(self, share: float | None) -> None:
+        """What was read so far is not generated; what follows is."""
+        lengths = self.reading.lengths
+        shares = [own for _, own in self.generated] or [
+            min(1.0, asked / length) if share is None else share
+            for (_, asked), length in zip(self.keeps, lengths, strict=False)
+        ]
+        self.generated = list(zip(lengths, shares, strict=False))
+
+    def name(self, spans: list[Spans], now: Pass, complete: bool) -> None:
+        """Give each prompt its named parts when it begins; check them once it is complete.
+
+        Raises:
+            UsageError: they are of another number of prompts, or reach beyond one.
+        """
+        if self.reading.seen == 0:
+            self.spans = fitted(spans, now.rows)
+        if complete:
+            require_within(self.spans, now.lengths())
 
     def select_rows(self, rows: Int[Tensor, " R"]) -> None:
         """Keep these prompts in this order; one may occur several times (beam search)."""
         self.reading.select(rows)
-        self.keeps = [self.keeps[row] for row in rows.tolist()] if self.keeps else []
+        self.keeps, self.spans, self.generated = (
+            [given[row] for row in rows.tolist()] if given else []
+            for given in (self.keeps, self.spans, self.generated)
+        )
         for held in self.layers:
             held.store = None if held.store is None else held.store.select_rows(rows)
             if held.queries is not None:

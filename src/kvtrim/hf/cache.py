@@ -4,6 +4,7 @@ stays.
 
 import copy
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import ref
@@ -11,60 +12,20 @@ from weakref import ref
 import torch
 from transformers import Cache as TransformersCache
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from kvtrim.budgets import Keep
 from kvtrim.engine.session import Session
 from kvtrim.engine.state import Mark as SessionMark
-from kvtrim.errors import NotAttachedError, UsageError
+from kvtrim.errors import UsageError
 from kvtrim.hf import fingerprint
 from kvtrim.hf.architectures import layout
+from kvtrim.hf.managed import ManagedLayer
 from kvtrim.hf.rotary import rotations
 from kvtrim.methods import Method
 from kvtrim.prompts import Words, frame, repeat_words
 from kvtrim.settings import find
+from kvtrim.spans import Given
 from kvtrim.types import Int, Tensor
-
-
-class ManagedLayer(CacheLayerMixin):
-    """Stands for one layer that the session holds; hands new K and V through untouched.
-
-    Cropping, reordering and resetting concern the session as a whole and are done by `Cache`.
-    """
-
-    is_compileable = False
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self, session: Session):
-        super().__init__()
-        self.session = session
-
-    @property
-    def is_croppable(self) -> bool:
-        return self.session.method.schedule.every is None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.session.under_way:
-            raise NotAttachedError(
-                "a kvtrim cache reached a model that kvtrim is not attached to; call "
-                "kvtrim.attach(model) first, or run inside `with kvtrim.attach(model):`"
-            )
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.session.state.reading.seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.session.state.reading.seen
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class Cache(TransformersCache):
@@ -81,12 +42,16 @@ class Cache(TransformersCache):
         impl: attention over the store: "auto", "sdpa", or "reference" (slow).
         tokenizer: for methods that probe their prompt in words (kvzip); without it the prompt's
             own tokens are the whole probe.
+        spans: named parts of the prompt in tokens, padding not counted: for each name its units,
+            a unit being one range (start, end) or a list of them (`{"shots": [(0, 40), ...]}`).
+            One mapping for all prompts of the batch, or a list with one for each.
         settings: parameters of the method, and `preset`.
 
     Raises:
         UnknownNameError: no such method, preset or parameter.
         BudgetError: a `keep` out of range, or below what the method always keeps.
-        UsageError: a method that needs a table of this model's heads, and none was given.
+        UsageError: a method that needs a table of this model's heads, and none was given; or spans
+            that overlap or are no ranges.
         UnsupportedModelError: the model's layers cannot be managed.
     """
 
@@ -99,13 +64,14 @@ class Cache(TransformersCache):
         prompt_tokens: int | None = None,
         impl: str = "auto",
         tokenizer: Any = None,
+        spans: Given | Sequence[Given] | None = None,
         **settings: Any,
     ):
         budget, chosen = Keep.parse(keep), find(method, **settings)
         self.managed = layout(model, allow_untested=True).managed
         chosen = chosen.fitted(fingerprint.target(model, len(self.managed)))
         self.rotations = rotations(model) if chosen.positions == "rolled" else []
-        self.session = Session(chosen, budget, len(self.managed), prompt_tokens, impl)
+        self.session = Session(chosen, budget, len(self.managed), prompt_tokens, impl, spans)
         self.words = Words() if tokenizer is None else repeat_words(tokenizer, frame(tokenizer))
         self.request = (method, settings)  # as asked for, to be saved
         self.prompt: dict[str, Any] = {}  # how the prompt was built, for questions asked later
@@ -168,6 +134,12 @@ class Cache(TransformersCache):
         from kvtrim.hf.saving import save  # it needs Cache, so it cannot be imported above
 
         save(self, path, tokenizer)
+
+    def expect(self, tokens: int) -> None:
+        """Everything up to so many tokens is handed over, not generated, in whatever passes it
+        comes; needed only by methods that treat the two differently.
+        """
+        self.session.state.expected = tokens
 
     # A pass over the model, called by the hooks of `attach`
 

@@ -35,6 +35,10 @@ class Policy(ABC):
     chunk: int = 0
     """Tokens of the prompt that one pass of its probe is about."""
 
+    def observes(self, decoding: bool) -> bool:
+        """Whether `observe` is wanted for passes over the prompt, or (`decoding`) after it."""
+        return self.carries
+
     @abstractmethod
     def lookback(self) -> int:
         """How many of the last queries `score` reads."""

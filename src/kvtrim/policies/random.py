@@ -2,8 +2,9 @@
 
 Rule:  a uniform random number per slot and KV head; sinks and the newest `window` slots stay.
 Paper: none.
-Ours:  drawn on the CPU from (seed, layer), so that a run repeats exactly on any device and a
-       prompt keeps the same slots alone and inside a batch.
+Ours:  drawn on the CPU from (seed, layer), once for each position, so that a run repeats exactly
+       on any device, a prompt keeps the same slots alone and inside a batch, and a token's draw
+       stays the same whatever else is held.
 """
 
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ class Random(Policy):
         return self.window
 
     def score(self, layer: LayerView) -> Scores:
-        """One draw per KV head and slot: keys [B, K, S, D] to scores [B, K, S]."""
+        """One draw per KV head and position: positions [B, K, S] to scores [B, K, S]."""
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + layer.index)
-        batch, heads, slots = layer.keys.shape[:3]
-        scores = torch.rand(heads, slots, generator=draw).expand(batch, heads, slots)
-        return scores.to(layer.keys.device)
+        heads = layer.keys.shape[1]
+        drawn = torch.rand(layer.tokens, heads, generator=draw).T.to(layer.keys.device)
+        positions = layer.positions.long().clamp(max=layer.tokens - 1)  # garbage behind a head
+        return drawn.expand(len(positions), -1, -1).gather(2, positions)

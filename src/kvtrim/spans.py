@@ -1,0 +1,132 @@
+"""Named parts of a prompt: the system message, each shot, each sentence, the question.
+
+A part has a name and units: the examples of a prompt are one part, each example a unit. A unit is
+one or more half-open ranges, (0, 40) or [(0, 40), (200, 220)], counted in characters of a
+`Document` and in tokens of a `Cache`. Units of one part never overlap; two parts may.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from kvtrim.errors import UsageError
+from kvtrim.types import Int, Spans, Tensor
+
+Given = Mapping[str, Sequence[Any]]
+"""Spans as a user writes them: a unit is one range or a list of ranges."""
+
+
+def checked(given: Given, length: int | None = None, counted: str = "tokens") -> Spans:
+    """Spans in their one form.
+
+    Args:
+        length: how long the prompt is, where that is known.
+        counted: what the ranges count, for the message.
+
+    Raises:
+        UsageError: a range is empty or out of range, or two of one part overlap.
+    """
+    spans: dict[str, tuple[tuple[tuple[int, int], ...], ...]] = {}
+    for name, units in given.items():
+        spans[name] = tuple(_unit(name, unit) for unit in units)
+        ordered = sorted(piece for unit in spans[name] for piece in unit)
+        for start, end in ordered:
+            if not 0 <= start < end:
+                raise UsageError(
+                    f"spans of {name!r}: ({start}, {end}) is no range; use 0 <= start < end"
+                )
+            if length is not None and end > length:
+                raise UsageError(
+                    f"spans of {name!r}: ({start}, {end}) reaches beyond the {length} {counted} "
+                    "there are"
+                )
+        for first, second in pairwise(ordered):
+            if second[0] < first[1]:
+                raise UsageError(
+                    f"spans of {name!r}: {first} and {second} overlap; cut them apart"
+                )
+    return spans
+
+
+def _unit(name: str, unit: Any) -> tuple[tuple[int, int], ...]:
+    """One range or a list of them, as ranges."""
+    try:
+        pieces = [unit] if isinstance(unit[0], int) else unit
+        return tuple((int(start), int(end)) for start, end in pieces)
+    except (TypeError, ValueError, IndexError, KeyError):
+        raise UsageError(
+            f"spans of {name!r}: {unit!r} is no unit; write (start, end) or a list of such ranges"
+        ) from None
+
+
+def per_prompt(given: Given | Sequence[Given] | None) -> list[Spans]:
+    """The spans of each prompt of a batch; of one prompt if they are given once."""
+    if given is None:
+        return []
+    return [checked(one) for one in ([given] if isinstance(given, Mapping) else given)]
+
+
+def fitted(spans: Sequence[Spans], rows: int) -> list[Spans]:
+    """One mapping per prompt; where prompts are repeated (beams, samples) each goes along.
+
+    Raises:
+        UsageError: spans for another number of prompts.
+    """
+    if spans and rows % len(spans):
+        raise UsageError(
+            f"spans were given for {len(spans)} prompts, the input has {rows}; give one mapping "
+            "for all prompts or a list with one for each"
+        )
+    return [one for one in spans for _ in range(rows // len(spans))]
+
+
+def require_within(spans: Sequence[Spans], lengths: Sequence[int]) -> None:
+    """Refuse spans that reach beyond their prompts.
+
+    Raises:
+        UsageError: naming the range.
+    """
+    for one, length in zip(spans, lengths, strict=False):
+        checked(one, length)
+
+
+def joined(first: Spans, second: Spans, shift: int) -> Spans:
+    """The spans of a text and of another `shift` further on; units of the same part follow each
+    other.
+    """
+    behind = moved(second, lambda at: at + shift)
+    return {name: first.get(name, ()) + behind.get(name, ()) for name in {**first, **behind}}
+
+
+def without(spans: Spans, start: int, end: int) -> Spans:
+    """What is left when everything from `start` to `end` is cut out; empty units vanish."""
+
+    def move(at: int) -> int:
+        return at if at <= start else max(start, at - (end - start))
+
+    return moved(spans, move)
+
+
+def moved(spans: Spans, move: Callable[[int], int]) -> Spans:
+    """Both ends of every range moved; ranges and units that became empty are left out."""
+    found = {}
+    for name, units in spans.items():
+        pieces = [[(move(start), move(end)) for start, end in unit] for unit in units]
+        whole = [tuple(piece for piece in unit if piece[0] < piece[1]) for unit in pieces]
+        found[name] = tuple(unit for unit in whole if unit)
+    return found
+
+
+def unit_numbers(spans: Spans, name: str, positions: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:
+    """The number of the unit that each position lies in, counted from 0 in the order given; -1
+    where it lies in none.
+    """
+    pieces = sorted((*piece, number) for number, unit in enumerate(spans[name]) for piece in unit)
+    if not pieces:
+        return torch.full_like(positions, -1, dtype=torch.int64)
+    start, end, number = torch.tensor(pieces, device=positions.device).T.contiguous()
+    piece = torch.bucketize(positions.long(), start, right=True) - 1
+    inside = (piece >= 0) & (positions < end[piece])
+    return number[piece].masked_fill(~inside, -1)
