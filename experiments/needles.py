@@ -11,15 +11,13 @@ budget), needles.json (the run's record) and needles.md (the table).
 """
 
 import argparse
-import gzip
 import json
-import random
-import re
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from prompts import needles
 
 import kvtrim
 from kvtrim.bench.machine import provenance
@@ -29,33 +27,6 @@ from kvtrim.prompts import encode, frame
 METHODS = "random streaming-llm knorm h2o tova snapkv pyramidkv adakv chunkkv".split()
 KEEPS = [1024, 512, 256]
 NEW_TOKENS = 24
-COLOURS = "purple golden silver crimson hidden frozen gentle ancient broken quiet hollow yellow"
-THINGS = (
-    "elephant lantern teapot compass violin pumpkin anchor falcon ladder marble saddle thimble"
-)
-PEOPLE = (
-    "old lighthouse keeper",
-    "village baker",
-    "river ferryman",
-    "museum night guard",
-    "clock maker",
-    "island doctor",
-)
-
-
-def prompts(tokenizer, essays: str, count: int, length: int):
-    """(context, question, the two words to find), the needle at a random depth, same every run."""
-    draw = random.Random(0)
-    for _ in range(count):
-        start = draw.randrange(len(essays) - 8 * length)
-        start = essays.index(". ", start) + 2
-        ids = tokenizer(essays[start : start + 8 * length]).input_ids[: length - 70]
-        text = tokenizer.decode(ids)
-        words = draw.choice(COLOURS.split()), draw.choice(THINGS.split())
-        who = draw.choice(PEOPLE)
-        at = text.index(". ", int(draw.uniform(0.1, 0.85) * len(text))) + 2
-        needle = f"\n\nThe secret password of the {who} is {words[0]} {words[1]}.\n\n"
-        yield text[:at] + needle + text[at:], f"What is the secret password of the {who}?", words
 
 
 def answer(model, tokenizer, recording, cache) -> str:
@@ -69,19 +40,19 @@ def answer(model, tokenizer, recording, cache) -> str:
     return tokenizer.decode(out, skip_special_tokens=True).lower()
 
 
-def measured(model, tokenizer, essays: str, count: int, length: int):
+def measured(model, tokenizer, data: Path, count: int, length: int):
     """One row for every prompt, method and budget."""
     around = frame(tokenizer)
     tries = [("full", None), *((method, keep) for method in METHODS for keep in KEEPS)]
-    for number, (context, question, words) in enumerate(prompts(tokenizer, essays, count, length)):
-        prompt = encode(tokenizer, around, context, question)
+    for number, asked in enumerate(needles(tokenizer, data, count, length)):
+        prompt = encode(tokenizer, around, asked.context, asked.question)
         recording = record(model, torch.tensor([prompt.ids]), prompt.spans)
         for method, keep in tries:
             cache = recording.cache(method, 1 if keep is None else keep)
-            row = {"prompt": number, "method": method, "keep": keep, "tokens": len(prompt)}
+            row = {"prompt": number, "method": method, "keep": keep, "tokens": len(prompt.ids)}
             row |= {"held_bytes": cache.held_bytes, "full_bytes": cache.full_bytes}
             text = answer(model, tokenizer, recording, cache)
-            yield row | {"recall": mean(word in text for word in words), "answer": text}
+            yield row | {"recall": mean(word in text for word in asked.words), "answer": text}
 
 
 def table(rows: list[dict]) -> str:
@@ -110,12 +81,10 @@ def main() -> None:
     """Run and write the three files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--length", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path("experiments/needles"))
     given = parser.parse_args()
-    with gzip.open(given.data / "essays" / "paul_graham.txt.gz", "rt") as file:
-        essays = re.sub(r"<<<ESSAY \d\d \S+>>>\n", "", file.read())
     model, tokenizer = kvtrim.load()
     given.out.mkdir(parents=True, exist_ok=True)
     run = {"machine": provenance(model.device), "model": "smollm2", "protocol": "question-aware"}
@@ -123,7 +92,7 @@ def main() -> None:
     (given.out / "needles.json").write_text(json.dumps(run, indent=1) + "\n")
     rows = []
     with kvtrim.attach(model), (given.out / "needles.jsonl").open("w") as lines:
-        for row in measured(model, tokenizer, essays, given.prompts, given.length):
+        for row in measured(model, tokenizer, given.data, given.prompts, given.length):
             rows.append(row)
             print(json.dumps(row), file=lines, flush=True)
             if row["method"] == "full":

@@ -26,11 +26,15 @@ class Cutting:
     now: Pass
     prompt: bool  # the pass reads the prompt
     probed: list[Probed] | None = None  # the pass probes these parts of each prompt
+    known: dict[int, Tensor] | None = None  # what `observe` found in an equal pass, by layer
     _cutters: Cutters = field(default_factory=list)
 
     def observe(self, index: int, call: Call, store: LayerStore, shown: LayerStore) -> None:
         """Let the policy update its running statistic with this pass's queries."""
         store.add_column(CARRIED)
+        if self.known is not None and index in self.known:
+            store.set_column(CARRIED, self.known[index])
+            return
         for rows in self.now.groups():
             queries = real_queries(call.queries, self.now, rows)
             if queries.shape[2]:

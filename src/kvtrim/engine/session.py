@@ -73,6 +73,7 @@ class Session:
         self.method, self.keep, self.impl = method, keep, impl
         self.prompt_tokens, self.spans = prompt_tokens, per_prompt(spans)
         self.tap: Callable[[int, Call], None] | None = None  # sees every call, for recording
+        self.known: dict[int, Tensor] | None = None  # see `Cutting.known`
         self.state = State.empty(layers)
         self._pass: Pass | None = None
         self._plan = Plan()
@@ -97,7 +98,9 @@ class Session:
         now, self._plan = self.state.reading.plan(rows, columns, mask), self._planned(columns)
         self.state.name(self.spans, now, complete=self.in_prompt and self._plan.after)
         self._pass = now
-        self._cutting = Cutting(self.method, self.keep, self.state, now, self.in_prompt)
+        self._cutting = Cutting(
+            self.method, self.keep, self.state, now, self.in_prompt, known=self.known
+        )
 
     def begin_probe(
         self, columns: int, mask: Tensor | None, probed: list[Probed], last: bool
@@ -116,7 +119,7 @@ class Session:
         self._pass = self.state.reading.plan(len(probed), columns, mask)
         self._plan = Plan(after=last, observe=True, again=not last, carry=not last, probe=True)
         self._cutting = Cutting(
-            self.method, self.keep, self.state, self._pass, prompt=False, probed=probed
+            self.method, self.keep, self.state, self._pass, False, probed, self.known
         )
 
     def attend(self, index: int, call: Call) -> Float[Tensor, "B H Q E"]:
@@ -264,6 +267,8 @@ class Session:
             self._cuts.observe(index, call, store, shown)
         if plan.probe:
             store.forget_from(self._now.first)
+        if plan.observe and self.known is not None and (plan.after or not plan.probe):
+            self.known.setdefault(index, store.dense()[0][CARRIED].clone())
         if plan.after or plan.again:
             last = last_queries(held.queries, call.queries, self._now, plan.lookback)
             if plan.after:

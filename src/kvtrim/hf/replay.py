@@ -1,11 +1,12 @@
 """One prefill, many methods: what a full prefill handed to each layer, and caches made from it.
 
 Methods that only evict leave the prefill's hidden states as they are, so their caches can be made
-from one recorded pass. The result is the cache that a pass of their own would have made.
+from one recorded pass. The result is the cache that a pass of their own would have made. What a
+policy observes in the prompt or in its probe does not depend on the budget and is kept as well.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from kvtrim.hf.cache import Cache
 from kvtrim.hf.probing import probe
 from kvtrim.methods import Method
 from kvtrim.spans import Given
-from kvtrim.types import Float, Int, Tensor
+from kvtrim.types import Float, Int, Probed, Tensor
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Recording:
     full: Cache  # the full cache
     calls: list[Call]  # one per managed layer
     spans: Given | Sequence[Given] | None = None  # named parts of the prompt, as `Cache` has them
+    _known: dict[Hashable, dict[int, Tensor]] = field(default_factory=dict)
 
     def cache(
         self, method: str | Method, keep: int | float | str | Keep, **settings: Any
@@ -37,15 +39,32 @@ class Recording:
         """The cache that a method would have after this prompt; errors as `kvtrim.Cache`."""
         settings = {"spans": self.spans, **settings}
         other = self.full.copy_stock(Cache(self.model, method, keep, **settings))
+        words = settings.get("tokenizer") is not None
+        which = (other.method.policy, other.method.granularity, words)
+        other.session.known = self._known.setdefault(which, {})
         rows, columns = self.ids.shape
         other.begin_pass(rows, columns, None, self.ids)
         for index, call in enumerate(self.calls):
             other.session.absorb(index, call)
         other.end_pass()
         if other.session.probe_due:
+            self._probe(other)
+        other.session.known = None
+        return other
+
+    def _probe(self, other: Cache) -> None:
+        """Read the probe, or cut by what it found before."""
+        if not other.session.known:
             with attach(self.model):
                 probe(self.model.get_decoder(), other)
-        return other
+            return
+        rows = self.ids.shape[0]
+        other.session.begin_probe(0, None, [Probed(0, 0, 0)] * rows, last=True)
+        for index, call in enumerate(self.calls):
+            queries, keys, values = (x[:, :, :0] for x in (call.queries, call.keys, call.values))
+            part = replace(call, queries=queries, keys=keys, values=values)
+            other.session.absorb(index, part)
+        other.session.end()
 
 
 def record(

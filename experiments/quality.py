@@ -1,0 +1,164 @@
+"""What every method costs in answers: likelihood, divergence and words, under both protocols.
+
+Each prompt is read once; every method and budget continues from that recording. The answer is then
+fed as it should be, and compared with what the full cache makes of it:
+
+    loss    log-likelihood of the answer, full minus method, nats per token (0 is the full cache)
+    KL      divergence of the next-token distributions from those of the full cache, nats
+    words   share of the answer's words of which every token was the most likely one
+
+Under question-aware the first token of the answer is left out: the prefill's full cache made it.
+
+    python experiments/quality.py --data DIR [--needles 16] [--rows 16] [--out experiments/quality]
+
+DIR holds essays/ and longbench_mini/. Writes quality.jsonl (one line per prompt, protocol, method
+and budget), quality.json (the run's record) and quality.md (the tables). A run that was cut off
+goes on where it stopped.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from prompts import Asked, longbench, needles
+
+import kvtrim
+from kvtrim.bench.machine import provenance
+from kvtrim.hf.replay import record
+from kvtrim.prompts import encode, encode_text, frame
+
+KEEPS = [1024, 512, 256, 128]
+PROTOCOLS = ("question-aware", "question-agnostic")
+SETTINGS: dict[str, dict[str, Any]] = {"headkv": {"table": "smollm2"}}
+
+
+def forced(model, cache, lead: list[int], answer: list[int]) -> torch.Tensor:
+    """Log-probabilities [T, V] before each answer token that `lead` or the answer leads to."""
+    ids = torch.tensor([lead + answer[:-1]])
+    with torch.no_grad():
+        logits = model(ids, past_key_values=cache).logits[0]
+    return logits[max(0, len(lead) - 1) :].float().log_softmax(dim=-1)
+
+
+def words_right(tokenizer, answer: list[int], best: list[bool], words: tuple[str, ...]) -> float:
+    """Share of the words all of whose tokens were the most likely ones."""
+    text, spans = "", []
+    for token, right in zip(answer, best, strict=True):
+        piece = tokenizer.decode([token])
+        spans.append((len(text), len(text) + len(piece), right))
+        text += piece
+    found = []
+    for word in words:
+        at = text.find(word)
+        own = [right for start, end, right in spans if start < at + len(word) and end > at]
+        found.append(at >= 0 and all(own))
+    return mean(found)
+
+
+def measured(model, tokenizer, asked: Asked, protocol: str) -> Iterator[dict[str, Any]]:
+    """One row for every method and budget, the full cache first."""
+    around = frame(tokenizer)
+    prompt = encode(tokenizer, around, asked.context, asked.question)
+    answer = encode_text(tokenizer, asked.answer)
+    aware = protocol == "question-aware"
+    named = {name: units for name, units in prompt.spans.items() if aware or name != "question"}
+    recording = record(model, torch.tensor([prompt.ids if aware else prompt.context]), named)
+    lead = [] if aware else prompt.question
+    judged = answer[1:] if aware else answer
+    first = [True] if aware else []
+    gold = torch.tensor(judged)
+    reference = forced(model, recording.cache("full", 1), lead, answer)
+    own = reference.gather(1, gold[:, None])[:, 0]
+    for method in kvtrim.METHODS:
+        for keep in KEEPS if method != "full" else KEEPS[:1]:
+            cache = recording.cache(method, keep, tokenizer=tokenizer, **SETTINGS.get(method, {}))
+            row = {"protocol": protocol, "kind": asked.kind, "method": method, "keep": keep}
+            row |= {"tokens": recording.ids.shape[1], "held_bytes": cache.held_bytes}
+            row |= {"full_bytes": cache.full_bytes}
+            got = forced(model, cache, lead, answer)
+            best = first + (got.argmax(dim=-1) == gold).tolist()
+            row["loss"] = float((own - got.gather(1, gold[:, None])[:, 0]).mean())
+            row["kl"] = float((reference.exp() * (reference - got)).sum(dim=-1).mean())
+            row["words"] = words_right(tokenizer, answer, best, asked.words)
+            yield row
+
+
+def table(rows: list[dict[str, Any]], protocol: str) -> str:
+    """One protocol's rows as Markdown."""
+    own = [row for row in rows if row["protocol"] == protocol]
+    prompts = {row["prompt"] for row in own}
+    lines = [
+        f"## {protocol}\n",
+        f"{len(prompts)} prompts of {mean(r['tokens'] for r in own):.0f} tokens; mean ± standard "
+        "error; held as a share of the full cache, measured.\n",
+        "| method | keep | held | loss, nats/token | KL, nats | words, needles | words, rows |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for method in dict.fromkeys(row["method"] for row in own):
+        for keep in KEEPS:
+            cell = [r for r in own if r["method"] == method and r["keep"] == keep]
+            if cell:
+                held = mean(r["held_bytes"] / r["full_bytes"] for r in cell)
+                planted = [r for r in cell if r["kind"] == "needle"]
+                others = [r for r in cell if r["kind"] != "needle"]
+                label = "all" if method == "full" else str(keep)
+                lines.append(
+                    f"| {method} | {label} | {100 * held:.1f}% | {spread(cell, 'loss')} | "
+                    f"{spread(cell, 'kl')} | {spread(planted, 'words')} | "
+                    f"{spread(others, 'words')} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def spread(rows: list[dict[str, Any]], name: str) -> str:
+    """Mean ± standard error of one figure."""
+    values = [row[name] for row in rows]
+    if len(values) < 2:
+        return "-"
+    return f"{mean(values):.2f} ± {stdev(values) / sqrt(len(values)):.2f}"
+
+
+def main() -> None:
+    """Run, or go on with a run, and write the three files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--needles", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=2000)
+    parser.add_argument("--out", type=Path, default=Path("experiments/quality"))
+    given = parser.parse_args()
+    model, tokenizer = kvtrim.load()
+    planted = needles(tokenizer, given.data, given.needles, given.length, seed=1)
+    prompts = [*planted, *longbench(tokenizer, given.data, given.rows, given.length + 300)]
+    given.out.mkdir(parents=True, exist_ok=True)
+    path = given.out / "quality.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(row["prompt"], row["protocol"]) for row in rows}
+    run = {"machine": provenance(model.device), "model": "smollm2", "keeps": KEEPS, "seed": 1}
+    run |= {"needles": given.needles, "rows": given.rows, "length": given.length}
+    (given.out / "quality.json").write_text(json.dumps(run, indent=1) + "\n")
+    order = sorted(range(len(prompts)), key=lambda i: (i % given.needles, i))  # kinds in turn
+    with kvtrim.attach(model), path.open("a") as file:
+        for number in order:
+            for protocol in PROTOCOLS:
+                if (number, protocol) in done:
+                    continue
+                new = [
+                    {"prompt": number, **row}
+                    for row in measured(model, tokenizer, prompts[number], protocol)
+                ]
+                rows += new
+                file.write("".join(json.dumps(row) + "\n" for row in new))
+                file.flush()
+                print(f"prompt {number + 1} of {len(prompts)}, {protocol}", flush=True)
+    text = "\n".join(table(rows, protocol) for protocol in PROTOCOLS)
+    (given.out / "quality.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
