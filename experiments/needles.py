@@ -26,17 +26,19 @@ from kvtrim.prompts import encode, frame
 
 METHODS = "random streaming-llm knorm h2o tova snapkv pyramidkv adakv chunkkv".split()
 KEEPS = [1024, 512, 256]
-NEW_TOKENS = 24
+NEW_TOKENS = 20
 
 
-def answer(model, tokenizer, recording, cache) -> str:
-    """Greedy continuation of a recorded prompt, in lower case."""
+def answer(model, tokenizer, recording, cache, words) -> str:
+    """Greedy continuation of a recorded prompt in lower case, until it ends or has the words."""
     token = recording.logits.argmax(-1, keepdim=True)
     out = [int(token)]
     with torch.no_grad():
         while len(out) < NEW_TOKENS and out[-1] != tokenizer.eos_token_id:
             token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
             out.append(int(token))
+            if all(word in tokenizer.decode(out).lower() for word in words):
+                break
     return tokenizer.decode(out, skip_special_tokens=True).lower()
 
 
@@ -51,7 +53,7 @@ def measured(model, tokenizer, data: Path, count: int, length: int):
             cache = recording.cache(method, 1 if keep is None else keep)
             row = {"prompt": number, "method": method, "keep": keep, "tokens": len(prompt.ids)}
             row |= {"held_bytes": cache.held_bytes, "full_bytes": cache.full_bytes}
-            text = answer(model, tokenizer, recording, cache)
+            text = answer(model, tokenizer, recording, cache, asked.words)
             yield row | {"recall": mean(word in text for word in asked.words), "answer": text}
 
 

@@ -4,6 +4,7 @@ The window score that most methods share: softmax over ALL keys first, cut to th
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -98,15 +99,17 @@ def _weights(
     batch, heads, rows, width = queries.shape
     kv_heads, slots = keys.shape[1:3]
     seen = slots - newer if layer.lengths is None else slots
-    packed = queries.float().reshape(batch, kv_heads, heads // kv_heads * rows, width)
-    logits = packed @ keys[:, :, :seen].transpose(-1, -2) * layer.scale
+    packed = (queries.float() * layer.scale).reshape(batch, kv_heads, -1, width)
+    logits = packed @ keys[:, :, :seen].transpose(-1, -2)
     if layer.softcap is not None:
         logits = layer.softcap * torch.tanh(logits / layer.softcap)
     logits = logits.view(batch, kv_heads, -1, rows, seen)
     slot = torch.arange(seen, device=logits.device)
     last = _own_slots(layer, rows, newer, seen)
-    if rows > 1 or layer.lengths is not None:
-        logits = logits.masked_fill(slot > last, -torch.inf)
+    if layer.lengths is not None:
+        logits.masked_fill_(slot > last, -torch.inf)
+    elif rows > 1:  # only the slots of these queries can lie ahead of one of them
+        logits[..., seen - rows :].masked_fill_(slot[seen - rows :] > last, -torch.inf)
     weights = logits.softmax(dim=-1)
     if not own:
         weights.scatter_(-1, last.expand(*weights.shape[:-1], 1), 0)
@@ -176,3 +179,12 @@ def cleared(
 def _behind(layer: LayerView, slots: int, window: int) -> Bool[Tensor, "B K S"]:
     """Which of the first slots belong to a head's window or hold nothing."""
     return torch.arange(slots, device=layer.keys.device) >= (lengths(layer) - window)[..., None]
+
+
+def narrowed(layer: LayerView, slots: Int[Tensor, " N"]) -> LayerView:
+    """The layer as if every head held these slots alone, the newest queries' own among them."""
+    slots = slots.to(layer.keys.device)
+    keys, values = layer.keys[:, :, slots], layer.values[:, :, slots]
+    return replace(
+        layer, keys=keys, values=values, positions=layer.positions[:, :, slots], carried=None
+    )

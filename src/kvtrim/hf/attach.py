@@ -70,8 +70,9 @@ class Attachment:
         """Decoder post-hook: every layer has attended; a probe is read right after the prompt."""
         cache = kwargs.get("past_key_values")
         if isinstance(cache, Cache):
+            probing = cache.session.probing
             cache.end_pass()
-            if cache.session.probe_due:
+            if cache.session.probe_due and not probing:
                 probe(decoder, cache)
 
 

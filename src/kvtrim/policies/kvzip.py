@@ -9,7 +9,7 @@ Ours:  what is evicted is freed per layer and head (kvpress masks it); scores ar
        taken in blocks. `kvtrim.Cache` needs a tokenizer for the words of the request.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -42,8 +42,9 @@ class KVzip(Policy):
         slots = torch.cat(
             [torch.arange(self.sinks), torch.arange(begin, stop), torch.arange(end, end + own)]
         )
-        probe = replace(layer, keys=layer.keys[:, :, slots.to(layer.keys.device)])
-        most = ops.column_max(probe)[..., self.sinks : self.sinks + stop - begin]
+        most = ops.column_max(ops.narrowed(layer, slots))[
+            ..., self.sinks : self.sinks + stop - begin
+        ]
         most = ops.reduce_group(most, layer.keys.shape[1], "max")
         found = layer.carried.clone()
         found[..., begin:stop] = found[..., begin:stop].maximum(most)

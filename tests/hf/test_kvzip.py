@@ -1,0 +1,144 @@
+"""KVzip: the probe is read, scored, forgotten, and the whole model shares one budget."""
+
+import pytest
+import torch
+
+import kvtrim
+import models
+from kvtrim.engine.probe import repetition
+from kvtrim.hf.replay import record
+from kvtrim.prompts import Words, frame, repeat_words
+
+SINKS, CHUNK, KEEP, N = 4, 16, 14, 40
+
+
+def scores_by_hand(model, ids, words=None):
+    """Largest attention of every context slot: [L, K, n], one query and one head at a time."""
+    recording, steps = record(model, ids), repetition(ids[0].tolist(), words or Words(), CHUNK)
+    layers, kv_heads = len(recording.calls), recording.calls[0].keys.shape[1]
+    best = torch.zeros(layers, kv_heads, N, dtype=torch.float64)
+    for step in steps:
+        seen, cache = {}, recording.full.copy()
+        cache.session.tap = seen.__setitem__
+        positions = torch.arange(N, N + len(step.ids))[None]
+        with torch.no_grad(), kvtrim.attach(model):
+            model(torch.tensor([step.ids]), position_ids=positions, past_key_values=cache)
+        for layer, call in seen.items():
+            groups = call.queries.shape[1] // kv_heads
+            context = recording.calls[layer].keys[0]
+            chunk = range(max(SINKS, step.probed.start), step.probed.stop)
+            for head in range(call.queries.shape[1]):
+                group = head // groups
+                looked_at = [context[group, j] for j in [*range(SINKS), *chunk]]
+                for i in range(len(step.ids)):
+                    own = [call.keys[0, group, j] for j in range(i + 1)]
+                    keys = torch.stack(looked_at + own).double()
+                    query = call.queries[0, head, i].double()
+                    weights = (keys @ query * call.scale).softmax(dim=0)
+                    for place, j in enumerate(chunk):
+                        found = weights[SINKS + place]
+                        best[layer, group, j] = torch.maximum(best[layer, group, j], found)
+    return best
+
+
+def kept(cache):
+    found = []
+    for store in cache.session.state.stores():
+        runs = zip(store.start[0].tolist(), store.length[0].tolist(), strict=True)
+        where = store.buffers["positions"].tolist()
+        found.append([where[first : first + count] for first, count in runs])
+    return found
+
+
+def best_of_all(scores, prefix=0):
+    layers, heads, n = scores.shape
+    listed = sorted(
+        (-float("inf") if slot < prefix else -float(scores[layer, head, slot]), layer, head, slot)
+        for layer in range(layers)
+        for head in range(heads)
+        for slot in range(SINKS, n)
+    )
+    chosen = {entry[1:] for entry in listed[: layers * heads * (KEEP - SINKS)]}
+    return [
+        [
+            sorted([*range(SINKS), *(s for at, h, s in chosen if (at, h) == (layer, head))])
+            for head in range(heads)
+        ]
+        for layer in range(layers)
+    ]
+
+
+def test_the_best_of_the_whole_model_stay(llama):
+    ids = models.prompt(N)
+    cache = kvtrim.Cache(llama, "kvzip", KEEP, chunk=CHUNK)
+    with torch.no_grad(), kvtrim.attach(llama):
+        llama(ids, past_key_values=cache)
+    assert kept(cache) == best_of_all(scores_by_hand(llama, ids))
+    assert cache.seen == N
+    assert torch.equal(cache.token_ids, ids)
+
+
+def test_the_words_of_a_tokenizer_are_part_of_the_probe_and_its_prefix_stays(llama):
+    tokenizer = models.tokenizer()
+    words = repeat_words(tokenizer, frame(tokenizer))
+    ids = models.prompt(N)
+    words = Words(words.first[:9], words.later[:9], words.suffix, ids[0, :6].tolist())
+    cache = kvtrim.Cache(llama, "kvzip", KEEP, chunk=CHUNK)
+    cache.words = words
+    with torch.no_grad(), kvtrim.attach(llama):
+        llama(ids, past_key_values=cache)
+    assert kept(cache) == best_of_all(scores_by_hand(llama, ids, words), prefix=6)
+
+
+def test_a_prompt_that_fits_is_not_probed(llama):
+    passes = []
+    handle = llama.model.register_forward_hook(lambda *_: passes.append(1))
+    cache = kvtrim.Cache(llama, "kvzip", N)
+    with torch.no_grad(), kvtrim.attach(llama):
+        llama(models.prompt(N), past_key_values=cache)
+    handle.remove()
+    assert len(passes) == 1
+    assert cache.entries()[0].tolist() == [[N, N]]
+
+
+def test_the_probe_waits_for_the_last_chunk_of_a_prompt(llama):
+    ids = models.prompt(N)
+    once = kvtrim.Cache(llama, "kvzip", KEEP, chunk=CHUNK)
+    parts = kvtrim.Cache(llama, "kvzip", KEEP, chunk=CHUNK, prompt_tokens=N)
+    with torch.no_grad(), kvtrim.attach(llama):
+        llama(ids, past_key_values=once)
+        for part in ids.split(15, dim=1):
+            llama(part, past_key_values=parts)
+    assert kept(parts) == kept(once)
+
+
+def test_budgets_of_one_recording_share_the_probe(llama):
+    ids = models.prompt(N)
+    recording, passes = record(llama, ids), []
+    handle = llama.model.register_forward_hook(lambda *_: passes.append(1))
+    few = recording.cache("kvzip", KEEP, chunk=CHUNK)
+    probes = len(passes)
+    more = recording.cache("kvzip", 20, chunk=CHUNK)
+    handle.remove()
+    assert probes == 3 and len(passes) == probes
+    own = kvtrim.Cache(llama, "kvzip", 20, chunk=CHUNK)
+    with torch.no_grad(), kvtrim.attach(llama):
+        llama(ids, past_key_values=own)
+    assert kept(more) == kept(own) != kept(few)
+
+
+def test_embeddings_cannot_be_repeated(llama):
+    cache = kvtrim.Cache(llama, "kvzip", KEEP)
+    embeds = llama.get_input_embeddings()(models.prompt(N))
+    with (
+        torch.no_grad(),
+        kvtrim.attach(llama),
+        pytest.raises(kvtrim.KvtrimError, match="input_ids"),
+    ):
+        llama(inputs_embeds=embeds, past_key_values=cache)
+
+
+def test_queries_alone_cannot_be_probed():
+    q, k = torch.randn(4, 20, 8), torch.randn(2, 20, 8)
+    with pytest.raises(kvtrim.KvtrimError, match="needs a model"):
+        kvtrim.select("kvzip", q, k, k, keep=8)
