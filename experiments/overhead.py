@@ -1,0 +1,108 @@
+"""What scoring and selecting cost in the prefill: seconds, share of the prefill, largest tensor.
+
+A prompt is read once; then every method goes through the recorded pass: score, select, cut, and
+for methods that probe, the probe. The largest tensor that this makes is counted in numbers, beside
+those of the prompt's keys and of an n x n matrix.
+
+    python experiments/overhead.py [--length 4000] [--repeats 3] [--out experiments/overhead]
+
+Writes overhead.json (figures and the run's record) and overhead.md (the table).
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kvtrim
+from kvtrim.bench.machine import provenance
+from kvtrim.hf.replay import Recording, record
+from kvtrim.hf.running import plain_cache
+
+SETTINGS: dict[str, dict[str, Any]] = {"headkv": {"table": "smollm2"}}
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor made holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(made, torch.Tensor):
+                # a view that repeats memory is no allocation
+                self.numel = max(self.numel, made.untyped_storage().nbytes() // 4)
+        return out
+
+
+def prefill_s(model, ids) -> float:
+    """Seconds of plain transformers' prefill."""
+    start = perf_counter()
+    with torch.no_grad():
+        model(ids, past_key_values=plain_cache(model), logits_to_keep=1)
+    return perf_counter() - start
+
+
+def cut_s(recording: Recording, method: str, tokenizer: Any) -> float:
+    """Seconds of going through the recorded pass under a method, nothing remembered."""
+    fresh = replace(recording, _known={})
+    start = perf_counter()
+    fresh.cache(method, 512, tokenizer=tokenizer, **SETTINGS.get(method, {}))
+    return perf_counter() - start
+
+
+def main() -> None:
+    """Run and write the two files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=4000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("experiments/overhead"))
+    given = parser.parse_args()
+    model, tokenizer = kvtrim.load()
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 40000, (1, given.length), generator=draw)
+    recording, rows = record(model, ids), []
+    base = []
+    for method in kvtrim.METHODS:
+        cut_s(recording, method, tokenizer)
+        own = [cut_s(recording, method, tokenizer) for _ in range(given.repeats)]
+        base.append(prefill_s(model, ids))
+        with Largest() as largest:
+            cut_s(recording, method, tokenizer)
+        rows.append({"method": method, "seconds": median(own), "largest": largest.numel})
+        print(rows[-1], flush=True)
+    prefill = median(base)
+    for row in rows:
+        row["share"] = row["seconds"] / prefill
+    keys = recording.calls[0].keys.numel()
+    run = {"machine": provenance(model.device), "model": "smollm2", "keep": 512}
+    run |= {"length": given.length, "repeats": given.repeats, "prefill_s": prefill, "rows": rows}
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "overhead.json").write_text(json.dumps(run, indent=1) + "\n")
+    lines = [
+        f"Scoring, selecting and cutting {given.length} tokens to keep 512, medians of "
+        f"{given.repeats}; plain prefill {prefill:.2f} s;",
+        f"largest tensor made, in numbers: one layer's keys hold {keys:,}, an n x n matrix "
+        f"{given.length**2:,}.\n",
+        "| method | seconds | of prefill | largest tensor |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['method']} | {row['seconds']:.2f} | {100 * row['share']:.1f}% | "
+            f"{row['largest']:,} |"
+        )
+    (given.out / "overhead.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
