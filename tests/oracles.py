@@ -43,9 +43,7 @@ def causal(n, window=None):
 
 
 def window_weights(q, k, window, scale):
-    """Softmax of the last `window` queries over all keys: [H, W, n], one query and key at a
-    time.
-    """
+    """Softmax of the last `window` queries over all keys, one pair at a time: [H, W, n]."""
     heads, n, _ = q.shape
     groups = heads // k.shape[0]
     out = torch.zeros(heads, window, n, dtype=torch.float64)

@@ -1,5 +1,4 @@
-"""kvtrim: a small KV cache and a short prefill for Hugging Face language models, without
-retraining.
+"""kvtrim: a small KV cache and a short prefill for Hugging Face models, without retraining.
 
 Importing does nothing else: torch and transformers are loaded when something needs them.
 """

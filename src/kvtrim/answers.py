@@ -76,9 +76,7 @@ class Result:
 
     @property
     def tpot_s(self) -> float | None:
-        """Seconds per output token after the first, over all answers; None if no answer had
-        two.
-        """
+        """Seconds per output token after the first, over all answers; None if none had two."""
         pairs = [(a.tpot_s, len(a.token_ids) - 1) for a in self.answers if a.tpot_s is not None]
         steps = sum(count for _, count in pairs)
         return sum(tpot * count for tpot, count in pairs) / steps if steps else None
@@ -284,8 +282,8 @@ def _too_long(tokens: int, answer: int, window: int) -> str:
     plus = f" and {answer} for the answer" if answer else ""
     return (
         f"the prompt has {tokens} tokens{plus}, the model's window leaves room for {window}; "
-        "shorten it, ask for fewer new tokens, or cut its middle (truncate='middle', --truncate "
-        "middle)"
+        "shorten it, ask for fewer new tokens, or cut its middle "
+        "(truncate='middle', --truncate middle)"
     )
 
 

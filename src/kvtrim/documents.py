@@ -9,8 +9,8 @@ from kvtrim.spans import Given, checked
 from kvtrim.types import Spans
 
 SHOTS, SENTENCES = "shots", "sentences"
-# a sentence ends at . ! ? and closing quotes before a blank, at the full-width forms of these, and
-# with its line
+# a sentence ends at . ! ? and closing quotes before a blank, at their full-width forms,
+# and at the end of its line
 _SENTENCE_END = re.compile(
     r"[.!?\u2026]+[\"'\u201d\u2019)\]]*\s+"
     r"|[\u3002\uff01\uff1f]+[\u201d\u2019\u300d\u300f\uff09]*\s*"
@@ -48,8 +48,7 @@ class Document:
 
     @classmethod
     def split(cls, text: str, separator: str, name: str = SHOTS) -> "Document":
-        """A document whose shots (or other parts) stand between separators; each belongs to the
-        part before it.
+        """A document cut into shots (or other parts) behind each separator.
 
         Raises:
             UsageError: the separator does not occur.

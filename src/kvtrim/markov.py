@@ -62,8 +62,10 @@ def apart(
     steps: int,
     temperature: float = 1.0,
 ) -> Float[Tensor, "C 2 S"]:
-    """The same on two graphs: that of the `heads` clearest heads from the newest slot, that of the
-    heads that look past the sinks from anywhere; each smoothed over its neighbours.
+    """Visits on two graphs, each smoothed over its neighbours.
+
+    From the newest slot on the graph of the `heads` clearest heads; from anywhere on the graph of
+    the heads that look past the sinks.
     """
     near = visits(clearest(weights, heads), lengths, sinks, steps, temperature)[:, 0]
     hubs = visits(outward(weights, sinks), lengths, sinks, steps, temperature)[:, 1]
@@ -78,8 +80,9 @@ def clearest(weights: Float[Tensor, "C H W S"], count: int) -> Float[Tensor, "C 
 
 
 def outward(weights: Float[Tensor, "C H W S"], sinks: int) -> Float[Tensor, "C W S"]:
-    """The mean weight over the heads that pay half of their attention or more to other slots than
-    the sinks; over all heads if none does.
+    """The mean weight over the heads whose attention goes outward; over all heads if none does.
+
+    Outward: half of it or more is paid to other slots than the sinks.
     """
     outside = weights[..., sinks:].sum(dim=-1).mean(dim=-1) >= 0.5  # [C, H]
     outside |= ~outside.any(dim=-1, keepdim=True)
@@ -90,8 +93,10 @@ def outward(weights: Float[Tensor, "C H W S"], sinks: int) -> Float[Tensor, "C W
 def alone(
     weights: Float[Tensor, "B H W S"], lengths: Int[Tensor, "B H"], sinks: int
 ) -> Float[Tensor, "B H S"]:
-    """Each head by itself, without a walk: ranks by what its newest query sees in one or two hops
-    and by what it sees, early slots raised; the sharper the head, the more the former counts.
+    """Each head by itself, without a walk: a blend of two ranks.
+
+    One ranks by what its newest query sees in one or two hops, the other by what it sees, early
+    slots raised. The sharper the head, the more the former counts.
     """
     window, newest = weights.shape[2], weights[:, :, -1]
     slot = torch.arange(weights.shape[-1], device=weights.device)
@@ -117,8 +122,9 @@ def smooth(values: Float[Tensor, "*C S"], kernel: int, sigma: float) -> Float[Te
 
 
 def ranks(values: Float[Tensor, "*C 2 S"], counts: Int[Tensor, "*C"]) -> Float[Tensor, "*C 2 S"]:
-    """Place of each of the first `counts` values in ascending order, from 0 to 1, ties in slot
-    order; above 1 for the others.
+    """Place of the first `counts` values in ascending order, 0 to 1; above 1 for the others.
+
+    Equal values keep their slot order.
     """
     slot = torch.arange(values.shape[-1], device=values.device)
     others = slot >= counts[..., None, None]

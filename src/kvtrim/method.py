@@ -36,8 +36,8 @@ class Method:
         """Refuse parts that do not go together."""
         if self.policy.probes and (self.schedule.every is not None or self.skip_layers):
             raise UsageError(
-                f"{type(self.policy).__name__} probes the prompt once: use schedule=prompt and no "
-                "skip_layers"
+                f"{type(self.policy).__name__} probes the prompt once: "
+                "use schedule=prompt and no skip_layers"
             )
         if not self.budget.model_wide:
             return

@@ -93,8 +93,9 @@ def _weights(
     newer: int,
     own: bool = True,
 ) -> Float[Tensor, "B H W V"]:
-    """Weights of W queries that `newer` other queries follow, over the V slots any of them
-    sees; 0 on a query's own slot unless `own`.
+    """Weights of W queries, `newer` others behind them, over the V slots any of the W sees.
+
+    The weight of a query's own slot is 0 unless `own`.
     """
     batch, heads, rows, width = queries.shape
     kv_heads, slots = keys.shape[1:3]

@@ -59,9 +59,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A context and a question as token ids, and where their named parts lie; either may be
-    encoded alone.
-    """
+    """A context and a question, or one of them alone, as token ids with their named parts."""
 
     context: list[int]
     question: list[int]

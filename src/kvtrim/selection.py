@@ -1,8 +1,8 @@
-"""From scores and counts to the slots that survive. The only owner of sinks, window, ties and
-units.
+"""From scores and counts to the slots that survive.
 
-Sinks (first slots) and the recent window (last slots) are kept outside the ranking, never by
-raising their scores. Equal scores: the lower slot wins. Survivors are in ascending order.
+Sinks (first slots) and the recent window (last slots) are kept outside the ranking, not by raising
+their scores; only where a unit lets the window compete (kvpress) is it raised above all others.
+Equal scores: the lower slot wins (`units.py`). Survivors are in ascending order.
 """
 
 from dataclasses import dataclass

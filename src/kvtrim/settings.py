@@ -1,9 +1,7 @@
-"""Changing a method's parameters by name, from Python values or from the text of `--set
-name=value`.
+"""Changing a method's parameters by name, from Python values or from text (`--set name=value`).
 
 A name is searched in the method itself and in its parts (policy, budget, schedule, unit); where
-two parts have it, say which: `budget.floor=0.5`. Whole parts are replaced by name:
-`budget=per-head`.
+two parts have it, say which: `budget.floor=0.5`. `budget=per-head` replaces a whole part.
 """
 
 import re

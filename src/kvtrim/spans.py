@@ -39,8 +39,8 @@ def checked(given: Given, length: int | None = None, counted: str = "tokens") ->
                 )
             if length is not None and end > length:
                 raise UsageError(
-                    f"spans of {name!r}: ({start}, {end}) reaches beyond the {length} {counted} "
-                    "there are"
+                    f"spans of {name!r}: ({start}, {end}) reaches beyond "
+                    f"the {length} {counted} there are"
                 )
         for first, second in pairwise(ordered):
             if second[0] < first[1]:
@@ -93,9 +93,7 @@ def require_within(spans: Sequence[Spans], lengths: Sequence[int]) -> None:
 
 
 def joined(first: Spans, second: Spans, shift: int) -> Spans:
-    """The spans of a text and of another `shift` further on; units of the same part follow each
-    other.
-    """
+    """Spans of a text and of another `shift` further on; a part's units follow each other."""
     behind = moved(second, lambda at: at + shift)
     return {name: first.get(name, ()) + behind.get(name, ()) for name in {**first, **behind}}
 
@@ -120,9 +118,7 @@ def moved(spans: Spans, move: Callable[[int], int]) -> Spans:
 
 
 def unit_numbers(spans: Spans, name: str, positions: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:
-    """The number of the unit that each position lies in, counted from 0 in the order given; -1
-    where it lies in none.
-    """
+    """The number of the unit each position lies in, from 0 in the order given; -1 for none."""
     pieces = sorted((*piece, number) for number, unit in enumerate(spans[name]) for piece in unit)
     if not pieces:
         return torch.full_like(positions, -1, dtype=torch.int64)

@@ -17,9 +17,7 @@ class Unit(ABC):
     """What is kept or dropped as a whole. Subclasses are frozen dataclasses."""
 
     window_competes: bool = False
-    """The recent window is not set apart but enters the ranking above all other scores
-    (kvpress).
-    """
+    """The recent window is not set apart but ranked, above all other scores (kvpress)."""
 
     single: ClassVar[bool] = False
     """Each slot stands for itself, so that cutting twice equals cutting once."""
@@ -27,9 +25,7 @@ class Unit(ABC):
     def members(
         self, spans: Sequence[Spans], positions: Int[Tensor, "B K S"]
     ) -> Int[Tensor, "B K S"] | None:
-        """The number of the unit each slot belongs to, for units that the prompt names; -1 is
-        fixed.
-        """
+        """The number of each slot's unit, for units that the prompt names; -1 is fixed."""
         return None
 
     @abstractmethod

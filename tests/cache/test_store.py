@@ -1,6 +1,4 @@
-"""The ragged store against plain Python lists, under random sequences of what can be done to
-it.
-"""
+"""The ragged store against plain Python lists, under random sequences of its operations."""
 
 import pytest
 import torch

@@ -1,6 +1,8 @@
-"""Evicting equals masking: a model over the small cache gives the logits of the untouched model
-whose attention is masked to the same entries. Every method of the registry is covered by being in
-it."""
+"""Evicting equals masking.
+
+A model over the small cache gives the logits of the untouched model whose attention is masked to
+the same entries. A method of the registry is covered by being in it.
+"""
 
 import pytest
 import torch

@@ -85,9 +85,7 @@ def test_every_decoding_mode_equals_the_full_cache_when_nothing_is_evicted(llama
 
 
 def test_beam_search_reorders_what_was_kept(llama):
-    """Beams over a small cache equal beams over the full cache that holds only the kept
-    entries.
-    """
+    """Beams over a small cache equal beams over the full cache of the kept entries alone."""
     ids = models.prompt(48)
     out = generate(
         llama, ids, cache_for(llama, "adakv"), num_beams=3, return_dict_in_generate=True

@@ -1,6 +1,4 @@
-"""CircuitKV: recorded cases, the worked example, a dense absorbing chain in plain loops, and heads
-of different length.
-"""
+"""CircuitKV: recorded cases, the worked example, plain loops, and heads of different length."""
 
 import dataclasses
 import math

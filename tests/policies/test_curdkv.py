@@ -1,6 +1,4 @@
-"""CurDKV and AdaCurDKV: recorded cases, worked examples, loops, and what scores must not depend
-on.
-"""
+"""CurDKV and AdaCurDKV: recorded cases, worked examples, loops, invariances of the scores."""
 
 import dataclasses
 

@@ -139,9 +139,7 @@ def _run(
 
 
 def _peak(model: Any, candidate: Candidate, ids: Int[Tensor, "1 n"]) -> int | None:
-    """Bytes that reading the prompt needs at most; a pass of its own, since it slows things
-    down.
-    """
+    """Peak bytes of reading the prompt; a pass of its own, since measuring slows it down."""
     with _cache(model, candidate) as cache, torch.no_grad(), peak_memory(model.device) as peak:
         _step(model, cache, ids)
     return peak.bytes

@@ -17,8 +17,7 @@ class Ledger(ABC):
 
         Args:
             room, scores: as in `Budget.counts`.
-            wanted: how much each prompt's layer asks for, relative to other layers
-                (`Policy.preference`).
+            wanted: how much each prompt's layer asks for, see `Policy.preference`.
 
         Returns:
             Entries per head of every layer so far, first layer first. A layer never gets more than

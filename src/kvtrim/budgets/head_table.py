@@ -53,8 +53,8 @@ class HeadTable(Budget):
             raise UsageError(
                 f"this method needs a table of head scores measured on {target.name} "
                 f"({target.layers} layers of {target.heads} query heads), and none comes with "
-                f"kvtrim. Measure one: {head_scores.HOW_TO}, then pass table=FILE (--set "
-                "table=FILE)"
+                f"kvtrim. Measure one: {head_scores.HOW_TO}, "
+                "then pass table=FILE (--set table=FILE)"
             )
         return replace(self, table=found).fitted(target)
 

@@ -1,6 +1,4 @@
-"""`keep`, the budget a user asks for: tokens, a share of the prompt, or bytes of the whole
-cache.
-"""
+"""`keep`, the budget a user asks for: tokens, a share of the prompt, or bytes of the cache."""
 
 import re
 from dataclasses import dataclass
@@ -27,8 +25,7 @@ class Keep:
         """Read 512, 0.25, "25%", "512" or "256MiB".
 
         Raises:
-            BudgetError: the amount is not positive, a share exceeds 1, or the text is not a
-                budget.
+            BudgetError: an amount not above 0, a share above 1, or text that is no budget.
         """
         if isinstance(given, Keep):
             return given
@@ -48,8 +45,7 @@ class Keep:
         return self.amount * prompt if self.kind == "share" else self.amount / entry_bytes
 
     def entries(self, prompt: int, protected: int, entry_bytes: int | float) -> int:
-        """`asked` as a whole number. A share or a size is lifted to what the method needs at
-        least.
+        """`asked` as a whole number; a share or size is lifted to the least the method needs.
 
         Raises:
             BudgetError: a number of tokens that leaves no room beside the protected slots.
@@ -58,10 +54,9 @@ class Keep:
         whole = int(self.asked(prompt, entry_bytes) + 1e-6)
         if self.kind == "tokens" and whole < least <= prompt:
             raise BudgetError(
-                f"keep={whole} leaves nothing to choose: this method always keeps {protected} "
-                "entries "
-                f"(window and sinks). Use keep={least} or more, or a smaller window (--set "
-                "window=8)"
+                f"keep={whole} leaves nothing to choose: this method always keeps "
+                f"{protected} entries (window and sinks). Use keep={least} or more, "
+                "or a smaller window (--set window=8)"
             )
         return max(whole, least)
 

@@ -24,8 +24,7 @@ _RECORD, _DIGEST = "kvtrim", "sha256"
 def write(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], record: dict[str, Any]
 ) -> None:
-    """Write a cache file; an older file of that name is replaced only when the new one is
-    complete.
+    """Write a cache file; an older one of that name is replaced once the new one is complete.
 
     Raises:
         CacheFileError: the folder does not exist or cannot be written to.

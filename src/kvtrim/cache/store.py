@@ -10,9 +10,7 @@ import torch
 from kvtrim.types import Counts, Float, Int, Kept, Tensor
 
 LEAST_SLACK, MOST_SLACK = 16, 256
-"""A full head grows by a sixteenth of its length within these bounds: little copied, little
-wasted.
-"""
+"""A full head grows by a sixteenth of its length within these bounds: few copies, little waste."""
 
 
 class LayerStore:
@@ -82,8 +80,7 @@ class LayerStore:
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
     def dense(self) -> tuple[dict[str, Tensor], Counts | None]:
-        """Every buffer as [B, K, S, ...], and the lengths where heads differ (garbage behind
-        them).
+        """Every buffer as [B, K, S, ...], and the lengths where heads differ (garbage behind).
 
         A view where lengths are uniform, else a padded copy.
         """

@@ -29,9 +29,7 @@ def main() -> None:
 
 
 def _parse_error(error: Exception) -> None:
-    """What the argument parser says of a wrong flag; anything else is a bug and keeps its
-    trace.
-    """
+    """Report what the parser says of a wrong flag; anything else is a bug and keeps its trace."""
     show = getattr(error, "format_message", None)
     if show is None:
         if type(error).__name__ == "Abort":

@@ -85,9 +85,7 @@ def compress(
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
-    """Read a document once, evict before any question is known, and save the cache for `ask
-    --cache`.
-    """
+    """Read a document once, evict before any question is known, save a cache for `ask --cache`."""
     settings = options.checked(method, [keep], set_, None, truncate)
     text = options.read_document(document, shots_separator)
     _require_writable(out)

@@ -75,9 +75,7 @@ def _all_checked(
 
 
 def _warm_up(model: Any, tokenizer: Any) -> None:
-    """One short answer that is not counted: the first pass over a model is slower than the
-    rest.
-    """
+    """One short answer that is not counted, since the first pass over a model is the slowest."""
     from kvtrim.answers import generate
 
     generate(model, tokenizer, "warm up " * 8, "?", method="full", max_new_tokens=4)

@@ -66,9 +66,7 @@ def seconds(value: float | None) -> str:
 
 
 def entries(kept: Sequence[Sequence[int]]) -> str:
-    """Entries per layer and head in a few characters: "512", or "61-991" with bars over the
-    layers.
-    """
+    """Entries per layer and head, in short: "512", or "61-991" with bars over the layers."""
     counts = [count for layer in kept for count in layer]
     if not counts:
         return "-"

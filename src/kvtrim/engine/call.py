@@ -37,9 +37,7 @@ class Call:
         return self.kv_bytes + torch.int32.itemsize
 
     def per_query_head(self) -> "Call":
-        """The same call with K and V repeated, so that every query head holds entries of its
-        own.
-        """
+        """The same call with K and V repeated, so that every query head has its own entries."""
         times = self.queries.shape[1] // self.keys.shape[1]
         keys = self.keys.repeat_interleave(times, dim=1)
         return replace(self, keys=keys, values=self.values.repeat_interleave(times, dim=1))
@@ -136,9 +134,7 @@ def real_queries(queries: Float[Tensor, "B H Q D"], now: Pass, rows: slice) -> T
 
 @contextmanager
 def writable() -> Iterator[None]:
-    """What is stored must stay writable when the caller leaves inference mode, and needs no
-    graph.
-    """
+    """What is stored must stay writable outside inference mode, and needs no graph."""
     if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
         with torch.inference_mode(False), torch.no_grad():
             yield

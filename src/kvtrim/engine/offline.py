@@ -56,8 +56,8 @@ def select(
     stacks = [_as_layers(tensor) for tensor in (queries, keys, values)]
     if len({len(stack) for stack in stacks}) != 1:
         raise UsageError(
-            f"queries, keys and values have {[len(s) for s in stacks]} layers; give the same "
-            "number"
+            f"queries, keys and values have {[len(s) for s in stacks]} layers; "
+            "give the same number"
         )
     layers = len(stacks[0])
     target = Target("the given queries", layers, stacks[0][0].shape[0], lambda: None)
@@ -72,8 +72,8 @@ def select(
     for index, (q, k, v) in enumerate(zip(*stacks, strict=True)):
         if q.shape[0] % k.shape[0] or k.shape[:2] != v.shape[:2] or q.shape[1] != k.shape[1]:
             raise UsageError(
-                f"layer {index}: queries {list(q.shape)}, keys {list(k.shape)}, values "
-                f"{list(v.shape)} do not fit; "
+                f"layer {index}: queries {list(q.shape)}, keys {list(k.shape)}, "
+                f"values {list(v.shape)} do not fit; "
                 "expected [H, n, D], [K, n, D], [K, n, E] with H a multiple of K"
             )
         factor = q.shape[-1] ** -0.5 if scale is None else scale

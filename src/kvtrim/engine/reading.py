@@ -33,9 +33,7 @@ class Pass:
         return [first + len(real) for first, real in zip(self.first, self.real, strict=True)]
 
     def groups(self) -> list[slice]:
-        """Prompts that can be looked at together because they are of one length: all, or each
-        alone.
-        """
+        """Prompts that can be seen together: all if they are of one length, else each alone."""
         if self.real is None and len(set(self.first)) == 1:
             return [slice(0, self.rows)]
         return [slice(row, row + 1) for row in range(self.rows)]
@@ -103,8 +101,9 @@ class Reading:
         return (mask != 0).sum(-1).tolist() == [length + columns for length in past]
 
     def masked_again(self, mask: Tensor | None, columns: int) -> list[int] | None:
-        """Tokens at each prompt's end that this mask takes back (padding after a finished answer);
-        None if it takes none back.
+        """Tokens at each prompt's end that this mask takes back; None if it takes none back.
+
+        What is taken back is padding after a finished answer.
 
         Raises:
             UsageError: the mask hides a token in the middle, or shows padding as a token.
@@ -121,9 +120,8 @@ class Reading:
         kept_after = (before & past).flip(-1).cumsum(-1).flip(-1) > 0  # a kept token follows
         if bool((past & ~before).any()) or bool((gone & kept_after).any()):
             raise UsageError(
-                "the attention mask differs from the one this cache was filled with; only tokens "
-                "at the "
-                "end of a row can be masked later"
+                "the attention mask differs from the one this cache was filled with; "
+                "only tokens at the end of a row can be masked later"
             )
         return gone.sum(-1).tolist()
 

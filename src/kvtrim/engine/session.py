@@ -1,8 +1,8 @@
 """One generation's state: what was read, what each layer holds, what is due.
 
 Whoever runs the model feeds a session: `begin`, then `attend` for each layer, then `end`. A
-session knows nothing of transformers, and nothing of it lives on the model, so conversations can
-alternate.
+session knows nothing of transformers, and nothing of it lives on the model, so that several
+conversations can take turns on one model.
 """
 
 import copy
@@ -123,9 +123,7 @@ class Session:
         )
 
     def attend(self, index: int, call: Call) -> Float[Tensor, "B H Q E"]:
-        """One layer's attention over everything held and the new tokens; then evict what is
-        due.
-        """
+        """One layer's attention over everything held and new tokens; then evict what is due."""
         if self.tap is not None:
             self.tap(index, call)
         with writable():

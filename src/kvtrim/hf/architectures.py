@@ -44,8 +44,8 @@ def layout(model: PreTrainedModel, allow_untested: bool = False) -> Layout:
     attention = [module for block in blocks for module in _attention_in(block)]
     if not blocks or not len(blocks) == len(attention) == config.num_hidden_layers:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: cannot find one attention module with a layer_idx per "
-            "decoder layer"
+            f"{type(model).__name__}: cannot find one attention module "
+            "with a layer_idx per decoder layer"
         )
     return Layout(decoder, blocks, attention, config.num_attention_heads, _managed(config))
 
@@ -65,15 +65,14 @@ def _managed(config: Any) -> list[int]:
             managed.append(index)
         elif type(layer) is not DynamicSlidingWindowLayer:
             raise UnsupportedModelError(
-                f"layer {index} of {config.model_type} caches a {type(layer).__name__}; kvtrim "
-                "manages layers "
-                "with ordinary or sliding-window attention only"
+                f"layer {index} of {config.model_type} caches a {type(layer).__name__}; "
+                "kvtrim manages layers with ordinary or sliding-window attention only"
             )
     if not managed:
         raise UnsupportedModelError(
-            f"every layer of this {config.model_type} model slides over {config.sliding_window} "
-            "tokens: its cache is "
-            "bounded already, there is nothing to evict"
+            f"every layer of this {config.model_type} model slides over "
+            f"{config.sliding_window} tokens: its cache is bounded already, "
+            "there is nothing to evict"
         )
     return managed
 

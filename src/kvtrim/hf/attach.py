@@ -1,6 +1,4 @@
-"""Attaching to a model: attention by name, hooks that find the cache, everything undone on
-detach.
-"""
+"""Attaching to a model: attention by name, hooks that find the cache; detaching undoes all."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -1,5 +1,4 @@
-"""The registered attention and mask functions: kvtrim's own for its cache, the stock ones
-otherwise.
+"""The registered attention and mask functions: kvtrim's for its cache, else the stock ones.
 
 One model may serve a kvtrim cache and an ordinary one in turn, so the mask function cannot know
 what is needed. It returns a promise; only the layers that need the stock mask ever build it.
@@ -20,9 +19,7 @@ from kvtrim.errors import UnsupportedModelError, UsageError
 from kvtrim.types import Tensor
 
 NAME = "kvtrim"
-"""Name of both functions in transformers' registries; holds no word that transformers looks
-for.
-"""
+"""Name of both functions in the registries; holds no word that transformers looks for."""
 
 HANDLE = "kvtrim_cache"
 """Keyword under which the attention pre-hook passes (session, number, projection, rotation)."""

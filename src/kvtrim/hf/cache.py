@@ -1,6 +1,4 @@
-"""The cache that transformers sees: its logical length is what was read, its content is what
-stays.
-"""
+"""The cache that transformers sees: its length is what was read, its content is what stays."""
 
 import copy
 import os
@@ -29,8 +27,7 @@ from kvtrim.types import Int, Tensor
 
 
 class Cache(TransformersCache):
-    """A small KV cache for `model(...)` and `model.generate(...)`, on a model that kvtrim is
-    attached to.
+    """A small KV cache for `model(...)` and `model.generate(...)` on an attached model.
 
     Args:
         model: the model it will be used with.
@@ -107,9 +104,7 @@ class Cache(TransformersCache):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of everything held, measured: K, V, positions, slack for appends, sliding
-        layers.
-        """
+        """Bytes held, measured: K, V, positions, slack for appends, sliding layers."""
         return self.session.state.held_bytes + self._sliding_bytes()
 
     @property
@@ -118,9 +113,7 @@ class Cache(TransformersCache):
         return self.session.state.full_bytes + self._sliding_bytes()
 
     def entries(self) -> list[Int[Tensor, "B K"]]:
-        """Entries held now by every head, for each layer of the model; empty before the first
-        pass.
-        """
+        """Entries every head holds now, for each layer; empty before the first pass."""
         stores, layers = iter(self.session.state.stores()), cast(list[Any], self.layers)
         return [
             next(stores).length
@@ -136,8 +129,9 @@ class Cache(TransformersCache):
         save(self, path, tokenizer)
 
     def expect(self, tokens: int) -> None:
-        """Everything up to so many tokens is handed over, not generated, in whatever passes it
-        comes; needed only by methods that treat the two differently.
+        """Take so many tokens as handed over, not generated, in whatever passes they come.
+
+        Only methods that treat the two differently need this.
         """
         self.session.state.expected = tokens
 

@@ -1,6 +1,4 @@
-"""Does kvtrim work on this model? The relations that its test suite proves, on the model
-itself.
-"""
+"""Does kvtrim work on this model? What its test suite proves, tried on the model itself."""
 
 from dataclasses import dataclass
 from typing import Any

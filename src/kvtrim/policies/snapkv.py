@@ -37,9 +37,7 @@ class SnapKV(Policy):
         return self.window
 
     def score(self, layer: LayerView) -> Scores:
-        """Votes of the window: queries [B, H, W, D] and keys [B, K, S, D] to scores [B, K, S -
-        W].
-        """
+        """Votes of the window: queries [B, H, W, D], keys [B, K, S, D] to scores [B, K, S - W]."""
         kv_heads, votes = layer.keys.shape[1], ops.window_attention(layer, self.window)
         votes = votes.mean(dim=-2) if self.rows == "mean" else votes.sum(dim=-2)  # [B, H, N]
         if self.group_order == "before":

@@ -28,9 +28,7 @@ class Tova(Policy):
         return self.protect_last
 
     def score(self, layer: LayerView) -> Scores:
-        """The newest query's attention: queries [B, H, 1, D], keys [B, K, S, D] to scores [B, K,
-        S].
-        """
+        """The newest query's attention: queries [B, H, 1, D], keys [B, K, S, D] to [B, K, S]."""
         kv_heads = layer.keys.shape[1]
         weights = ops.attention(layer, last=1)[:, :, 0]  # [B, H, S]
         if self.per_head:
