@@ -4,8 +4,9 @@ Every prompt is essays of about 2,000 tokens with one planted sentence, and the 
 The prompt is read once; each method and budget continues from that recording, which is the cache
 of a prefill of its own.
 
-    python experiments/needles.py --data DIR [--prompts 32] [--out experiments/needles]
+    python experiments/needles.py --data DIR [--prompts 24] [--part 1/1] [--out FOLDER]
 
+A run that was cut off goes on where it stopped; parts of it may run side by side.
 DIR holds essays/paul_graham.txt.gz. Writes needles.jsonl (one line per prompt, method and
 budget), needles.json (the run's record) and needles.md (the table).
 """
@@ -42,11 +43,14 @@ def answer(model, tokenizer, recording, cache, words) -> str:
     return tokenizer.decode(out, skip_special_tokens=True).lower()
 
 
-def measured(model, tokenizer, data: Path, count: int, length: int):
-    """One row for every prompt, method and budget."""
+def measured(model, tokenizer, data: Path, count: int, length: int, wanted: set[int]):
+    """The rows of each wanted prompt: one for every method and budget."""
     around = frame(tokenizer)
     tries = [("full", None), *((method, keep) for method in METHODS for keep in KEEPS)]
     for number, asked in enumerate(needles(tokenizer, data, count, length)):
+        if number not in wanted:
+            continue
+        rows = []
         prompt = encode(tokenizer, around, asked.context, asked.question)
         recording = record(model, torch.tensor([prompt.ids]), prompt.spans)
         for method, keep in tries:
@@ -54,13 +58,16 @@ def measured(model, tokenizer, data: Path, count: int, length: int):
             row = {"prompt": number, "method": method, "keep": keep, "tokens": len(prompt.ids)}
             row |= {"held_bytes": cache.held_bytes, "full_bytes": cache.full_bytes}
             text = answer(model, tokenizer, recording, cache, asked.words)
-            yield row | {"recall": mean(word in text for word in asked.words), "answer": text}
+            rows.append(
+                row | {"recall": mean(word in text for word in asked.words), "answer": text}
+            )
+        yield rows
 
 
 def table(rows: list[dict]) -> str:
     """The rows as Markdown."""
     text = [
-        f"Word recall over {rows[-1]['prompt'] + 1} prompts of "
+        f"Word recall over {len({row['prompt'] for row in rows})} prompts of "
         f"{mean(r['tokens'] for r in rows):.0f} tokens, question-aware, greedy:",
         "mean ± standard error. Held: bytes in the store right after the prompt, as a share of",
         "the keys and values of the full cache.\n",
@@ -85,6 +92,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--length", type=int, default=2000)
+    parser.add_argument("--part", default="1/1", help="2/3: every third prompt from the second")
     parser.add_argument("--out", type=Path, default=Path("experiments/needles"))
     given = parser.parse_args()
     model, tokenizer = kvtrim.load()
@@ -92,14 +100,20 @@ def main() -> None:
     run = {"machine": provenance(model.device), "model": "smollm2", "protocol": "question-aware"}
     run |= {"prompts": given.prompts, "length": given.length, "new_tokens": NEW_TOKENS, "seed": 0}
     (given.out / "needles.json").write_text(json.dumps(run, indent=1) + "\n")
-    rows = []
-    with kvtrim.attach(model), (given.out / "needles.jsonl").open("w") as lines:
-        for row in measured(model, tokenizer, given.data, given.prompts, given.length):
-            rows.append(row)
-            print(json.dumps(row), file=lines, flush=True)
-            if row["method"] == "full":
-                print(f"prompt {row['prompt'] + 1} of {given.prompts}", flush=True)
-    (given.out / "needles.md").write_text(table(rows))
+    path, (part, parts) = given.out / "needles.jsonl", map(int, given.part.split("/"))
+    done = {row["prompt"] for row in written(path)}
+    wanted = {n for n in range(given.prompts) if n % parts == part - 1} - done
+    with kvtrim.attach(model), path.open("a") as lines:
+        for rows in measured(model, tokenizer, given.data, given.prompts, given.length, wanted):
+            lines.write("".join(json.dumps(row) + "\n" for row in rows))
+            lines.flush()
+            print(f"prompt {rows[0]['prompt'] + 1} of {given.prompts}", flush=True)
+    (given.out / "needles.md").write_text(table(written(path)))
+
+
+def written(path: Path) -> list[dict]:
+    """The rows that earlier runs wrote."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ fed as it should be, and compared with what the full cache makes of it:
 
 Under question-aware the first token of the answer is left out: the prefill's full cache made it.
 
-    python experiments/quality.py --data DIR [--needles 16] [--rows 16] [--out experiments/quality]
+    python experiments/quality.py --data DIR [--needles 16] [--rows 16] [--length 2000]
+        [--method NAME ...] [--keep N ...] [--out experiments/quality]
 
 DIR holds essays/ and longbench_mini/. Writes quality.jsonl (one line per prompt, protocol, method
 and budget), quality.json (the run's record) and quality.md (the tables). A run that was cut off
@@ -60,8 +61,10 @@ def words_right(tokenizer, answer: list[int], best: list[bool], words: tuple[str
     return mean(found)
 
 
-def measured(model, tokenizer, asked: Asked, protocol: str) -> Iterator[dict[str, Any]]:
-    """One row for every method and budget, the full cache first."""
+def measured(
+    model, tokenizer, asked: Asked, protocol: str, methods: list[str], keeps: list[int]
+) -> Iterator[dict[str, Any]]:
+    """One row for every method and budget."""
     around = frame(tokenizer)
     prompt = encode(tokenizer, around, asked.context, asked.question)
     answer = encode_text(tokenizer, asked.answer)
@@ -74,8 +77,8 @@ def measured(model, tokenizer, asked: Asked, protocol: str) -> Iterator[dict[str
     gold = torch.tensor(judged)
     reference = forced(model, recording.cache("full", 1), lead, answer)
     own = reference.gather(1, gold[:, None])[:, 0]
-    for method in kvtrim.METHODS:
-        for keep in KEEPS if method != "full" else KEEPS[:1]:
+    for method in methods:
+        for keep in keeps if method != "full" else keeps[:1]:
             cache = recording.cache(method, keep, tokenizer=tokenizer, **SETTINGS.get(method, {}))
             row = {"protocol": protocol, "kind": asked.kind, "method": method, "keep": keep}
             row |= {"tokens": recording.ids.shape[1], "held_bytes": cache.held_bytes}
@@ -100,7 +103,7 @@ def table(rows: list[dict[str, Any]], protocol: str) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for method in dict.fromkeys(row["method"] for row in own):
-        for keep in KEEPS:
+        for keep in sorted({row["keep"] for row in own}, reverse=True):
             cell = [r for r in own if r["method"] == method and r["keep"] == keep]
             if cell:
                 held = mean(r["held_bytes"] / r["full_bytes"] for r in cell)
@@ -130,6 +133,8 @@ def main() -> None:
     parser.add_argument("--needles", type=int, default=16)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=2000)
+    parser.add_argument("--method", action="append", help="all by default; repeat for several")
+    parser.add_argument("--keep", type=int, action="append", help="repeat for several")
     parser.add_argument("--out", type=Path, default=Path("experiments/quality"))
     given = parser.parse_args()
     model, tokenizer = kvtrim.load()
@@ -138,20 +143,20 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "quality.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(row["prompt"], row["protocol"]) for row in rows}
-    run = {"machine": provenance(model.device), "model": "smollm2", "keeps": KEEPS, "seed": 1}
+    done = {(row["prompt"], row["protocol"], row["method"]) for row in rows}
+    methods, keeps = given.method or list(kvtrim.METHODS), given.keep or KEEPS
+    run = {"machine": provenance(model.device), "model": "smollm2", "keeps": keeps, "seed": 1}
     run |= {"needles": given.needles, "rows": given.rows, "length": given.length}
     (given.out / "quality.json").write_text(json.dumps(run, indent=1) + "\n")
-    order = sorted(range(len(prompts)), key=lambda i: (i % given.needles, i))  # kinds in turn
+    order = sorted(range(len(prompts)), key=lambda i: (i % max(1, given.needles), i))
     with kvtrim.attach(model), path.open("a") as file:
         for number in order:
             for protocol in PROTOCOLS:
-                if (number, protocol) in done:
+                left = [m for m in methods if (number, protocol, m) not in done]
+                if not left:
                     continue
-                new = [
-                    {"prompt": number, **row}
-                    for row in measured(model, tokenizer, prompts[number], protocol)
-                ]
+                found = measured(model, tokenizer, prompts[number], protocol, left, keeps)
+                new = [{"prompt": number, **row} for row in found]
                 rows += new
                 file.write("".join(json.dumps(row) + "\n" for row in new))
                 file.flush()

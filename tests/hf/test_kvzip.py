@@ -101,6 +101,15 @@ def test_a_prompt_that_fits_is_not_probed(llama):
     assert cache.entries()[0].tolist() == [[N, N]]
 
 
+def test_what_is_generated_is_not_probed(llama):
+    cache = kvtrim.Cache(llama, "kvzip", N + 2)
+    with torch.no_grad(), kvtrim.attach(llama):
+        llama(models.prompt(N), past_key_values=cache)
+        for _ in range(4):
+            llama(torch.tensor([[9]]), past_key_values=cache)
+    assert cache.entries()[0].tolist() == [[N + 4, N + 4]]
+
+
 def test_the_probe_waits_for_the_last_chunk_of_a_prompt(llama):
     ids = models.prompt(N)
     once = kvtrim.Cache(llama, "kvzip", KEEP, chunk=CHUNK)

@@ -145,6 +145,8 @@ class Session:
         if self._plan.probe:
             self.state.probed, self._pass = cut, None
             return
+        if not self.in_prompt:
+            self.state.probed = True  # only the prompt is probed, when it is complete
         self.state.reading.record(self._now)
         if self._plan.closes:
             self.state.close(self.method.schedule.share)

@@ -79,6 +79,25 @@ class Policy(ABC):
         return -torch.xlogy(shares, shares).sum(dim=1) / log(max(2, flat.shape[1]))
 
 
+class WindowPolicy(Policy):
+    """A rule that asks the last queries, whose own slots always stay, and pools their answers."""
+
+    window: int
+    """How many last queries are asked."""
+
+    kernel: int
+    """Width of the pooling, odd."""
+
+    def __post_init__(self) -> None:
+        require_odd("kernel", self.kernel)
+
+    def lookback(self) -> int:
+        return self.window
+
+    def recent(self, keep: int) -> int:
+        return self.window
+
+
 def require_odd(name: str, value: int) -> None:
     """Refuse a pooling width that has no middle."""
     if value < 1 or value % 2 == 0:

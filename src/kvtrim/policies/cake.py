@@ -15,12 +15,12 @@ import torch
 
 from kvtrim import ops
 from kvtrim.errors import UsageError
-from kvtrim.policies.base import Policy, require_odd
+from kvtrim.policies.base import WindowPolicy
 from kvtrim.types import Float, LayerView, Scores, Tensor
 
 
 @dataclass(frozen=True)
-class Cake(Policy):
+class Cake(WindowPolicy):
     window: int = 32  # how many last queries are asked; their slots always stay
     kernel: int = 5  # width of the average pooling, odd
     gamma: float = 200.0  # weight of the variance
@@ -29,15 +29,9 @@ class Cake(Policy):
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        require_odd("kernel", self.kernel)
+        super().__post_init__()
         if self.window < 2:
             raise UsageError("CAKE needs the variance of at least two queries: window=2 or more")
-
-    def lookback(self) -> int:
-        return self.window
-
-    def recent(self, keep: int) -> int:
-        return self.window
 
     def score(self, layer: LayerView) -> Scores:
         """Queries [B, H, W, D] and keys [B, K, S, D] to scores [B, K, S - W]."""

@@ -10,27 +10,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvtrim import ops, projections
-from kvtrim.policies.base import Policy, require_odd
+from kvtrim.policies.base import WindowPolicy
 from kvtrim.types import Float, LayerView, Scores, Tensor
 
 
 @dataclass(frozen=True)
-class LaProx(Policy):
+class LaProx(WindowPolicy):
     window: int = 32  # how many last queries are asked; their slots always stay
     kernel: int = 7  # width of the average pooling, odd
     pool_on: Literal["attn", "score"] = "attn"  # pool the attention norms, or the whole score
     gqa: Literal["prod", "attn", "rss", "block"] = "prod"  # how a group's query heads are joined
     norm: Literal["sum", "none", "out"] = "sum"  # divide by the layer's sum, nothing, |output|
     sinks: int = 0
-
-    def __post_init__(self) -> None:
-        require_odd("kernel", self.kernel)
-
-    def lookback(self) -> int:
-        return self.window
-
-    def recent(self, keep: int) -> int:
-        return self.window
 
     def score(self, layer: LayerView) -> Scores:
         """Queries [B, H, W, D], keys and values [B, K, S, D], W_O to scores [B, K, S - W]."""

@@ -12,25 +12,16 @@ Ours:  the heads' floor is a share of what their layer gets (a misspelt name in 
 from dataclasses import dataclass
 
 from kvtrim import ops
-from kvtrim.policies.base import Policy, require_odd
+from kvtrim.policies.base import WindowPolicy
 from kvtrim.types import LayerView, Scores
 
 
 @dataclass(frozen=True)
-class Lava(Policy):
+class Lava(WindowPolicy):
     window: int = 32  # how many last queries are asked; their slots always stay
     kernel: int = 7  # width of the pooling, odd
     pool: ops.Pool = "max"
     sinks: int = 0
-
-    def __post_init__(self) -> None:
-        require_odd("kernel", self.kernel)
-
-    def lookback(self) -> int:
-        return self.window
-
-    def recent(self, keep: int) -> int:
-        return self.window
 
     def score(self, layer: LayerView) -> Scores:
         """Queries [B, H, W, D], keys and values [B, K, S, D] to scores [B, K, S - W]."""

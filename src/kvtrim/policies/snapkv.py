@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvtrim import ops
-from kvtrim.policies.base import Policy, require_odd
+from kvtrim.policies.base import WindowPolicy
 from kvtrim.types import LayerView, Scores
 
 
 @dataclass(frozen=True)
-class SnapKV(Policy):
+class SnapKV(WindowPolicy):
     window: int = 32  # the observation window: how many last queries vote; their slots always stay
     kernel: int = 7  # width of the pooling, odd
     pool: ops.Pool = "max"  # what a slot takes from its `kernel` neighbours
@@ -26,15 +26,6 @@ class SnapKV(Policy):
     group: ops.Reduce = "mean"  # over the query heads of one KV head
     group_order: Literal["before", "after"] = "before"  # before or after the pooling
     sinks: int = 0
-
-    def __post_init__(self) -> None:
-        require_odd("kernel", self.kernel)
-
-    def lookback(self) -> int:
-        return self.window
-
-    def recent(self, keep: int) -> int:
-        return self.window
 
     def score(self, layer: LayerView) -> Scores:
         """Votes of the window: queries [B, H, W, D], keys [B, K, S, D] to scores [B, K, S - W]."""
