@@ -1,5 +1,6 @@
 """Options that several commands share, and reading what they name."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -114,6 +115,21 @@ def require_choice(option: str, value: str | None, choices: tuple[str, ...]) -> 
     """
     if value is not None and value not in choices:
         raise UsageError(f"{option} {value}: use {' or '.join(choices)}")
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a file that could not be written in the end.
+
+    Raises:
+        UsageError: a folder, or a place in a folder that is missing or closed.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file")
+    if not folder.is_dir():
+        raise UsageError(f"cannot write {path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"cannot write {path}: the folder {folder} is not writable")
 
 
 def read_questions(given: list[str] | None) -> list[str]:
