@@ -106,10 +106,12 @@ def _print(out: Path, measured: "Measured", prompts: int) -> None:
         ]
         for at in best
     ]
-    title = (
+    output.out.print(
         f"{out}: {measured.layers} layers of {measured.heads} query heads, {measured.counted} of "
-        f"{prompts} prompts counted, {sum(score > 0 for score in scores)} heads score above 0"
+        f"{prompts} prompts counted, {sum(score > 0 for score in scores)} heads score above 0",
+        markup=False,
+        highlight=False,
     )
     columns = [("layer-head", "left"), ("mean score", "right"), ("of all scores", "right")]
-    output.table(title, columns, rows)
+    output.table("strongest heads", columns, rows)
     output.out.print(f"use it: --method headkv --set table={out}", markup=False, highlight=False)
