@@ -75,5 +75,9 @@ def _explain(name: str, method: "Method", json: bool) -> None:
 
 
 def _about(method: "Method") -> str:
-    """The docstring of the policy's file: what it does, paper, code, differences."""
-    return inspect.cleandoc(inspect.getmodule(type(method.policy)).__doc__ or "")
+    """The docstrings of the policy's file and of a published budget's: what it does, paper, code,
+    differences.
+    """
+    parts = (method.policy, method.budget)
+    told = [inspect.cleandoc(inspect.getmodule(type(part)).__doc__ or "") for part in parts]
+    return "\n\n".join([told[0], *(text for text in told[1:] if "Paper:" in text)])
