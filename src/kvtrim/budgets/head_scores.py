@@ -28,8 +28,8 @@ HOW_TO = "kvtrim calibrate heads --model MODEL --out FILE"
 
 def shipped() -> dict[str, Path]:
     """The tables that come with kvtrim, by name."""
-    files = sorted(SHIPPED.glob("*.json"))
-    return {path.stem: path for path in files if not path.name.endswith(RECORD)}
+    files = [path for path in SHIPPED.glob("*.json") if not path.name.endswith(RECORD)]
+    return {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
 
 
 def measured_on(identity: str | None) -> str | None:
