@@ -25,8 +25,6 @@ from kvtrim.bench.machine import provenance
 from kvtrim.hf.replay import Recording, record
 from kvtrim.hf.running import plain_cache
 
-SETTINGS: dict[str, dict[str, Any]] = {"headkv": {"table": "smollm2"}}
-
 
 class Largest(TorchDispatchMode):
     """Remembers how many numbers the largest tensor made holds."""
@@ -56,7 +54,7 @@ def cut_s(recording: Recording, method: str, tokenizer: Any) -> float:
     """Seconds of going through the recorded pass under a method, nothing remembered."""
     fresh = replace(recording, _known={})
     start = perf_counter()
-    fresh.cache(method, 512, tokenizer=tokenizer, **SETTINGS.get(method, {}))
+    fresh.cache(method, 512, tokenizer=tokenizer)
     return perf_counter() - start
 
 

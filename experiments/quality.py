@@ -35,7 +35,6 @@ from kvtrim.prompts import encode, encode_text, frame
 
 KEEPS = [1024, 512, 256, 128]
 PROTOCOLS = ("question-aware", "question-agnostic")
-SETTINGS: dict[str, dict[str, Any]] = {"headkv": {"table": "smollm2"}}
 
 
 def forced(model, cache, lead: list[int], answer: list[int]) -> torch.Tensor:
@@ -79,7 +78,7 @@ def measured(
     own = reference.gather(1, gold[:, None])[:, 0]
     for method in methods:
         for keep in keeps if method != "full" else keeps[:1]:
-            cache = recording.cache(method, keep, tokenizer=tokenizer, **SETTINGS.get(method, {}))
+            cache = recording.cache(method, keep, tokenizer=tokenizer)
             row = {"protocol": protocol, "kind": asked.kind, "method": method, "keep": keep}
             row |= {"tokens": recording.ids.shape[1], "held_bytes": cache.held_bytes}
             row |= {"full_bytes": cache.full_bytes}

@@ -7,8 +7,11 @@ that kvtrim manages. Keys are parsed, their order means nothing.
 A shipped table has a record beside it (NAME.record.json) that says what it was measured on.
 """
 
+import hashlib
 import json
+import os
 import re
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,8 @@ HOW_TO = "kvtrim calibrate heads --model MODEL --out FILE"
 
 def shipped() -> dict[str, Path]:
     """The tables that come with kvtrim, by name."""
-    files = sorted(SHIPPED.glob("*.json"))
-    return {path.stem: path for path in files if not path.name.endswith(RECORD)}
+    files = [path for path in SHIPPED.glob("*.json") if not path.name.endswith(RECORD)]
+    return {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
 
 
 def measured_on(identity: str | None) -> str | None:
@@ -60,6 +63,32 @@ def read(table: str) -> Float[Tensor, "L H"]:
         return _read(path, found.st_mtime_ns, found.st_size)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the head table {table}: {error}") from error
+
+
+def write(path: Path, table: dict[str, list[float]], record: dict[str, Any]) -> None:
+    """Write a table and its record; older files are replaced only by complete ones.
+
+    Raises:
+        UsageError: the folder cannot be written to.
+    """
+    text = json.dumps(table) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    try:
+        _replace(record_path(path), json.dumps(record | {"sha256": digest}, indent=1) + "\n")
+        _replace(path, text)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
 
 
 def _located(table: str) -> Path:

@@ -52,9 +52,9 @@ class HeadTable(Budget):
         if found is None:
             raise UsageError(
                 f"this method needs a table of head scores measured on {target.name} "
-                f"({target.layers} layers of {target.heads} query heads), and none comes with "
-                f"kvtrim. Measure one: {head_scores.HOW_TO}, "
-                "then pass table=FILE (--set table=FILE)"
+                f"({target.layers} layers of {target.heads} query heads); those that come with "
+                f"kvtrim ({', '.join(head_scores.shipped())}) were measured on other weights. "
+                f"Measure one: {head_scores.HOW_TO}, then pass table=FILE (--set table=FILE)"
             )
         return replace(self, table=found).fitted(target)
 

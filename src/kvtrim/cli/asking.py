@@ -1,6 +1,5 @@
 """`ask` and `compress`: answers from a document with a small cache."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,7 +87,7 @@ def compress(
     """Read a document once, evict before any question is known, save a cache for `ask --cache`."""
     settings = options.checked(method, [keep], set_, None, truncate)
     text = options.read_document(document, shots_separator)
-    _require_writable(out)
+    options.require_writable(out)
     loaded, tokenizer = options.load(model, device, dtype, threads)
     from kvtrim.answers import compress as read
 
@@ -125,16 +124,6 @@ def compress(
             f"{out}: {cache.seen} tokens, {output.size(cache.held_bytes)} held "
             f"({share:.1f}% of the full cache), {method} {cache.keep}, question-agnostic"
         )
-
-
-def _require_writable(path: Path) -> None:
-    folder = path.parent
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file")
-    if not folder.is_dir():
-        raise UsageError(f"cannot write {path}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"cannot write {path}: the folder {folder} is not writable")
 
 
 def _print_answers(result: "Result", questions: list[str], json: bool) -> None:

@@ -44,6 +44,7 @@ def compare(
         truncate=truncate,
     )
     runs = _runs(methods, keeps)
+    _require_served(loaded, methods, settings)
     results = []
     with output.progress() as report:
         _warm_up(loaded, tokenizer)
@@ -72,6 +73,14 @@ def _all_checked(
     for name in methods:
         settings = options.checked(name, keeps, set_, protocol, truncate)
     return settings
+
+
+def _require_served(model: Any, methods: list[str], settings: dict[str, Any]) -> None:
+    """Refuse at once a method that this model lacks something for."""
+    from kvtrim.hf.cache import Cache
+
+    for name in methods:
+        Cache(model, name, 1.0, **settings)
 
 
 def _warm_up(model: Any, tokenizer: Any) -> None:

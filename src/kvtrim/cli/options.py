@@ -1,5 +1,6 @@
 """Options that several commands share, and reading what they name."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,9 +84,9 @@ def read_document(name: str | None, separator: str | None = None) -> "str | docu
     """The text of a document, split into shots where a separator was given.
 
     Raises:
-        UsageError: no such file, not text, nothing in it, or not that separator.
+        UsageError: as `read_text`, or there is no such separator in it.
     """
-    text = _read_text(name)
+    text = read_text(name)
     if separator is None:
         return text
     from kvtrim import documents
@@ -94,8 +95,12 @@ def read_document(name: str | None, separator: str | None = None) -> "str | docu
     return documents.Document.split(text, separator)
 
 
-def _read_text(name: str | None) -> str:
-    """What stands in a file."""
+def read_text(name: str | None) -> str:
+    """What stands in a file.
+
+    Raises:
+        UsageError: no such file, not text, or nothing in it.
+    """
     if name is None:
         raise UsageError("no document given; name a text file, or - for standard input")
     try:
@@ -136,6 +141,21 @@ def require_choice(option: str, value: str | None, choices: tuple[str, ...]) -> 
     """
     if value is not None and value not in choices:
         raise UsageError(f"{option} {value}: use {' or '.join(choices)}")
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a file that could not be written in the end.
+
+    Raises:
+        UsageError: a folder, or a place in a folder that is missing or closed.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file")
+    if not folder.is_dir():
+        raise UsageError(f"cannot write {path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"cannot write {path}: the folder {folder} is not writable")
 
 
 def read_questions(given: list[str] | None) -> list[str]:
