@@ -88,3 +88,13 @@ def prompt(length: int, seed: int = 0, rows: int = 1) -> torch.Tensor:
     """Random token ids [rows, length]."""
     draw = torch.Generator().manual_seed(seed)
     return torch.randint(4, 260, (rows, length), generator=draw)
+
+
+def positions(cache, row=0):
+    """Positions that a cache holds of one prompt: a list for each layer and head."""
+    found = []
+    for store in cache.session.state.stores():
+        runs = zip(store.start[row].tolist(), store.length[row].tolist(), strict=True)
+        where = store.buffers["positions"].tolist()
+        found.append([where[first : first + count] for first, count in runs])
+    return found

@@ -24,15 +24,6 @@ def generate(model, ids, cache, mask=None, **options):
         return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
 
 
-def positions(cache, row=0):
-    found = []
-    for store in cache.session.state.stores():
-        runs = zip(store.start[row].tolist(), store.length[row].tolist(), strict=True)
-        where = store.buffers["positions"].tolist()
-        found.append([where[first : first + count] for first, count in runs])
-    return found
-
-
 def greedy_by_hand(model, ids, cache):
     with torch.no_grad(), kvtrim.attach(model):
         out = model(ids, past_key_values=cache).logits
@@ -136,7 +127,7 @@ def test_a_padded_batch_equals_its_prompts_alone(llama, name):
         alone = cache_for(llama, name)
         expected = generate(llama, own[None], alone)
         assert torch.equal(out[row, ids.shape[1] :], expected[0, len(own) :])
-        assert positions(batch, row) == positions(alone)
+        assert models.positions(batch, row) == models.positions(alone)
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "gemma2", "phi3"])
@@ -158,7 +149,7 @@ def test_an_unpadded_batch_equals_its_prompts_alone(llama, name):
     for row in range(3):
         alone = cache_for(llama, name)
         assert torch.equal(out[row], generate(llama, ids[row : row + 1], alone)[0])
-        assert positions(batch, row) == positions(alone)
+        assert models.positions(batch, row) == models.positions(alone)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -208,7 +199,7 @@ def test_reading_in_chunks_keeps_the_same_entries(llama, name, chunk):
     with kvtrim.attach(llama):
         read(llama, ids, once)
         read(llama, ids, parts, chunk)
-    assert positions(parts) == positions(once)
+    assert models.positions(parts) == models.positions(once)
     longer = torch.cat([ids, models.prompt(3, seed=1)], dim=1)
     assert torch.equal(generate(llama, longer, parts), generate(llama, longer, once))
 
@@ -228,7 +219,7 @@ def test_reading_a_padded_batch_in_chunks(llama):
                 past_key_values=parts,
             )
     for row in range(3):
-        assert positions(parts, row) == positions(once, row)
+        assert models.positions(parts, row) == models.positions(once, row)
 
 
 def test_transformers_own_chunked_prefill_works_when_the_prompt_length_is_known(llama):

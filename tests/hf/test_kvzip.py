@@ -41,15 +41,6 @@ def scores_by_hand(model, ids, words=None):
     return best
 
 
-def kept(cache):
-    found = []
-    for store in cache.session.state.stores():
-        runs = zip(store.start[0].tolist(), store.length[0].tolist(), strict=True)
-        where = store.buffers["positions"].tolist()
-        found.append([where[first : first + count] for first, count in runs])
-    return found
-
-
 def best_of_all(scores, prefix=0):
     layers, heads, n = scores.shape
     listed = sorted(
@@ -73,7 +64,7 @@ def test_the_best_of_the_whole_model_stay(llama):
     cache = kvtrim.Cache(llama, "kvzip", KEEP, chunk=CHUNK)
     with torch.no_grad(), kvtrim.attach(llama):
         llama(ids, past_key_values=cache)
-    assert kept(cache) == best_of_all(scores_by_hand(llama, ids))
+    assert models.positions(cache) == best_of_all(scores_by_hand(llama, ids))
     assert cache.seen == N
     assert torch.equal(cache.token_ids, ids)
 
@@ -87,7 +78,7 @@ def test_the_words_of_a_tokenizer_are_part_of_the_probe_and_its_prefix_stays(lla
     cache.words = words
     with torch.no_grad(), kvtrim.attach(llama):
         llama(ids, past_key_values=cache)
-    assert kept(cache) == best_of_all(scores_by_hand(llama, ids, words), prefix=6)
+    assert models.positions(cache) == best_of_all(scores_by_hand(llama, ids, words), prefix=6)
 
 
 def test_a_prompt_that_fits_is_not_probed(llama):
@@ -118,7 +109,7 @@ def test_the_probe_waits_for_the_last_chunk_of_a_prompt(llama):
         llama(ids, past_key_values=once)
         for part in ids.split(15, dim=1):
             llama(part, past_key_values=parts)
-    assert kept(parts) == kept(once)
+    assert models.positions(parts) == models.positions(once)
 
 
 def test_budgets_of_one_recording_share_the_probe(llama):
@@ -133,7 +124,7 @@ def test_budgets_of_one_recording_share_the_probe(llama):
     own = kvtrim.Cache(llama, "kvzip", 20, chunk=CHUNK)
     with torch.no_grad(), kvtrim.attach(llama):
         llama(ids, past_key_values=own)
-    assert kept(more) == kept(own) != kept(few)
+    assert models.positions(more) == models.positions(own) != models.positions(few)
 
 
 def test_embeddings_cannot_be_repeated(llama):

@@ -27,16 +27,6 @@ def generate(model, ids, cache, mask=None, **options):
         return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
 
 
-def positions(cache, row=0):
-    """Positions held: one list per layer and head."""
-    found = []
-    for store in cache.session.state.stores():
-        runs = zip(store.start[row].tolist(), store.length[row].tolist(), strict=True)
-        where = store.buffers["positions"].tolist()
-        found.append([where[first : first + count] for first, count in runs])
-    return found
-
-
 def go_on(model, cache, steps=8):
     token, logits = torch.tensor([[9]]), []
     with torch.no_grad(), kvtrim.attach(model):
@@ -52,7 +42,7 @@ def require_whole(cache, spans, row=0):
     shots = [unit if isinstance(unit, list) else [unit] for unit in spans["shots"]]
     inside = [{t for a, b in unit for t in range(a, b)} for unit in shots]
     kept = 0
-    for layer in positions(cache, row):
+    for layer in models.positions(cache, row):
         prompts = [{t for t in head if t < length} for head in layer]
         assert all(prompt == prompts[0] for prompt in prompts)
         for tokens in inside:
@@ -75,7 +65,7 @@ def test_a_padded_batch_with_its_own_spans_equals_its_prompts_alone(llama, name)
         alone = cache_for(llama, spans[row], name)
         expected = generate(llama, own[None], alone)
         assert torch.equal(out[row, 48:], expected[0, len(own) :])
-        assert positions(batch, row) == positions(alone)
+        assert models.positions(batch, row) == models.positions(alone)
     require_whole(batch, ONE, 0)
     require_whole(batch, TWO, 1)
 
@@ -88,7 +78,7 @@ def test_a_batch_with_its_own_spans_equals_its_prompts_alone(llama, name):
     for row in range(3):
         alone = cache_for(llama, spans[row], name)
         assert torch.equal(out[row], generate(llama, ids[row : row + 1], alone)[0])
-        assert positions(batch, row) == positions(alone)
+        assert models.positions(batch, row) == models.positions(alone)
         require_whole(batch, spans[row], row)
 
 
@@ -103,7 +93,7 @@ def test_rows_are_selected_with_their_spans(llama):
         alone = cache_for(llama, [ONE, TWO][own])
         with kvtrim.attach(llama):
             read(llama, ids[own : own + 1], alone)
-        assert positions(cache, row) == positions(alone)
+        assert models.positions(cache, row) == models.positions(alone)
 
 
 def test_beams_share_the_spans_of_their_prompt(llama):
@@ -123,7 +113,7 @@ def test_reading_in_chunks_keeps_the_same_shots(llama):
         with kvtrim.attach(llama):
             read(llama, ids, once)
             read(llama, ids, parts, 7)
-        assert positions(parts) == positions(once)
+        assert models.positions(parts) == models.positions(once)
         require_whole(parts, ONE)
         assert torch.equal(go_on(llama, parts), go_on(llama, once))
 
@@ -143,7 +133,7 @@ def test_saved_loaded_copied_and_replayed_caches_go_on_alike(llama, name, tmp_pa
     expected = go_on(llama, cache)
     assert torch.equal(go_on(llama, loaded), expected)
     assert torch.equal(go_on(llama, copied), expected)
-    assert positions(loaded) == positions(copied) == positions(cache)
+    assert models.positions(loaded) == models.positions(copied) == models.positions(cache)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -154,8 +144,8 @@ def test_a_replayed_prompt_has_its_spans(llama, name):
     with torch.no_grad(), kvtrim.attach(llama):
         llama(ids, past_key_values=own)
     replayed = recording.cache(name, KEEP)
-    assert positions(replayed) == positions(own)
-    assert positions(recording.cache(name, KEEP, spans=TWO)) != positions(own)
+    assert models.positions(replayed) == models.positions(own)
+    assert models.positions(recording.cache(name, KEEP, spans=TWO)) != models.positions(own)
     assert torch.equal(go_on(llama, replayed), go_on(llama, own))
 
 
@@ -178,10 +168,10 @@ def test_a_reset_cache_reads_the_same_prompt_again(llama):
     cache = cache_for(llama, ONE)
     with torch.no_grad(), kvtrim.attach(llama):
         llama(ids, past_key_values=cache)
-        first = positions(cache)
+        first = models.positions(cache)
         cache.reset()
         llama(ids, past_key_values=cache)
-    assert positions(cache) == first
+    assert models.positions(cache) == first
 
 
 def test_taking_back_generated_tokens_and_generating_others(llama):
@@ -194,7 +184,9 @@ def test_taking_back_generated_tokens_and_generating_others(llama):
         cache.crop(-4)
     assert cache.session.state.generated[0][0] == 48
     go_on(llama, cache, 6)
-    assert all(len([p for p in h if p >= 48]) == 3 for layer in positions(cache) for h in layer)
+    assert all(
+        len([p for p in h if p >= 48]) == 3 for layer in models.positions(cache) for h in layer
+    )
 
 
 # Through kvtrim.generate
@@ -225,7 +217,7 @@ def test_a_prompt_keeps_its_template_question_and_whole_parts(model, document):
     with torch.no_grad(), kvtrim.attach(model):
         model(torch.tensor([prompt.ids]), past_key_values=cache)
     require_whole(cache, {"shots": [list(unit) for unit in prompt.spans[name]]})
-    want = [[len(head) for head in layer] for layer in positions(cache)]
+    want = [[len(head) for head in layer] for layer in models.positions(cache)]
     assert ask(model, document, "Five?").kept == want
     agnostic = ask(model, document, "Five?", protocol="question-agnostic")
     assert agnostic.protocol == "question-agnostic"
@@ -235,10 +227,10 @@ def test_a_question_that_comes_later_is_appended_whole(model):
     tokenizer = models.tokenizer()
     cache = kvtrim.compress(model, tokenizer, DOCUMENT, method="shotkv", keep=48)
     length = len(encode_context(tokenizer, frame(tokenizer), DOCUMENT))
-    before = positions(cache)
+    before = models.positions(cache)
     with torch.no_grad(), kvtrim.attach(model):
         model(models.prompt(20), past_key_values=cache)
-    for layer, old in zip(positions(cache), before, strict=True):
+    for layer, old in zip(models.positions(cache), before, strict=True):
         assert layer == [head + list(range(length, length + 20)) for head in old]
 
 

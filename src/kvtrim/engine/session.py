@@ -75,9 +75,8 @@ class Session:
         self.tap: Callable[[int, Call], None] | None = None  # sees every call, for recording
         self.known: dict[int, Tensor] | None = None  # see `Cutting.known`
         self.state = State.empty(layers)
-        self._pass: Pass | None = None
         self._plan = Plan()
-        self._cutting: Cutting | None = None
+        self._cutting: Cutting | None = None  # of the pass under way
         if keep.kind == "tokens" and not method.budget.unlimited:
             protected = method.policy.sinks + method.policy.recent(int(keep.amount))
             keep.entries(prompt=protected + 1, protected=protected, entry_bytes=1)
@@ -97,7 +96,6 @@ class Session:
             self.state.forget_from(self.state.reading.take_back(taken_back))
         now, self._plan = self.state.reading.plan(rows, columns, mask), self._planned(columns)
         self.state.name(self.spans, now, complete=self.in_prompt and self._plan.after)
-        self._pass = now
         self._cutting = Cutting(
             self.method, self.keep, self.state, now, self.in_prompt, known=self.known
         )
@@ -116,11 +114,9 @@ class Session:
             CacheError: the last pass over this cache never ended.
         """
         self._require_idle()
-        self._pass = self.state.reading.plan(len(probed), columns, mask)
+        now = self.state.reading.plan(len(probed), columns, mask)
         self._plan = Plan(after=last, observe=True, again=not last, carry=not last, probe=True)
-        self._cutting = Cutting(
-            self.method, self.keep, self.state, self._pass, False, probed, self.known
-        )
+        self._cutting = Cutting(self.method, self.keep, self.state, now, False, probed, self.known)
 
     def attend(self, index: int, call: Call) -> Float[Tensor, "B H Q E"]:
         """One layer's attention over everything held and new tokens; then evict what is due."""
@@ -143,7 +139,7 @@ class Session:
         """All layers have attended."""
         cut = self._plan.before or self._plan.after
         if self._plan.probe:
-            self.state.probed, self._pass = cut, None
+            self.state.probed, self._cutting = cut, None
             return
         if not self.in_prompt:
             self.state.probed = True  # only the prompt is probed, when it is complete
@@ -152,7 +148,7 @@ class Session:
             self.state.close(self.method.schedule.share)
         fresh = cut or self._plan.closes
         self.state.since_cut = 0 if fresh else self.state.since_cut + self._now.columns
-        self._pass = None
+        self._cutting = None
 
     @property
     def in_prompt(self) -> bool:
@@ -176,7 +172,7 @@ class Session:
     @property
     def under_way(self) -> bool:
         """A pass has begun and not ended."""
-        return self._pass is not None
+        return self._cutting is not None
 
     def mark(self) -> Mark:
         """Remember this state, for `rewind`."""
@@ -184,11 +180,11 @@ class Session:
 
     def rewind(self, mark: Mark) -> None:
         """Return to a marked state, also after an interrupted pass."""
-        self.state, self._pass = mark.restored(), None
+        self.state, self._cutting = mark.restored(), None
 
     def reset(self) -> None:
         """Forget everything that was read."""
-        self.state, self._pass = State.empty(len(self.state.layers)), None
+        self.state, self._cutting = State.empty(len(self.state.layers)), None
 
     def copy(self) -> "Session":
         """An independent session in the same state."""
@@ -200,12 +196,10 @@ class Session:
 
     @property
     def _now(self) -> Pass:
-        if self._pass is None:
-            raise CacheError("no forward pass is under way over this cache; call begin first")
-        return self._pass
+        return self._cuts.now
 
     def _require_idle(self) -> None:
-        if self._pass is not None:
+        if self._cutting is not None:
             raise CacheError(
                 "an earlier forward pass over this cache was interrupted, so its layers disagree; "
                 "rewind it to a mark taken before, or start a new cache"
