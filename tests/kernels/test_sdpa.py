@@ -41,6 +41,20 @@ def test_ragged_attention_equals_the_reference(data):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+def test_many_queries_go_in_blocks_and_make_no_mask_of_all_pairs(monkeypatch):
+    queries = torch.randn(2, 6, 11, 8, dtype=torch.float64)
+    keys, values = torch.randn(2, 2, 2, 31, 8, dtype=torch.float64)
+    whole = sdpa.dense(queries, keys, values, 0.3)
+    masks = []
+    lower_right = sdpa.lower_right
+    monkeypatch.setattr(sdpa, "_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(
+        sdpa, "lower_right", lambda *shape: masks.append(shape[:2]) or lower_right(*shape)
+    )
+    torch.testing.assert_close(sdpa.dense(queries, keys, values, 0.3), whole)
+    assert masks == [(4, 24), (4, 28), (3, 31)]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_uniform_attention_equals_the_reference(data):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from kvtrim.types import Bool, Counts, Float, Tensor
 
 _LOGITS_AT_ONCE = 1 << 26  # with a softcap, queries go in blocks of at most this many logits
+_ROWS_AT_ONCE = 256  # queries under one mask: it takes this many rows of slots, never n x n
 
 
 def causal(
@@ -38,6 +39,8 @@ def dense(
         return _capped(queries, keys, values, scale, softcap)
     if count == slots:
         return causal(queries, keys, values, scale)
+    if count > _ROWS_AT_ONCE:
+        return _in_blocks(queries, keys, values, scale)
     # the queries that share a KV head become one run of queries: keys are never repeated
     packed = queries.reshape(batch, kv_heads, heads // kv_heads * count, width)
     mask = None
@@ -45,6 +48,23 @@ def dense(
         mask = lower_right(count, slots, queries.device).repeat(heads // kv_heads, 1)
     out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
     return out.view(batch, heads, count, values.shape[-1])
+
+
+def _in_blocks(
+    queries: Float[Tensor, "B H Q D"],
+    keys: Float[Tensor, "B K S D"],
+    values: Float[Tensor, "B K S E"],
+    scale: float,
+) -> Float[Tensor, "B H Q E"]:
+    """As `dense`, some queries at a time, over the slots that any of them sees."""
+    count, slots = queries.shape[2], keys.shape[2]
+    out = queries.new_empty(*queries.shape[:3], values.shape[-1])
+    for first in range(0, count, _ROWS_AT_ONCE):
+        rows = slice(first, min(first + _ROWS_AT_ONCE, count))
+        seen = slots - count + rows.stop
+        part = keys[:, :, :seen], values[:, :, :seen]
+        out[:, :, rows] = dense(queries[:, :, rows], *part, scale)
+    return out
 
 
 def ragged(
