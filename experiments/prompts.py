@@ -21,7 +21,8 @@ PEOPLE = (
     "clock maker",
     "island doctor",
 )
-LONGBENCH = ("2wikimqa", "hotpotqa", "multifieldqa_en", "musique", "qasper", "triviaqa", "trec")
+MOST_OF_A_TASK = 7
+ANSWER = 48
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,29 @@ def needles(tokenizer: Any, data: Path, count: int, length: int, seed: int = 0) 
 
 
 def longbench(tokenizer: Any, data: Path, count: int, longest: int) -> list[Asked]:
-    """The rows of LongBench's question tasks that are nearest to `longest` tokens, not longer."""
-    found = []
-    for task in LONGBENCH:
-        with gzip.open(data / "longbench_mini" / f"{task}.jsonl.gz", "rt") as file:
-            for row in map(json.loads, file):
-                size = len(tokenizer(row["context"]).input_ids)
-                answer = row["answers"][0]
-                if size <= longest and len(answer) <= 80:
-                    question = f"{row['question']}\nAnswer as briefly as possible."
-                    asked = Asked(task, row["context"], question, answer, tuple(answer.split()))
-                    found.append((size, len(found), asked))
-    return [asked for *_, asked in sorted(found, key=lambda one: one[:2])[-count:]]
+    """The LongBench rows that are nearest to `longest` tokens and not longer, in their templates.
+
+    At most `MOST_OF_A_TASK` of one task. An answer is judged by its first `ANSWER` tokens; rows
+    whose answer has fewer than three are left out, since its first token may not count.
+    """
+    folder, found = data / "longbench_mini", []
+    templates = json.loads((folder / "templates.json").read_text())
+    for task, template in sorted(templates.items()):
+        with gzip.open(folder / f"{task}.jsonl.gz", "rt") as file:
+            rows = [*map(json.loads, file)]
+        before, after = template.split("{context}")
+        sized = []
+        for number, row in enumerate(rows):
+            size, answer = len(tokenizer(row["context"]).input_ids), row["answers"][0].strip()
+            ids = tokenizer(answer).input_ids[:ANSWER]
+            if 1000 <= size <= longest and len(ids) >= 3:
+                answer = tokenizer.decode(ids)
+                question = after.replace("{input}", row["question"])
+                asked = Asked(task, before + row["context"], question, answer, _words(answer))
+                sized.append((longest - size, task, number, asked))
+        found += sorted(sized, key=lambda one: one[:3])[:MOST_OF_A_TASK]
+    return [asked for *_, asked in sorted(found, key=lambda one: one[:3])[:count]]
+
+
+def _words(answer: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(re.findall(r"\w{2,}", answer)))

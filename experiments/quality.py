@@ -9,7 +9,7 @@ fed as it should be, and compared with what the full cache makes of it:
 
 Under question-aware the first token of the answer is left out: the prefill's full cache made it.
 
-    python experiments/quality.py --data DIR [--needles 16] [--rows 16] [--length 2000]
+    python experiments/quality.py --data DIR [--needles 17] [--rows 15] [--length 2000]
         [--method NAME ...] [--keep N ...] [--out experiments/quality]
 
 DIR holds essays/ and longbench_mini/. Writes quality.jsonl (one line per prompt, protocol, method
@@ -129,8 +129,8 @@ def main() -> None:
     """Run, or go on with a run, and write the three files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--needles", type=int, default=16)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--needles", type=int, default=17)
+    parser.add_argument("--rows", type=int, default=15)
     parser.add_argument("--length", type=int, default=2000)
     parser.add_argument("--method", action="append", help="all by default; repeat for several")
     parser.add_argument("--keep", type=int, action="append", help="repeat for several")

@@ -18,6 +18,10 @@ def small(name, layers=3, heads=6, alike=0):
     known = parameters(find(name))
     windows = [full for full in known if full.endswith(".window")]
     settings = {"window": WINDOW} if windows else {}
+    if "propagation.scorer" in known:
+        settings |= {"tokens": 32}
+    if "propagation.decay" in known:  # few layers cannot reach a budget: they pass on what is left
+        settings |= {"decay": 0.2, "context": 4}
     return settings | table(name, layers, heads, alike)
 
 

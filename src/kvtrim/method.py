@@ -1,4 +1,4 @@
-"""A method is a product: policy x budget x schedule x unit."""
+"""A method is a product: policy x budget x schedule x propagation x unit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -7,6 +7,7 @@ from typing import Any, Literal
 from kvtrim.budgets import Budget, Uniform
 from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
+from kvtrim.propagation import Everything, Propagation
 from kvtrim.schedules import Schedule
 from kvtrim.types import Target
 from kvtrim.units import Token, Unit
@@ -21,6 +22,7 @@ class Method:
     policy: Policy
     budget: Budget = field(default_factory=Uniform)
     schedule: Schedule = field(default_factory=Schedule)
+    propagation: Propagation = field(default_factory=Everything)
     unit: Unit = field(default_factory=Token)
     granularity: Literal["kv", "query"] = "kv"  # which heads hold entries of their own
     skip_layers: tuple[int, ...] = ()  # layers that keep everything
@@ -39,6 +41,8 @@ class Method:
                 f"{type(self.policy).__name__} probes the prompt once: "
                 "use schedule=prompt and no skip_layers"
             )
+        if self.propagation.narrows:
+            self._require_narrowable()
         if not self.budget.model_wide:
             return
         if self.schedule.region == "generated":
@@ -54,6 +58,26 @@ class Method:
                 "model-wide budget cannot do; use budget=uniform or budget=per-head"
             )
 
+    def _require_narrowable(self) -> None:
+        """Refuse parts that expect every layer to read the whole prompt."""
+        if self.policy.probes or self.reuse > 1:
+            raise UsageError(
+                f"{type(self.propagation).__name__} lets some layers read a part of the prompt, "
+                "which a policy that probes it and reuse above 1 cannot serve: set "
+                "propagation=everything, or another policy and reuse=1"
+            )
+        if self.propagation.restarts and self.positions == "rolled":
+            raise UsageError("a restart closes positions up already; set positions=original")
+
+    @property
+    def full(self) -> bool:
+        """Nothing is ever left out, whatever the budget."""
+        return self.budget.unlimited and not self.propagation.narrows
+
     def fitted(self, target: Target) -> "Method":
-        """This method, made ready for one model; errors as `Budget.fitted`."""
-        return replace(self, budget=self.budget.fitted(target))
+        """This method, made ready for one model.
+
+        Errors as `Budget.fitted` and `Propagation.fitted`.
+        """
+        budget, propagation = self.budget.fitted(target), self.propagation.fitted(target)
+        return replace(self, budget=budget, propagation=propagation)

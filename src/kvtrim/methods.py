@@ -32,7 +32,17 @@ from kvtrim.policies.shotkv import ShotKV
 from kvtrim.policies.snapkv import SnapKV
 from kvtrim.policies.streaming_llm import StreamingLLM
 from kvtrim.policies.tova import Tova
-from kvtrim.presets import CAKE_PRESETS, CURDKV_PRESETS, KVF_WINDOW, KVPRESS_WINDOW
+from kvtrim.presets import (
+    ADAKV_PRESETS,
+    CAKE_PRESETS,
+    CASCADE_PRESETS,
+    CURDKV_PRESETS,
+    H2O_PRESETS,
+    HEADKV_PRESETS,
+    KVPRESS_WINDOW,
+    SNAPKV_PRESETS,
+)
+from kvtrim.propagation import Cascade, Restart, TokenSelective
 from kvtrim.schedules import Schedule
 from kvtrim.units import Chunk, Shot
 
@@ -80,14 +90,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2404.14469",
             use="The first to try: a question at the end of the prompt says what matters.",
             cost="Attention of the last window queries over the prompt, once per layer.",
-            presets={
-                "upstream": {"granularity": "query"},
-                "kvf": {**KVF_WINDOW, "granularity": "query"},
-                "kvf-kv": KVF_WINDOW,
-                "fastkv-v1": {**KVF_WINDOW, "pool": "avg", "granularity": "query"},
-                "fastkv-head": {**KVF_WINDOW, "granularity": "query"},
-                "kvpress": KVPRESS_WINDOW,
-            },
+            presets=SNAPKV_PRESETS,
         ),
         "h2o": Method(
             H2O(),
@@ -95,14 +98,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2306.14048",
             use="Long generations under a fixed budget: what mattered to all tokens so far stays.",
             cost="A second pass of attention over the whole prompt, then one number per entry.",
-            presets={
-                "upstream-ratio": {"granularity": "query"},
-                "upstream-stream": {"heavy": 48, "positions": "rolled", "granularity": "query"},
-                "prefill": {"window": 8, "every": None},
-                "kvf": {"window": 8, "every": None, "granularity": "query"},
-                "fastkv": {"window": 8, "every": None, "granularity": "query"},
-                "observed": {"window": 0, "every": None, "per_query": True},
-            },
+            presets=H2O_PRESETS,
         ),
         "tova": Method(
             Tova(),
@@ -130,14 +126,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2407.11550",
             use="As snapkv, where heads differ: focused heads lend entries to scattered ones.",
             cost="As snapkv, and one sort per layer; attention runs over heads of unequal length.",
-            presets={
-                "upstream": {"floor": 0.5, "granularity": "query"},
-                "upstream-gqa": {"floor": 0.2},
-                "kvf": {**KVF_WINDOW, "normalize": True, "granularity": "query"},
-                "kvf-kv": {**KVF_WINDOW, "normalize": True},
-                "fastkv-v1": {**KVF_WINDOW, "pool": "avg", "granularity": "query"},
-                "kvpress": {**KVPRESS_WINDOW, "rule": "floor"},
-            },
+            presets=ADAKV_PRESETS,
         ),
         "headkv": Method(
             SnapKV(window=8, rows="mean"),
@@ -145,12 +134,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2410.19258",
             use="Models with a measured table: heads that retrieve get the room.",
             cost="As snapkv; the table is measured once per model (`kvtrim calibrate heads`).",
-            presets={
-                "upstream": {"beta": 1.01, "granularity": "query"},
-                "fastkv-v1": {"pool": "avg", "granularity": "query"},
-                "kvf": {"beta": 1.01, "window_inside": False, "granularity": "query"},
-                "kvf-kv": {"beta": 1.01, "window_inside": False},
-            },
+            presets=HEADKV_PRESETS,
         ),
         "chunkkv": Method(
             SnapKV(kernel=1, group="sum"),
@@ -275,6 +259,31 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             use="The floor for shotkv: the same shots in random order.",
             cost="Nothing to compute.",
             presets={"prefill-only": {"every": None}},
+        ),
+        "fastkv": Method(
+            SnapKV(window=8, rows="sum", group="sum", group_order="after"),
+            propagation=TokenSelective(),
+            source="arXiv 2502.01068",
+            use="Long prompts whose prefill takes too long: half of it is saved, or more.",
+            cost="Less than a plain prefill: layers above one read a part of the prompt.",
+            presets={"v1": {"pool": "avg", "tokens": 2048}, "v3": {}},
+        ),
+        "gemfilter": Method(
+            Full(),
+            propagation=Restart(),
+            source="arXiv 2409.17422",
+            use="One short answer from a long prompt, when its first token should come soon.",
+            cost="The first layers on all tokens, then the whole model on what they chose.",
+            presets={"upstream": {}},
+        ),
+        "pyramidinfer": Method(
+            Full(),
+            budget=Unlimited(),
+            propagation=Cascade(),
+            source="arXiv 2405.12532",
+            use="Budgets of a third of the prompt or more, with a prefill that gets faster.",
+            cost="Attention of the prompt's last tokens, once per layer; layers read ever less.",
+            presets=CASCADE_PRESETS,
         ),
     }
 )

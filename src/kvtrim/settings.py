@@ -1,7 +1,8 @@
 """Changing a method's parameters by name, from Python values or from text (`--set name=value`).
 
-A name is searched in the method itself and in its parts (policy, budget, schedule, unit); where
-two parts have it, say which: `budget.floor=0.5`. `budget=per-head` replaces a whole part.
+A name is searched in the method itself and in its parts (policy, budget, schedule, propagation,
+unit); where two parts have it, say which: `budget.floor=0.5`. `budget=per-head` replaces a whole
+part.
 """
 
 import re
@@ -15,10 +16,11 @@ from kvtrim.budgets import BUDGETS, Budget
 from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.methods import METHODS, Method
 from kvtrim.policies.base import Policy
+from kvtrim.propagation import PROPAGATIONS
 from kvtrim.schedules import Schedule
 from kvtrim.units import Chunk, Shot, Token, Unit
 
-PARTS = ("policy", "budget", "schedule", "unit")
+PARTS = ("policy", "budget", "schedule", "propagation", "unit")
 UNITS: dict[str, type[Unit]] = {"token": Token, "chunk": Chunk, "shot": Shot}
 _NOT_SETTINGS = {"source", "use", "cost", "presets", *PARTS}
 
@@ -136,6 +138,7 @@ def _part(part: str, value: Any) -> Any:
         "policy": _policy,
         "budget": _budget,
         "schedule": _schedule,
+        "propagation": lambda name: _lookup("propagation", name, PROPAGATIONS)(),
         "unit": lambda name: _lookup("unit", name, UNITS)(),
     }
     return makers[part](value)
@@ -193,7 +196,7 @@ def _as(wanted: Any, value: Any) -> tuple[bool, Any]:
         return (True, words[text]) if text in words else (isinstance(value, bool), value)
     if get_origin(wanted) is tuple:
         return _as_tuple(get_args(wanted)[0], value)
-    if wanted in _PARTS_BY_NAME:
+    if wanted in _PARTS_BY_NAME and text != "none":
         named = _PARTS_BY_NAME[wanted](value) if isinstance(value, str) else value
         return isinstance(named, wanted), named
     if wanted in (int, float):

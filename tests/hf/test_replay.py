@@ -5,11 +5,16 @@ import torch
 
 import kvtrim
 import models
+from kvtrim.errors import UsageError
 from kvtrim.hf.replay import record
+from kvtrim.settings import find
 from small import small
 
 
-@pytest.mark.parametrize("name", sorted(kvtrim.METHODS))
+NARROWING = sorted(name for name in kvtrim.METHODS if find(name).propagation.narrows)
+
+
+@pytest.mark.parametrize("name", sorted({*kvtrim.METHODS} - {*NARROWING}))
 def test_a_replayed_cache_equals_its_own_prefill(llama, name):
     ids = models.prompt(48)
     recording = record(llama, ids)
@@ -21,6 +26,12 @@ def test_a_replayed_cache_equals_its_own_prefill(llama, name):
         replayed = recording.cache(name, 24, **small(name))
         assert replayed.held_bytes == own.held_bytes
         assert go_on(llama, replayed).equal(go_on(llama, own.copy()))
+
+
+@pytest.mark.parametrize("name", NARROWING)
+def test_a_method_that_changes_the_prefill_is_refused(llama, name):
+    with pytest.raises(UsageError, match="one of its own"):
+        record(llama, models.prompt(48)).cache(name, 24, **small(name))
 
 
 def test_sliding_layers_are_replayed_too():

@@ -71,9 +71,9 @@ def candidates(
     chosen = [Candidate(PLAIN)]
     for name in methods:
         method = find(name)
-        for keep in keeps if not method.budget.unlimited else keeps[:1]:
+        for keep in keeps if not method.full else keeps[:1]:
             Keep.parse(keep)
-            budget = "" if method.budget.unlimited else keep
+            budget = "" if method.full else keep
             chosen.append(Candidate(name, budget, settings or {}))
     return chosen
 

@@ -172,6 +172,7 @@ class LayerStore:
 
     def row(self, index: int) -> "LayerStore":
         """One prompt's entries, sharing memory with this store: to be read, not changed."""
+        self.settle()
         part = slice(index, index + 1)
         start, capacity = self.start[part], self.capacity[part]
         first = int(start[0, 0])

@@ -70,7 +70,7 @@ class Entry:
     @property
     def schedule(self) -> str:
         """When it evicts."""
-        return "never" if self.method.budget.unlimited else str(self.method.schedule)
+        return "never" if self.method.full else str(self.method.schedule)
 
     def record(self) -> dict[str, Any]:
         """The short record of a list, for JSON."""

@@ -96,7 +96,7 @@ def _runs(methods: list[str], keeps: list[str]) -> list[tuple[str, str]]:
 
     chosen = [("full", "")]
     for name in methods:
-        if not find(name).budget.unlimited:
+        if not find(name).full:
             chosen += [(name, keep) for keep in keeps]
     return chosen
 

@@ -7,6 +7,7 @@ from kvtrim.cache.store import LayerStore
 from kvtrim.engine.call import Call, real_queries
 from kvtrim.engine.evict import Cutters, Evictor, merge
 from kvtrim.engine.generated import trimmers
+from kvtrim.engine.narrowing import Narrowing, narrowed
 from kvtrim.engine.reading import Pass
 from kvtrim.engine.state import State
 from kvtrim.methods import Method
@@ -23,11 +24,16 @@ class Cutting:
     method: Method
     keep: Keep
     state: State
-    now: Pass
+    now: Pass  # as the layer at hand sees it
     prompt: bool  # the pass reads the prompt
     probed: list[Probed] | None = None  # the pass probes these parts of each prompt
     known: dict[int, Tensor] | None = None  # what `observe` found in an equal pass, by layer
+    narrowing: Narrowing | None = None  # what the layer at hand and those above it read
+    whole: Pass = field(init=False)  # as the model was handed it
     _cutters: Cutters = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.whole = self.now
 
     def observe(self, index: int, call: Call, store: LayerStore, shown: LayerStore) -> None:
         """Let the policy update its running statistic with this pass's queries."""
@@ -40,6 +46,24 @@ class Cutting:
             if queries.shape[2]:
                 view = self._view(index, call, self._part(shown, rows), queries, rows, keep=0)
                 self._part(store, rows).set_column(CARRIED, self.method.policy.observe(view))
+
+    def propagate(self, index: int, call: Call, shown: LayerStore) -> Narrowing | None:
+        """Choose the tokens that the layers above this one read; None if all of them do."""
+        chosen, policy = [], self.method.policy
+        for rows, cutter in self._cutters_for(call, 0):
+            prompt, slots = self.whole.lengths()[rows.start], None
+            if prompt > cutter.keep:
+                queries = real_queries(call.queries, self.now, rows)
+                part = self._part(shown, rows)
+                view = self._view(index, call, part, queries, rows, cutter.keep)
+                slots = self.method.propagation.choose(view, policy, prompt)
+            chosen.append((rows, slots))
+        return narrowed(index, self.now, chosen, self.narrowing)
+
+    def narrow(self, narrowing: Narrowing) -> None:
+        """The layers from here on read a part of the prompt."""
+        self.narrowing, self.now = narrowing, narrowing.now
+        self.state.cut_at = self.state.reading.seen + self.whole.columns
 
     def cut(
         self,
@@ -56,13 +80,11 @@ class Cutting:
             store, shown: what the layer holds, and the same as this pass's queries see it.
             last: the last queries, as many as the policy looks back to.
         """
-        if not self._cutters:
-            self._cutters = self._new_cutters(call, coming)
         competing = self.method.budget.model_wide
         if competing:
             store.add_column(SCORE)
         parts = []
-        for rows, cutter in self._cutters:
+        for rows, cutter in self._cutters_for(call, coming):
             view = self._view(index, call, self._part(shown, rows), last[rows], rows, cutter.keep)
             parts.append((rows, cutter.choose(view, self.state.layers[index].share_of(rows))))
             if cutter.scored is not None:
@@ -94,17 +116,23 @@ class Cutting:
     def _retain(self, store: LayerStore, kept: Kept | None, coming: int = 0) -> None:
         if kept is not None:
             store.retain(kept)
-            new = 0 if coming or self.probed else self.now.columns
+            new = 0 if coming or self.probed else self.whole.columns
             self.state.cut_at = self.state.reading.seen + new
+
+    def _cutters_for(self, call: Call, coming: int) -> Cutters:
+        if not self._cutters:
+            self._cutters = self._new_cutters(call, coming)
+        return self._cutters
 
     def _new_cutters(self, call: Call, coming: int) -> Cutters:
         if not self.prompt and self.method.schedule.region == "generated":
             return trimmers(self.method, self.state, self.now)
         if self.prompt or self.probed:
             entry = len(self.state.layers) * call.keys.shape[1] * call.entry_bytes * self.now.rows
-            self.state.keeps = [self._budget(length, entry) for length in self._lengths()]
+            lengths = self.whole.first if self.probed else self.whole.lengths()
+            self.state.keeps = [self._budget(length, entry) for length in lengths]
         cutters = []
-        for rows in self.now.groups():
+        for rows in self.whole.groups():
             keep, asked = self.state.keeps[rows.start]
             cutters.append((rows, Evictor(self.method, max(1, keep - coming), asked)))
         return cutters

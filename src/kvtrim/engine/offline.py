@@ -69,6 +69,7 @@ def select(
         )
     session = Session(chosen, Keep.parse(keep), layers, spans=spans)
     session.begin(rows=1, columns=stacks[0][0].shape[1])
+    _filter(session, stacks)
     for index, (q, k, v) in enumerate(zip(*stacks, strict=True)):
         if q.shape[0] % k.shape[0] or k.shape[:2] != v.shape[:2] or q.shape[1] != k.shape[1]:
             raise UsageError(
@@ -77,6 +78,8 @@ def select(
                 "expected [H, n, D], [K, n, D], [K, n, E] with H a multiple of K"
             )
         factor = q.shape[-1] ** -0.5 if scale is None else scale
+        if session.narrowing is not None:
+            q, k, v = (x[:, session.narrowing.columns[0].to(x.device)] for x in (q, k, v))
         call = Call(q[None], k[None], v[None], factor)
         if output is not None:
             weight = output[index].unflatten(1, (q.shape[0], -1)).permute(1, 2, 0)
@@ -88,6 +91,13 @@ def select(
         session.attend(index, call)
     session.end()
     return [_positions(session, index) for index in range(len(stacks[0]))]
+
+
+def _filter(session: Session, stacks: Sequence[Sequence[Tensor]]) -> None:
+    """For methods that start again on a part of the prompt: choose it."""
+    at = session.filter_layer
+    if at is not None:
+        session.restart(at, Call(*(stack[at][None] for stack in stacks), scale=1.0))
 
 
 def _as_layers(given: Layers) -> list[Tensor]:

@@ -45,6 +45,7 @@ def export(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "probed": session.state.probed,
         "spans": session.state.spans,
         "generated": session.state.generated,
+        "closed_up": session.state.closed_up,
         "full_entries": [held.full_entry for held in session.state.layers],
     }
     return tensors, record
@@ -71,6 +72,7 @@ def restore(
         session.state.keeps = [(entries, asked) for entries, asked in record["keeps"]]
         session.state.spans = fitted(per_prompt(record["spans"]), len(reading.lengths))
         session.state.generated = [(start, share) for start, share in record["generated"]]
+        session.state.closed_up = record.get("closed_up", [])
         for index, held in enumerate(session.state.layers):
             held.full_entry = record["full_entries"][index]
             held.store = _store(tensors, f"layers.{index}.", reading.lengths, devices[index])

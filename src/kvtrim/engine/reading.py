@@ -19,6 +19,7 @@ class Pass:
     columns: int
     first: list[int]  # position of each prompt's first new token
     real: list[Tensor] | None  # per prompt its columns that hold tokens; None when all do
+    at: list[Tensor] | None = None  # per prompt its tokens' positions, where some are left out
     _positions: dict[torch.device, Tensor] = field(default_factory=dict)  # made once per device
 
     @property
@@ -27,7 +28,9 @@ class Pass:
         return len(self.first)
 
     def lengths(self) -> list[int]:
-        """Each prompt's tokens after this pass."""
+        """Each prompt's tokens after this pass, those left out not counted."""
+        if self.at is not None:
+            return [first + len(at) for first, at in zip(self.first, self.at, strict=True)]
         if self.real is None:
             return [first + self.columns for first in self.first]
         return [first + len(real) for first, real in zip(self.first, self.real, strict=True)]
@@ -40,6 +43,8 @@ class Pass:
 
     def positions(self, device: torch.device) -> Int[Tensor, "B 1 Q"]:
         """Positions of the new tokens, when every column holds one."""
+        if self.at is not None and device not in self._positions:
+            self._positions[device] = torch.stack(self.at)[:, None].int().to(device)
         if device not in self._positions:
             first = torch.tensor(self.first, dtype=torch.int32, device=device)
             steps = torch.arange(self.columns, dtype=torch.int32, device=device)
@@ -48,6 +53,8 @@ class Pass:
 
     def row_positions(self, row: int, device: torch.device) -> Int[Tensor, "1 1 Q"]:
         """Positions of one prompt's new tokens."""
+        if self.at is not None:
+            return self.at[row][None, None].int().to(device)
         count = self.columns if self.real is None else len(self.real[row])
         first = self.first[row]
         return torch.arange(first, first + count, dtype=torch.int32, device=device)[None, None]

@@ -7,13 +7,14 @@ conversations can take turns on one model.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from kvtrim.budgets import Keep
 from kvtrim.cache.attend import require_known
 from kvtrim.cache.store import LayerStore
 from kvtrim.engine.call import Call, attended, last_queries, stored, writable
 from kvtrim.engine.cutting import CARRIED, Cutting
+from kvtrim.engine.narrowing import Narrowing
+from kvtrim.engine.plan import Plan, in_prompt, planned
 from kvtrim.engine.reading import Pass
 from kvtrim.engine.rolled import rolled
 from kvtrim.engine.state import Mark, State
@@ -21,20 +22,6 @@ from kvtrim.errors import CacheError, UsageError
 from kvtrim.methods import Method
 from kvtrim.spans import Given, per_prompt
 from kvtrim.types import Float, Probed, Tensor
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is due in one pass."""
-
-    before: bool = False  # evict ahead of the new tokens
-    after: bool = False  # evict once they have attended
-    observe: bool = False  # the policy updates its running statistic
-    again: bool = False  # what is held now will be scored by a later pass
-    carry: bool = False  # and the policy's statistic will be needed then
-    closes: bool = False  # what is read is not generated, where the schedule tells them apart
-    lookback: int = 0  # how many of the last queries the policy reads
-    probe: bool = False  # the new tokens are a probe's, to be forgotten again
 
 
 class Session:
@@ -94,7 +81,8 @@ class Session:
         taken_back = self.state.reading.masked_again(mask, columns)
         if taken_back is not None:
             self.state.forget_from(self.state.reading.take_back(taken_back))
-        now, self._plan = self.state.reading.plan(rows, columns, mask), self._planned(columns)
+        now = self.state.reading.plan(rows, columns, mask)
+        self._plan = planned(self.method, self.state, columns, self.prompt_tokens)
         self.state.name(self.spans, now, complete=self.in_prompt and self._plan.after)
         self._cutting = Cutting(
             self.method, self.keep, self.state, now, self.in_prompt, known=self.known
@@ -143,17 +131,17 @@ class Session:
             return
         if not self.in_prompt:
             self.state.probed = True  # only the prompt is probed, when it is complete
-        self.state.reading.record(self._now)
+        self.state.reading.record(self._cuts.whole)
         if self._plan.closes:
             self.state.close(self.method.schedule.share)
         fresh = cut or self._plan.closes
-        self.state.since_cut = 0 if fresh else self.state.since_cut + self._now.columns
+        self.state.since_cut = 0 if fresh else self.state.since_cut + self._cuts.whole.columns
         self._cutting = None
 
     @property
     def in_prompt(self) -> bool:
         """The pass at hand, or else the next one, reads the prompt."""
-        return self.state.reading.seen < (self.prompt_tokens or 1)
+        return in_prompt(self.state, self.prompt_tokens)
 
     @property
     def probe_due(self) -> bool:
@@ -192,6 +180,34 @@ class Session:
         other.state = self.state.copy()
         return other
 
+    # Reading a part of the prompt
+
+    @property
+    def narrowing(self) -> Narrowing | None:
+        """What the layers above read of the prompt under way; None if all of it, so far."""
+        return None if self._cutting is None else self._cutting.narrowing
+
+    @property
+    def filter_layer(self) -> int | None:
+        """The layer that the pass under way has to ask which part of the prompt to read."""
+        propagation, layers = self.method.propagation, range(len(self.state.layers))
+        if not (self._plan.propagate and propagation.restarts) or self.narrowing is not None:
+            return None
+        return next((x for x in layers if propagation.chooses(x, len(layers))), None)
+
+    def restart(self, index: int, call: Call) -> Narrowing | None:
+        """Choose the part of the prompt that is read, by what its filter layer was handed.
+
+        The tokens of that part close up; None if all of the prompt is read.
+        """
+        with writable():
+            narrowing = self._cuts.propagate(index, call, stored(None, call, self._now))
+        if narrowing is not None:
+            whole, part = self._cuts.whole.lengths(), narrowing.now.lengths()
+            self.state.closed_up = [n - m for n, m in zip(whole, part, strict=True)]
+            self._cuts.narrow(narrowing)
+        return narrowing
+
     # Inside a pass
 
     @property
@@ -210,31 +226,6 @@ class Session:
         if self._cutting is None:
             raise CacheError("no forward pass is under way over this cache; call begin first")
         return self._cutting
-
-    def _planned(self, columns: int) -> "Plan":
-        """What is due in a pass over so many columns."""
-        schedule, policy, state = self.method.schedule, self.method.policy, self.state
-        if policy.probes:
-            return Plan()  # the cut waits for the probe
-        given = self.in_prompt or columns > 1 or state.reading.seen < state.expected
-        closes = given and schedule.region == "generated"
-        if self.in_prompt:
-            cut = state.reading.seen + columns >= (self.prompt_tokens or 1)
-        else:
-            cut = schedule.every is not None and state.since_cut + columns >= schedule.every
-            cut = cut and not closes
-        more = self.in_prompt and not cut
-        again = schedule.every is not None or more
-        before = cut and schedule.ahead and not self.in_prompt
-        return Plan(
-            before=before,
-            after=cut and not before,
-            observe=policy.observes(not self.in_prompt) and (cut or again),
-            again=again,
-            carry=again and policy.observes(not more),
-            closes=closes,
-            lookback=policy.lookback(),
-        )
 
     def _stored(self, index: int, call: Call) -> tuple[Call, LayerStore]:
         """Take in a layer's new entries, making room first where that is due."""
@@ -261,6 +252,7 @@ class Session:
             self._cuts.observe(index, call, store, shown)
         if plan.probe:
             store.forget_from(self._now.first)
+        narrowing = self._narrowing(index, call, shown)
         if plan.observe and self.known is not None and (plan.after or not plan.probe):
             self.known.setdefault(index, store.dense()[0][CARRIED].clone())
         if plan.after or plan.again:
@@ -273,3 +265,14 @@ class Session:
             store.drop_column(CARRIED)
         if plan.probe and plan.after:
             store.cut_back(store.length)
+        if narrowing is not None:
+            self._cuts.narrow(narrowing)
+
+    def _narrowing(self, index: int, call: Call, shown: LayerStore) -> Narrowing | None:
+        """The tokens that go on to the layers above, if this is where they are chosen."""
+        propagation = self.method.propagation
+        if not self._plan.propagate or propagation.restarts:
+            return None
+        if not propagation.chooses(index, len(self.state.layers)):
+            return None
+        return self._cuts.propagate(index, call, shown)

@@ -32,6 +32,9 @@ class State:
     that evict among those alone."""
     expected: int = 0
     """Columns announced as handed over, not generated."""
+    closed_up: list[int] = field(default_factory=list)
+    """For each prompt how far its tokens moved up when the model started again on a part of it;
+    empty if it never did."""
 
     @classmethod
     def empty(cls, layers: int) -> "State":
@@ -104,9 +107,9 @@ class State:
     def select_rows(self, rows: Int[Tensor, " R"]) -> None:
         """Keep these prompts in this order; one may occur several times (beam search)."""
         self.reading.select(rows)
-        self.keeps, self.spans, self.generated = (
+        self.keeps, self.spans, self.generated, self.closed_up = (
             [given[row] for row in rows.tolist()] if given else []
-            for given in (self.keeps, self.spans, self.generated)
+            for given in (self.keeps, self.spans, self.generated, self.closed_up)
         )
         for held in self.layers:
             held.store = None if held.store is None else held.store.select_rows(rows)

@@ -83,6 +83,21 @@ def _never_slides(layer: Any, config: Any) -> bool:
     return window is not None and window >= config.max_position_embeddings
 
 
+def require_managed(model: PreTrainedModel, managed: list[int]) -> None:
+    """Refuse models some layers of which slide: what these would see of a part is undefined.
+
+    Raises:
+        UnsupportedModelError: saying how many.
+    """
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if len(managed) != layers:
+        raise UnsupportedModelError(
+            f"{layers - len(managed)} of the {layers} layers of this model slide over a window of "
+            "neighbouring tokens; methods that let deeper layers read a part of the prompt cannot "
+            "serve it. Use one that only evicts, such as snapkv"
+        )
+
+
 class OutputProjection:
     """W_O of one layer by query head, and the factor that stands for it in norms.
 

@@ -12,6 +12,7 @@ from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf.architectures import OutputProjection, layout
 from kvtrim.hf.attention import HANDLE, NAME, register
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.narrowing import Hooked, narrow, restarted
 from kvtrim.hf.probing import probe
 
 
@@ -29,6 +30,9 @@ class Attachment:
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
             decoder.register_forward_hook(self._end, with_kwargs=True),
         ]
+        for number, block in enumerate(self.layout.blocks):
+            part = partial(_narrow, number)
+            self._hooks.append(block.register_forward_pre_hook(part, with_kwargs=True))
         for number, layer in enumerate(self.layout.managed):
             module = self.layout.attention[layer]
             output = OutputProjection(module, self.layout.query_heads)
@@ -46,11 +50,11 @@ class Attachment:
 
     def _begin(
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Decoder pre-hook: tell the cache what is coming."""
+    ) -> Hooked | None:
+        """Decoder pre-hook: tell the cache what is coming, which may choose a part of it."""
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, Cache) or cache.session.probing:
-            return
+            return None
         if cache.model is not self._model():
             raise CacheError(
                 "this cache was made for another model; make one with kvtrim.Cache(model, ...)"
@@ -61,6 +65,7 @@ class Attachment:
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
             raise UsageError("a kvtrim cache needs the 2-D attention mask [batch, tokens] or none")
         cache.begin_pass(embeds.shape[0], embeds.shape[1], mask, ids)
+        return restarted(cache.model, cache, args, kwargs)
 
     def _end(
         self, decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any
@@ -72,6 +77,13 @@ class Attachment:
             cache.end_pass()
             if cache.session.probe_due and not probing:
                 probe(decoder, cache)
+
+
+def _narrow(
+    number: int, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Hooked | None:
+    """Decoder layer pre-hook: hand it the part of the prompt that goes on to it."""
+    return narrow(number, args, kwargs)
 
 
 def _hand_over(

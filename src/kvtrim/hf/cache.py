@@ -16,7 +16,7 @@ from kvtrim.engine.session import Session
 from kvtrim.engine.state import Mark as SessionMark
 from kvtrim.errors import UsageError
 from kvtrim.hf import fingerprint
-from kvtrim.hf.architectures import layout
+from kvtrim.hf.architectures import layout, require_managed
 from kvtrim.hf.managed import ManagedLayer
 from kvtrim.hf.rotary import rotations
 from kvtrim.methods import Method
@@ -49,7 +49,8 @@ class Cache(TransformersCache):
         BudgetError: a `keep` out of range, or below what the method always keeps.
         UsageError: a method that needs a table of this model's heads, and none was given; or spans
             that overlap or are no ranges.
-        UnsupportedModelError: the model's layers cannot be managed.
+        UnsupportedModelError: the model's layers cannot be managed, or some of them slide and the
+            method lets deeper layers read a part of the prompt.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class Cache(TransformersCache):
     ):
         budget, chosen = Keep.parse(keep), find(method, **settings)
         self.managed = layout(model, allow_untested=True).managed
+        if chosen.propagation.narrows:
+            require_managed(model, self.managed)
         chosen = chosen.fitted(fingerprint.target(model, len(self.managed)))
         self.rotations = rotations(model) if chosen.positions == "rolled" else []
         self.session = Session(chosen, budget, len(self.managed), prompt_tokens, impl, spans)

@@ -13,6 +13,7 @@ import torch
 
 from kvtrim.budgets import Keep
 from kvtrim.engine.call import Call
+from kvtrim.errors import UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.probing import probe
@@ -36,10 +37,20 @@ class Recording:
     def cache(
         self, method: str | Method, keep: int | float | str | Keep, **settings: Any
     ) -> Cache:
-        """The cache that a method would have after this prompt; errors as `kvtrim.Cache`."""
+        """The cache that a method would have after this prompt.
+
+        Raises:
+            UsageError: a method whose deeper layers read a part of the prompt, so that its own
+                prefill is another one; and as `kvtrim.Cache`.
+        """
         settings = {"spans": self.spans, **settings}
         other = self.full.copy_stock(Cache(self.model, method, keep, **settings))
         words = settings.get("tokenizer") is not None
+        if other.method.propagation.narrows:
+            raise UsageError(
+                f"{method} changes the prefill itself and needs one of its own: read the prompt "
+                "into a kvtrim.Cache"
+            )
         which = (other.method.policy, other.method.granularity, words)
         other.session.known = self._known.setdefault(which, {})
         rows, columns = self.ids.shape

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,14 +57,31 @@ def watched(model: Any, tokens: int, progress: Progress | None) -> Iterator[None
     if progress is None:
         yield
         return
-    blocks, done = model.get_decoder().layers, 0
+    decoder, base, columns, shown = model.get_decoder(), 0, 0, 0
 
-    def passed(module: Any, args: tuple[Tensor, ...], output: Any) -> None:
-        nonlocal done
-        done += args[0].shape[1] if args[0].shape[1] > 1 else 0
-        progress("reading", min(done // len(blocks), tokens), tokens)
+    def begun(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal columns
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is not None and kwargs.get("past_key_values") is not None and ids.shape[1] > 1:
+            columns = ids.shape[1]
 
-    hooks = [block.register_forward_hook(passed) for block in blocks]
+    def ended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal base, columns
+        if kwargs.get("past_key_values") is not None:
+            base, columns = base + columns, 0
+
+    def passed(number: int, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal shown
+        if columns:
+            shown = max(shown, min(tokens, base + columns * number // len(decoder.layers)))
+            progress("reading", shown, tokens)
+
+    hooks = [
+        decoder.register_forward_pre_hook(begun, with_kwargs=True),
+        decoder.register_forward_hook(ended, with_kwargs=True),
+    ]
+    for number, block in enumerate(decoder.layers, start=1):
+        hooks.append(block.register_forward_hook(partial(passed, number)))
     try:
         yield
     finally:

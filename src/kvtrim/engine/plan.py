@@ -1,0 +1,67 @@
+"""What is due in one pass over the model: reading, observing, choosing, evicting."""
+
+from dataclasses import dataclass
+
+from kvtrim.engine.state import State
+from kvtrim.errors import UsageError
+from kvtrim.methods import Method
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is due in one pass."""
+
+    before: bool = False  # evict ahead of the new tokens
+    after: bool = False  # evict once they have attended
+    observe: bool = False  # the policy updates its running statistic
+    again: bool = False  # what is held now will be scored by a later pass
+    carry: bool = False  # and the policy's statistic will be needed then
+    closes: bool = False  # what is read is not generated, where the schedule tells them apart
+    propagate: bool = False  # a part of the prompt goes on to deeper layers
+    lookback: int = 0  # how many of the last queries the policy reads
+    probe: bool = False  # the new tokens are a probe's, to be forgotten again
+
+
+def in_prompt(state: State, prompt_tokens: int | None) -> bool:
+    """The pass at hand, or else the next one, reads the prompt."""
+    return state.reading.seen < (prompt_tokens or 1)
+
+
+def planned(method: Method, state: State, columns: int, prompt_tokens: int | None) -> Plan:
+    """What is due in a pass over so many columns.
+
+    Args:
+        prompt_tokens: columns of the prompt if it comes in several passes.
+
+    Raises:
+        UsageError: a part of a prompt, for a method that has to see all of it at once.
+    """
+    schedule, policy, prompt = method.schedule, method.policy, in_prompt(state, prompt_tokens)
+    if policy.probes:
+        return Plan()  # the cut waits for the probe
+    propagate = prompt and method.propagation.narrows
+    if propagate and (state.reading.seen or columns < (prompt_tokens or 1)):
+        raise UsageError(
+            f"{type(method.propagation).__name__} needs the whole prompt in one pass, to choose "
+            "what deeper layers read; leave prefill_chunk out, or use propagation=everything"
+        )
+    given = prompt or columns > 1 or state.reading.seen < state.expected
+    closes = given and schedule.region == "generated"
+    if prompt:
+        cut = state.reading.seen + columns >= (prompt_tokens or 1)
+    else:
+        cut = schedule.every is not None and state.since_cut + columns >= schedule.every
+        cut = cut and not closes
+    more = prompt and not cut
+    again = schedule.every is not None or more
+    before = cut and schedule.ahead and not prompt
+    return Plan(
+        before=before,
+        after=cut and not before,
+        observe=policy.observes(not prompt) and (cut or again),
+        again=again,
+        carry=again and policy.observes(not more),
+        closes=closes,
+        propagate=propagate,
+        lookback=policy.lookback(),
+    )

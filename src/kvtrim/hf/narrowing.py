@@ -1,0 +1,129 @@
+"""Propagation in a model: decoder layers are handed the tokens that go on, and no others.
+
+A layer hook gathers the hidden states once, above the layer at which tokens were chosen, and what
+says where the tokens stand (rotary embeddings, position ids) for every layer from there on.
+"""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvtrim.engine.call import Call
+from kvtrim.engine.narrowing import Narrowing
+from kvtrim.hf.architectures import OutputProjection, layout
+from kvtrim.hf.attention import HANDLE
+from kvtrim.hf.cache import Cache
+from kvtrim.types import Int, Tensor
+
+Hooked = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def narrow(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
+    """What decoder layer `number` reads instead, if a part of the prompt goes on to it."""
+    cache = kwargs.get("past_key_values")
+    narrowing = cache.session.narrowing if isinstance(cache, Cache) else None
+    if narrowing is None or cache.session.state.closed_up or number <= narrowing.layer:
+        return None
+    if number == narrowing.layer + 1:
+        args, kwargs = _hidden(args, kwargs, narrowing.step)
+    where = {
+        name: _gathered(kwargs[name], narrowing.columns)
+        for name in ("position_embeddings", "position_ids")
+        if kwargs.get(name) is not None
+    }
+    return args, {**kwargs, **where}
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any], columns: Int[Tensor, "B w"]) -> Hooked:
+    if args:
+        return (_gathered(args[0], columns), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": _gathered(kwargs["hidden_states"], columns)}
+
+
+def _gathered(given: Any, columns: Int[Tensor, "B w"]) -> Any:
+    """The columns of [B or 1, n, ...], or of each tensor of a tuple; others as they are."""
+    if isinstance(given, tuple):
+        return tuple(_gathered(each, columns) for each in given)
+    rows = given.expand(columns.shape[0], *given.shape[1:])
+    at = columns.to(given.device)
+    at = at.view(*at.shape, *[1] * (given.ndim - 2)).expand(-1, -1, *given.shape[2:])
+    return rows.gather(1, at)
+
+
+class _Filtered(Exception):
+    """The filter layer has been asked; nothing above it runs."""
+
+
+class _Filter:
+    """Stands for a session at the filter layer."""
+
+    def __init__(self, cache: Cache, layer: int):
+        self.cache, self.layer = cache, layer
+        self.narrowing: Narrowing | None = None
+
+    def attend(self, index: int, call: Call) -> Tensor:
+        """Choose what is read again, and stop the pass."""
+        self.narrowing = self.cache.session.restart(index, call)
+        raise _Filtered
+
+
+def restarted(
+    model: PreTrainedModel, cache: Cache, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Hooked | None:
+    """A decoder's arguments, for the part of the prompt that the first layers choose."""
+    session = cache.session
+    if session.filter_layer is None:
+        return _closed_up(cache, args, kwargs)
+    found = _filtered(model, cache, session.filter_layer, args, kwargs)
+    if found is None:
+        return None
+    kwargs = dict(kwargs)
+    name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
+    given = kwargs.pop(name, None)
+    given = args[0] if given is None else given
+    columns = found.columns
+    real = torch.ones(columns.shape, dtype=torch.int64)
+    if found.now.real is not None:
+        real = torch.zeros(columns.shape, dtype=torch.int64)
+        for row, own in enumerate(found.now.real):
+            real[row, own] = 1
+    kwargs[name] = _gathered(given, columns)
+    kwargs["position_ids"] = (real.cumsum(dim=1) - 1).clamp(min=0).to(given.device)
+    kwargs["attention_mask"] = real.to(given.device)
+    return args[1:], kwargs
+
+
+def _filtered(
+    model: PreTrainedModel, cache: Cache, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Narrowing | None:
+    """Run the first layers on everything, storing nothing, and ask the filter layer."""
+    parts = layout(model, allow_untested=True)
+    module, found = parts.attention[layer], _Filter(cache, layer)
+    output = OutputProjection(module, parts.query_heads)
+
+    def ask(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
+        return args, {**kwargs, HANDLE: (found, layer, output, None)}
+
+    hook = module.register_forward_pre_hook(ask, with_kwargs=True)
+    try:
+        parts.decoder(*args, **{**kwargs, "past_key_values": None, "use_cache": False})
+    except _Filtered:
+        pass
+    finally:
+        hook.remove()
+    return found.narrowing
+
+
+def _closed_up(cache: Cache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
+    """Later tokens stand behind the part that was read, not behind the whole prompt."""
+    by = cache.session.state.closed_up
+    if not any(by):
+        return None
+    given = kwargs.get("position_ids")
+    if given is None:
+        embeds = kwargs.get("inputs_embeds")
+        fed = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
+        given = torch.arange(fed.shape[1], device=fed.device)[None] + cache.seen
+    up = torch.tensor(by, device=given.device)[:, None]
+    return args, {**kwargs, "position_ids": given - up}

@@ -1,0 +1,113 @@
+"""Cascade: each layer passes on fewer tokens than it read, so time and memory shrink together.
+
+Layer l of L passes on the share rho of its context, the tokens before the recent ones:
+
+    rho_l = (1 - decay) * (cos(pi * l / L) + 1) / 2 + decay
+    c_{l+1} = int(c_l * rho_l), unless that is `context` or less
+
+The recent tokens, a fixed share of the prompt, and its last one always go on; they are asked for
+what they attend to in the context, later ones with more weight. Layers keep all that they read, so
+kept sets are nested. Without `decay` the budget sets it: the largest mean that `keep` allows.
+
+Paper: Yang et al. 2024 (PyramidInfer), https://arxiv.org/abs/2405.12532, section 3.
+Code:  mutonix/pyramidinfer@61ac641, models/modeling_llama_pyramidinfer.py.
+Ours:  attention of the recent rows is computed in blocks, never n x n.
+"""
+
+from dataclasses import dataclass, replace
+from math import cos, pi
+
+import torch
+
+from kvtrim import ops
+from kvtrim.budgets.base import everyone
+from kvtrim.errors import BudgetError, UsageError
+from kvtrim.policies.base import Policy
+from kvtrim.propagation.base import Propagation
+from kvtrim.selection import select
+from kvtrim.types import Int, LayerView, Tensor
+
+STEPS = 30
+"""Halvings in the search for the decay that a budget allows."""
+
+
+@dataclass(frozen=True)
+class Cascade(Propagation):
+    recent: float = 0.01  # share of the prompt whose last tokens are asked and always go on
+    decay: float | None = None  # what the deepest layer would pass on; none: what `keep` allows
+    interval: int = 1  # tokens are chosen at every so many layers
+    sinks: int = 4  # first tokens, which always go on
+    context: int = 64  # a layer passes on more context tokens than this, or all it has
+    weight: float = 1.2  # of the last token's attention, relative to the oldest recent one's
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise UsageError(f"interval={self.interval}: choose at every layer (1) or more seldom")
+        if not 0 <= self.recent < 1 or not (self.decay is None or 0 <= self.decay <= 1):
+            raise UsageError(f"recent={self.recent}, decay={self.decay}: both lie between 0 and 1")
+
+    def least(self, tokens: int, layers: int) -> int:
+        lengths = self.lengths(tokens, layers, self.decay or 0.0)
+        return -(-sum(lengths) // layers)
+
+    def chooses(self, layer: int, layers: int) -> bool:
+        return layer > 0 and layer % self.interval == 0 and layer < layers - 1
+
+    def choose(self, view: LayerView, policy: Policy, prompt: int) -> Int[Tensor, "B T"] | None:
+        slots, recent = view.keys.shape[2], 1 + self._recent(prompt)
+        decay = self.found(prompt, view.layers, view.keep)
+        context = slots - recent
+        count = self._passed_on(context, view.index, view.layers, decay, self._floor(prompt))
+        if count >= context:
+            return None
+        weights = torch.linspace(1, self.weight, recent, device=view.keys.device)
+        asked = replace(view, queries=view.queries[:, :, -recent:])
+        sums = ops.column_sums(asked, weights.expand(view.keys.shape[0], -1))[..., :context]
+        scores = sums.mean(dim=1, keepdim=True)
+        sinks = min(self.sinks, count)
+        counts = everyone(count - sinks, scores)
+        return select(scores, counts, slots, sinks=sinks, recent=recent).slots[:, 0]
+
+    def found(self, prompt: int, layers: int, keep: int) -> float:
+        """The decay given, or the largest with which layers read at most `keep` tokens on average.
+
+        Raises:
+            BudgetError: not even the smallest decay does.
+        """
+        if self.decay is not None:
+            return self.decay
+        least = self.least(prompt, layers)
+        if keep < least:
+            raise BudgetError(
+                f"keep={keep} is out of reach of a cascade over {layers} layers: it holds at "
+                f"least {least} of {prompt:,} tokens per head on average. Use keep={least} or "
+                "more, or evict from what it holds as well "
+                "(--set policy=snapkv --set budget=uniform --set decay=0)"
+            )
+        low, high = 0.0, 1.0
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            fits = sum(self.lengths(prompt, layers, middle)) <= keep * layers
+            low, high = (middle, high) if fits else (low, middle)
+        return low
+
+    def lengths(self, prompt: int, layers: int, decay: float) -> list[int]:
+        """Tokens that each layer reads of a prompt."""
+        recent, floor, lengths = 1 + self._recent(prompt), self._floor(prompt), [prompt]
+        for layer in range(layers - 1):
+            context = lengths[-1] - recent
+            if self.chooses(layer, layers):
+                context = self._passed_on(context, layer, layers, decay, floor)
+            lengths.append(context + recent)
+        return lengths
+
+    def _passed_on(self, context: int, layer: int, layers: int, decay: float, floor: int) -> int:
+        rho = (1 - decay) * (cos(pi * layer / layers) + 1) / 2 + decay
+        less = int(context * rho)
+        return less if context > floor and less > floor else context
+
+    def _recent(self, prompt: int) -> int:
+        return int(prompt * self.recent)
+
+    def _floor(self, prompt: int) -> int:
+        return min(self.context, prompt - 1 - self._recent(prompt))
