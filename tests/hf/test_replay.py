@@ -10,7 +10,6 @@ from kvtrim.hf.replay import record
 from kvtrim.settings import find
 from small import small
 
-
 NARROWING = sorted(name for name in kvtrim.METHODS if find(name).propagation.narrows)
 
 

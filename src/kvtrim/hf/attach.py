@@ -55,7 +55,8 @@ class Attachment:
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, Cache) or cache.session.probing:
             return None
-        if cache.model is not self._model():
+        model = self._model()
+        if model is None or cache.model is not model:
             raise CacheError(
                 "this cache was made for another model; make one with kvtrim.Cache(model, ...)"
             )
@@ -65,7 +66,7 @@ class Attachment:
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
             raise UsageError("a kvtrim cache needs the 2-D attention mask [batch, tokens] or none")
         cache.begin_pass(embeds.shape[0], embeds.shape[1], mask, ids)
-        return restarted(cache.model, cache, args, kwargs)
+        return restarted(model, cache, args, kwargs)
 
     def _end(
         self, decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any

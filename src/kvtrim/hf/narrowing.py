@@ -22,7 +22,9 @@ Hooked = tuple[tuple[Any, ...], dict[str, Any]]
 def narrow(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
     """What decoder layer `number` reads instead, if a part of the prompt goes on to it."""
     cache = kwargs.get("past_key_values")
-    narrowing = cache.session.narrowing if isinstance(cache, Cache) else None
+    if not isinstance(cache, Cache):
+        return None
+    narrowing = cache.session.narrowing
     if narrowing is None or cache.session.state.closed_up or number <= narrowing.layer:
         return None
     if number == narrowing.layer + 1:
@@ -122,8 +124,9 @@ def _closed_up(cache: Cache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> H
         return None
     given = kwargs.get("position_ids")
     if given is None:
-        embeds = kwargs.get("inputs_embeds")
-        fed = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
+        fed: Any = kwargs.get("inputs_embeds")
+        if fed is None:
+            fed = kwargs.get("input_ids", args[0] if args else None)
         given = torch.arange(fed.shape[1], device=fed.device)[None] + cache.seen
     up = torch.tensor(by, device=given.device)[:, None]
     return args, {**kwargs, "position_ids": given - up}
