@@ -43,6 +43,8 @@ class Method:
             )
         if self.propagation.narrows:
             self._require_narrowable()
+        if self.schedule.chunks:
+            self._require_chunkable()
         if not self.budget.model_wide:
             return
         if self.schedule.region == "generated":
@@ -68,6 +70,23 @@ class Method:
             )
         if self.propagation.restarts and self.positions == "rolled":
             raise UsageError("a restart closes positions up already; set positions=original")
+
+    def _require_chunkable(self) -> None:
+        """Refuse parts that choose over the whole prompt, and can only do so at its end."""
+        parts = {
+            f"policy={type(self.policy).__name__}": self.policy.probes,
+            f"budget={type(self.budget).__name__}": self.budget.model_wide,
+            f"propagation={type(self.propagation).__name__}": self.propagation.narrows,
+            f"unit={type(self.unit).__name__}": not self.unit.single,
+            f"reuse={self.reuse}": self.reuse > 1,
+        }
+        whole = [name for name, needed in parts.items() if needed]
+        if whole:
+            raise UsageError(
+                f"chunks=true evicts before the prompt is complete, and {', '.join(whole)} needs "
+                "all of it: leave chunks out (a prompt may still be read in chunks and is cut at "
+                "its end), or take snapkv, knorm, keydiff, curdkv, h2o, tova or streaming-llm"
+            )
 
     @property
     def full(self) -> bool:

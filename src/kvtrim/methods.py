@@ -229,7 +229,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2504.15364",
             use="Contexts compressed before any question is known; streams under a hard cap.",
             cost="One cosine per key; no queries, no attention.",
-            presets={"kvpress": {}, "bounded": {"every": 1}},
+            presets={"paper": {"chunks": True}, "kvpress": {}, "bounded": {"every": 1}},
         ),
         "circuitkv": Method(
             CircuitKV(),

@@ -16,6 +16,8 @@ from kvtrim.types import Bool, Counts, Float, Int, LayerView, Tensor
 
 Pool = Literal["none", "avg", "max"]
 Reduce = Literal["sum", "mean", "max"]
+Weights = Bool[Tensor, "B Q"] | Float[Tensor, "B Q"]
+"""What each query counts for: a weight, or yes and no."""
 
 _ROWS_AT_ONCE = 256  # queries per block of `column_sums`: bounds its memory to H * 256 * S floats
 
@@ -31,14 +33,14 @@ def attention(layer: LayerView, last: int | None = None) -> Float[Tensor, "B H W
 
 
 def column_sums(
-    layer: LayerView, observers: Float[Tensor, "B Q"] | None = None, own: bool = True
+    layer: LayerView, observers: Weights | None = None, own: bool = True
 ) -> Float[Tensor, "B H S"]:
     """Attention that each slot received from all queries at hand, added up, in O(H * S) memory.
 
     Equals `attention(layer).sum(-2)`, in blocks of queries: the n x n matrix never exists.
 
     Args:
-        observers: what each query counts for: a weight, or yes and no; blocks of nothing are free.
+        observers: what each query counts for, all alike by default; blocks of zeros cost nothing.
         own: what a query pays to its own slot counts too.
     """
     sums = layer.keys.new_zeros(*layer.queries.shape[:2], layer.keys.shape[2], dtype=torch.float32)
@@ -57,7 +59,7 @@ def column_max(layer: LayerView) -> Float[Tensor, "B H S"]:
 
 
 def _blocks(
-    layer: LayerView, observers: Float[Tensor, "B Q"] | None = None, own: bool = True
+    layer: LayerView, observers: Weights | None = None, own: bool = True
 ) -> Iterator[Float[Tensor, "B H W V"]]:
     """Attention weights of all queries at hand (or the observers), a block of them at a time."""
     keys, total = layer.keys.float(), layer.queries.shape[2]

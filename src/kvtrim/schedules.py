@@ -15,6 +15,10 @@ class Schedule:
     and in later turns, so that it stays bounded. `ahead` cuts before the new token is read
     instead of after, so that a query never sees more than the budget (StreamingLLM).
 
+    With `chunks` a prompt that comes in several passes is cut back after each of them, not only at
+    its end, so that memory is bounded by chunk and budget however long the prompt is. Later chunks
+    see what is left of the earlier ones, so the result depends on the size of the chunks.
+
     With region="generated" what was kept of the prompt stays for good, and `every` concerns the
     generated tokens alone: of T generated so far max(1, ceil(share * T)) stay, as many in every
     layer and head, by the policy's score and token by token. Generated is what a pass over a
@@ -24,6 +28,7 @@ class Schedule:
 
     every: int | None = None  # evict again after so many tokens; none is once, after the prompt
     ahead: bool = False  # evict before the new tokens are read instead of after
+    chunks: bool = False  # evict after every pass of a prompt that comes in several
     region: Literal["all", "generated"] = "all"  # what is evicted from after the prompt
     share: float | None = None  # of the generated tokens, that stay; none: the prompt's own share
     newest: int = 0  # generated tokens that always stay, counted from the end
@@ -47,9 +52,11 @@ class Schedule:
             raise UsageError("share and newest are about generated tokens; set region=generated")
         if generated and self.ahead:
             raise UsageError("region=generated evicts after a token was read; set ahead=false")
+        if generated and self.chunks:
+            raise UsageError("region=generated keeps whole parts of the prompt; set chunks=false")
 
     def __str__(self) -> str:
         if self.every is None:
-            return "end of prompt"
+            return "after every chunk of the prompt" if self.chunks else "end of prompt"
         text = "every step" if self.every == 1 else f"every {self.every} steps"
         return text if self.region == "all" else f"end of prompt; generated: {text}"

@@ -26,6 +26,7 @@ class Cutting:
     state: State
     now: Pass  # as the layer at hand sees it
     prompt: bool  # the pass reads the prompt
+    coming: int = 0  # columns of the prompt that later passes bring
     probed: list[Probed] | None = None  # the pass probes these parts of each prompt
     known: dict[int, Tensor] | None = None  # what `observe` found in an equal pass, by layer
     narrowing: Narrowing | None = None  # what the layer at hand and those above it read
@@ -130,6 +131,7 @@ class Cutting:
         if self.prompt or self.probed:
             entry = len(self.state.layers) * call.keys.shape[1] * call.entry_bytes * self.now.rows
             lengths = self.whole.first if self.probed else self.whole.lengths()
+            lengths = [length + self.coming for length in lengths]
             self.state.keeps = [self._budget(length, entry) for length in lengths]
         cutters = []
         for rows in self.whole.groups():

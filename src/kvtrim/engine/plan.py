@@ -18,6 +18,7 @@ class Plan:
     carry: bool = False  # and the policy's statistic will be needed then
     closes: bool = False  # what is read is not generated, where the schedule tells them apart
     propagate: bool = False  # a part of the prompt goes on to deeper layers
+    coming: int = 0  # columns of the prompt that later passes bring
     lookback: int = 0  # how many of the last queries the policy reads
     probe: bool = False  # the new tokens are a probe's, to be forgotten again
 
@@ -47,12 +48,13 @@ def planned(method: Method, state: State, columns: int, prompt_tokens: int | Non
         )
     given = prompt or columns > 1 or state.reading.seen < state.expected
     closes = given and schedule.region == "generated"
+    coming = max(0, (prompt_tokens or 1) - state.reading.seen - columns) if prompt else 0
     if prompt:
-        cut = state.reading.seen + columns >= (prompt_tokens or 1)
+        cut = schedule.chunks or not coming
     else:
         cut = schedule.every is not None and state.since_cut + columns >= schedule.every
         cut = cut and not closes
-    more = prompt and not cut
+    more = coming > 0
     again = schedule.every is not None or more
     before = cut and schedule.ahead and not prompt
     return Plan(
@@ -63,5 +65,6 @@ def planned(method: Method, state: State, columns: int, prompt_tokens: int | Non
         carry=again and policy.observes(not more),
         closes=closes,
         propagate=propagate,
+        coming=coming,
         lookback=policy.lookback(),
     )

@@ -83,10 +83,11 @@ class Session:
             self.state.forget_from(self.state.reading.take_back(taken_back))
         now = self.state.reading.plan(rows, columns, mask)
         self._plan = planned(self.method, self.state, columns, self.prompt_tokens)
-        self.state.name(self.spans, now, complete=self.in_prompt and self._plan.after)
+        self.state.name(self.spans, now, complete=self.in_prompt and not self._plan.coming)
         self._cutting = Cutting(
-            self.method, self.keep, self.state, now, self.in_prompt, known=self.known
+            self.method, self.keep, self.state, now, self.in_prompt, self._plan.coming
         )
+        self._cutting.known = self.known
 
     def begin_probe(
         self, columns: int, mask: Tensor | None, probed: list[Probed], last: bool
@@ -104,7 +105,8 @@ class Session:
         self._require_idle()
         now = self.state.reading.plan(len(probed), columns, mask)
         self._plan = Plan(after=last, observe=True, again=not last, carry=not last, probe=True)
-        self._cutting = Cutting(self.method, self.keep, self.state, now, False, probed, self.known)
+        self._cutting = Cutting(self.method, self.keep, self.state, now, False, probed=probed)
+        self._cutting.known = self.known
 
     def attend(self, index: int, call: Call) -> Float[Tensor, "B H Q E"]:
         """One layer's attention over everything held and new tokens; then evict what is due."""
@@ -241,7 +243,8 @@ class Session:
 
     def _shown(self, call: Call, store: LayerStore) -> LayerStore:
         """The entries as this pass's queries see them: keys turned to their slots if asked."""
-        if self.method.positions == "original" or self.in_prompt or not self.state.cut_at:
+        reading = self.in_prompt and not self.method.schedule.chunks
+        if self.method.positions == "original" or reading or not self.state.cut_at:
             return store
         return rolled(store, call, [length - 1 for length in self._now.lengths()])
 
