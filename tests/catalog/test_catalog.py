@@ -15,6 +15,7 @@ from kvtrim.policies.base import Policy
 from kvtrim.policies.h2o import H2O
 from kvtrim.policies.knorm import KNorm
 from kvtrim.policies.snapkv import SnapKV
+from kvtrim.propagation import PROPAGATIONS
 from kvtrim.schedules import Schedule
 from kvtrim.settings import UNITS, find, parameters
 
@@ -42,14 +43,15 @@ def test_the_page_of_methods_is_current():
 
 
 def test_parts_that_every_method_shares_explain_all_their_parameters():
-    for owner in (Method, Schedule, *BUDGETS.values(), *UNITS.values()):
-        apart = {"policy", "budget", "schedule", "unit", "source", "presets"}
+    parts = [*BUDGETS.values(), *UNITS.values(), *PROPAGATIONS.values()]
+    for owner in (Method, Schedule, *parts):
+        apart = {"policy", "budget", "schedule", "propagation", "unit", "source", "presets"}
         names = {field.name for field in fields(owner)} - apart
         assert names <= meanings_of(owner).keys(), owner.__name__
 
 
-@pytest.mark.parametrize("owner", [*BUDGETS.values(), *UNITS.values()])
-def test_every_budget_and_unit_opens_with_one_sentence(owner):
+@pytest.mark.parametrize("owner", [*BUDGETS.values(), *UNITS.values(), *PROPAGATIONS.values()])
+def test_every_part_opens_with_one_sentence(owner):
     summary = text_of(owner).summary
     assert summary.endswith(".") and len(summary) <= 200
 

@@ -10,11 +10,12 @@ from kvtrim.catalog.sources import Text, meanings_of, text_of
 from kvtrim.method import Method
 from kvtrim.methods import METHODS
 from kvtrim.policies.base import Policy
+from kvtrim.propagation import Propagation
 from kvtrim.schedules import Schedule
 from kvtrim.settings import PARTS, find, parameters, takes
 from kvtrim.units import Unit
 
-_COLUMNS = ("scorer", "budget", "unit")
+_COLUMNS = ("scorer", "budget", "unit", "propagation")
 _COMMON = {f.name: f.default for f in fields(Method)} | {
     f"schedule.{f.name}": f.default for f in fields(Schedule)
 }
@@ -22,7 +23,7 @@ _COMMON = {f.name: f.default for f in fields(Method)} | {
 
 @dataclass(frozen=True)
 class Part:
-    """A policy, budget or unit."""
+    """A policy, budget, unit or propagation."""
 
     kind: str
     name: str
@@ -70,7 +71,7 @@ class Entry:
     @property
     def schedule(self) -> str:
         """When it evicts."""
-        return "never" if self.method.full else str(self.method.schedule)
+        return "never" if self.method.budget.unlimited else str(self.method.schedule)
 
     def record(self) -> dict[str, Any]:
         """The short record of a list, for JSON."""
@@ -78,7 +79,6 @@ class Entry:
             "name": self.name,
             **{new: part.name for new, part in zip(_COLUMNS, self.parts, strict=True)},
             "schedule": self.schedule,
-            "propagation": "all tokens",
             "source": self.method.source,
             "presets": sorted(self.presets),
             "summary": self.parts[0].text.summary,
@@ -107,7 +107,7 @@ def entry(name: str) -> Entry:
 
 def described(name: str, method: Method) -> Entry:
     """What there is to say of a method that goes by this name."""
-    kinds = ("policy", "budget", "unit")
+    kinds = ("policy", "budget", "unit", "propagation")
     parts = [part_of(kind, type(getattr(method, kind))) for kind in kinds]
     own = [_parameter(method, *item) for item in parameters(method).items()]
     own.sort(key=lambda p: p.usual)
@@ -116,12 +116,12 @@ def described(name: str, method: Method) -> Entry:
 
 
 def part_of(kind: str, owner: type) -> Part:
-    """What there is to say of a policy, budget or unit."""
+    """What there is to say of a policy, budget, unit or propagation."""
     return Part(kind, owner.__name__, text_of(owner))
 
 
-def parameters_of(owner: type[Budget] | type[Unit]) -> list[Parameter]:
-    """The parameters of a budget or unit that is chosen by name."""
+def parameters_of(owner: type[Budget] | type[Unit] | type[Propagation]) -> list[Parameter]:
+    """The parameters of a budget, unit or propagation that is chosen by name."""
     part = owner()
     names = [field.name for field in fields(cast(Any, part))]
     return [_described(owner, name, getattr(part, name)) for name in names]

@@ -7,6 +7,7 @@ from kvtrim.budgets import BUDGETS, Budget
 from kvtrim.catalog.entries import Entry, Parameter, described, entry, parameters_of, part_of
 from kvtrim.methods import METHODS, Method
 from kvtrim.policies.full import Full
+from kvtrim.propagation import PROPAGATIONS, Propagation
 from kvtrim.settings import UNITS
 from kvtrim.units import Unit
 
@@ -14,8 +15,8 @@ _HEAD = """# Methods
 
 <!-- Written by `make docs` from the registry and the docstrings: edits here are lost. -->
 
-A method is a policy that scores, a budget that counts, a unit that is kept as a whole, and a
-schedule that says when. `kvtrim methods NAME` prints one of these sections. A parameter is set
+A method is a policy that scores, a budget that counts, a unit that is kept as a whole, a schedule
+that says when, and a propagation that says what deeper layers read. `kvtrim methods NAME` prints one of these sections. A parameter is set
 with `--set name=value` or as a keyword, a preset with `--set preset=NAME`.
 """
 _COLUMNS = ("method", "scores by", "budget", "evicts", "propagation", "source")
@@ -40,19 +41,21 @@ def manual() -> str:
             _table(_PARAMETER, map(_row, usual)),
             *_choices("Budgets", "budget", BUDGETS),
             *_choices("Units", "unit", UNITS),
+            *_choices("Propagations", "propagation", PROPAGATIONS),
         ]
     )
 
 
 def section(e: Entry) -> str:
     """One method."""
-    policy, budget, unit = e.parts
+    policy, budget, unit, propagation = e.parts
     facts = [
         ("When to use it", e.method.use),
         ("Cost", e.method.cost),
         ("Score", policy.sentences),
         ("Budget", budget.sentences),
         ("Keeps", unit.sentences),
+        ("Deeper layers read", propagation.sentences),
         ("Evicts", e.schedule),
         ("Source", _linked(e.method.source)),
         *((label, said) for label in e.LABELS for said in e.labelled(label)),
@@ -69,9 +72,11 @@ def section(e: Entry) -> str:
 
 
 def _choices(
-    title: str, part: str, table: Mapping[str, type[Budget]] | Mapping[str, type[Unit]]
+    title: str,
+    part: str,
+    table: Mapping[str, type[Budget]] | Mapping[str, type[Unit]] | Mapping[str, type[Propagation]],
 ) -> list[str]:
-    """Every budget or unit that can be chosen by name, with its parameters."""
+    """Every budget, unit or propagation that can be chosen by name, with its parameters."""
     pieces = [f"## {title}\n", f"`--set {part}=NAME` gives a method another one.\n"]
     for name, owner in table.items():
         said = part_of(part, owner).sentences

@@ -46,7 +46,7 @@ def _explain(e: "Entry", json: bool) -> None:
     if json:
         output.print_json(e.full_record())
         return
-    policy, budget, unit = e.parts
+    policy, budget, unit, propagation = e.parts
     output.out.print(f"[bold]{e.name}[/bold]", highlight=False)
     output.facts(
         [
@@ -55,6 +55,7 @@ def _explain(e: "Entry", json: bool) -> None:
             ("score", policy.sentences),
             ("budget", budget.sentences),
             ("keeps", unit.sentences),
+            ("reads", propagation.sentences),
             ("evicts", e.schedule),
             ("source", e.method.source),
             *((label.lower(), said) for label in e.LABELS for said in e.labelled(label)),

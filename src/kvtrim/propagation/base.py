@@ -56,7 +56,7 @@ class Propagation(ABC):
 
 @dataclass(frozen=True)
 class Everything(Propagation):
-    """Everything: every layer reads the whole prompt."""
+    """Every layer reads the whole prompt."""
 
     narrows: ClassVar[bool] = False
 

@@ -29,9 +29,7 @@ class Restart(Propagation):
     layer: int | None = None  # the filter layer; none: published for this model, or the middle
     tokens: int | float | None = None  # tokens of the second reading; none: as many as `keep`
     kernel: int = 5  # width of the averaging over neighbouring tokens, odd
-    pad: Literal["zero", "edge"] = (
-        "zero"  # beyond the ends: zeros, as published, or the last value
-    )
+    pad: Literal["zero", "edge"] = "zero"  # beyond the ends: zeros, as published, or the end
     sinks: int = 0  # first tokens that are read again whatever their score
     recent: int = 0  # last tokens, likewise
     restarts: ClassVar[bool] = True
