@@ -16,8 +16,9 @@ _HEAD = """# Methods
 <!-- Written by `make docs` from the registry and the docstrings: edits here are lost. -->
 
 A method is a policy that scores, a budget that counts, a unit that is kept as a whole, a schedule
-that says when, and a propagation that says what deeper layers read. `kvtrim methods NAME` prints one of these sections. A parameter is set
-with `--set name=value` or as a keyword, a preset with `--set preset=NAME`.
+that says when, and a propagation that says what deeper layers read. `kvtrim methods NAME` prints
+one of these sections. A parameter is set with `--set name=value` or as a keyword, a preset with
+`--set preset=NAME`.
 """
 _COLUMNS = ("method", "scores by", "budget", "evicts", "propagation", "source")
 _KEYS = ("scorer", "budget", "schedule", "propagation")
