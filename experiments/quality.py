@@ -1,13 +1,15 @@
 """What every method costs in answers: likelihood, divergence and words, under both protocols.
 
-Each prompt is read once; every method and budget continues from that recording. The answer is then
-fed as it should be, and compared with what the full cache makes of it:
+Each prompt is read once; every method and budget that leaves the prefill as it is continues from
+that recording, the others read the prompt themselves. The answer is then fed as it should be, and
+compared with what the full cache makes of it:
 
     loss    log-likelihood of the answer, full minus method, nats per token (0 is the full cache)
     KL      divergence of the next-token distributions from those of the full cache, nats
     words   share of the answer's words of which every token was the most likely one
 
-Under question-aware the first token of the answer is left out: the prefill's full cache made it.
+Under question-aware the first token of the answer is not judged: it comes from the prefill, which
+most methods leave as it is. A budget that a method cannot reach leaves no row.
 
     python experiments/quality.py --data DIR [--needles 17] [--rows 15] [--length 2000]
         [--method NAME ...] [--keep N ...] [--out experiments/quality]
@@ -30,8 +32,10 @@ from prompts import Asked, longbench, needles
 
 import kvtrim
 from kvtrim.bench.machine import provenance
-from kvtrim.hf.replay import record
+from kvtrim.errors import BudgetError
+from kvtrim.hf.replay import Recording, record
 from kvtrim.prompts import encode, encode_text, frame
+from kvtrim.settings import find
 
 KEEPS = [1024, 512, 256, 128]
 PROTOCOLS = ("question-aware", "question-agnostic")
@@ -78,7 +82,10 @@ def measured(
     own = reference.gather(1, gold[:, None])[:, 0]
     for method in methods:
         for keep in keeps if method != "full" else keeps[:1]:
-            cache = recording.cache(method, keep, tokenizer=tokenizer)
+            try:
+                cache = cache_of(recording, method, keep, tokenizer)
+            except BudgetError:
+                continue
             row = {"protocol": protocol, "kind": asked.kind, "method": method, "keep": keep}
             row |= {"tokens": recording.ids.shape[1], "held_bytes": cache.held_bytes}
             row |= {"full_bytes": cache.full_bytes}
@@ -88,6 +95,16 @@ def measured(
             row["kl"] = float((reference.exp() * (reference - got)).sum(dim=-1).mean())
             row["words"] = words_right(tokenizer, answer, best, asked.words)
             yield row
+
+
+def cache_of(recording: Recording, method: str, keep: int, tokenizer) -> kvtrim.Cache:
+    """The cache after the prompt, replayed where that is the same."""
+    if not find(method).propagation.narrows:
+        return recording.cache(method, keep, tokenizer=tokenizer)
+    cache = kvtrim.Cache(recording.model, method, keep, spans=recording.spans)
+    with torch.no_grad():
+        recording.model(recording.ids, past_key_values=cache, logits_to_keep=1)
+    return cache
 
 
 def table(rows: list[dict[str, Any]], protocol: str) -> str:
