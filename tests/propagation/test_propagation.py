@@ -198,12 +198,14 @@ def test_layers_above_the_filter_do_not_run_on_the_whole_prompt(llama):
         block.register_forward_pre_hook(lambda _, args, n=n: read.append((n, args[0].shape[1])))
         for n, block in enumerate(llama.model.layers)
     ]
-    cache = kvtrim.Cache(llama, "gemfilter", 24, layer=1)
     with torch.no_grad(), kvtrim.attach(llama):
-        llama(ids, past_key_values=cache)
+        llama(ids, past_key_values=kvtrim.Cache(llama, "gemfilter", 24, layer=1))
+        filtered, read[:] = [*read], []
+        llama(ids, past_key_values=kvtrim.Cache(llama, "gemfilter", 48, layer=1))
     for hook in hooks:
         hook.remove()
-    assert read == [(0, 48), (1, 48), (0, 24), (1, 24), (2, 24)]
+    assert filtered == [(0, 48), (1, 48), (0, 24), (1, 24), (2, 24)]
+    assert read == [(0, 48), (1, 48), (2, 48)], "a prompt that fits is read once"
 
 
 @pytest.mark.parametrize("name", ["fastkv", "pyramidinfer"])

@@ -195,6 +195,10 @@ class Session:
         propagation, layers = self.method.propagation, range(len(self.state.layers))
         if not (self._plan.propagate and propagation.restarts) or self.narrowing is not None:
             return None
+        if self.keep.kind != "bytes" and all(
+            self.keep.asked(n, 1) >= n for n in self._now.lengths()
+        ):
+            return None
         return next((x for x in layers if propagation.chooses(x, len(layers))), None)
 
     def restart(self, index: int, call: Call) -> Narrowing | None:
