@@ -1,5 +1,6 @@
 """Attaching leaves a model as it was, and serves ordinary caches meanwhile."""
 
+import copy
 import gc
 import subprocess
 import sys
@@ -167,3 +168,9 @@ def test_importing_kvtrim_imports_neither_torch_nor_transformers():
         "import sys, kvtrim, kvtrim.cli; assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_attached_model_can_be_copied(llama):
+    with kvtrim.attach(llama):
+        other = copy.deepcopy(llama)
+    assert other is not llama

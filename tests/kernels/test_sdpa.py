@@ -41,18 +41,37 @@ def test_ragged_attention_equals_the_reference(data):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+def reference_of(queries, keys, values, softcap):
+    rows, kv_heads, slots = keys.shape[:3]
+    length = torch.full((rows, kv_heads), slots)
+    start = torch.arange(rows * kv_heads).view(rows, kv_heads) * slots
+    flat = (x.flatten(0, 2) for x in (keys, values))
+    return reference.ragged(queries, *flat, start, length, 0.3, softcap)
+
+
 def test_many_queries_go_in_blocks_and_make_no_mask_of_all_pairs(monkeypatch):
     queries = torch.randn(2, 6, 11, 8, dtype=torch.float64)
     keys, values = torch.randn(2, 2, 2, 31, 8, dtype=torch.float64)
-    whole = sdpa.dense(queries, keys, values, 0.3)
     masks = []
-    lower_right = sdpa.lower_right
+    mixed = sdpa._mixed
     monkeypatch.setattr(sdpa, "_ROWS_AT_ONCE", 4)
     monkeypatch.setattr(
-        sdpa, "lower_right", lambda *shape: masks.append(shape[:2]) or lower_right(*shape)
+        sdpa, "_mixed", lambda *given: masks.append(tuple(given[3].shape)) or mixed(*given)
     )
-    torch.testing.assert_close(sdpa.dense(queries, keys, values, 0.3), whole)
-    assert masks == [(4, 24), (4, 28), (3, 31)]
+    for softcap in (None, 5.0):
+        whole = reference_of(queries, keys, values, softcap)
+        masks.clear()
+        torch.testing.assert_close(sdpa.dense(queries, keys, values, 0.3, softcap), whole)
+        assert masks == [(12, 24), (12, 28), (9, 31)]
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_queries_of_chosen_tokens_see_what_stands_before_them(softcap):
+    queries = torch.randn(2, 6, 31, 8, dtype=torch.float64)
+    keys, values = torch.randn(2, 2, 2, 31, 8, dtype=torch.float64)
+    chosen = torch.tensor([0, 3, 4, 17, 29, 30])
+    got = sdpa.up_to(queries[:, :, chosen], keys, values, chosen, 0.3, softcap)
+    torch.testing.assert_close(got, reference_of(queries, keys, values, softcap)[:, :, chosen])
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,7 +96,7 @@ def test_uniform_attention_equals_the_reference(data):
 
 
 def test_a_long_capped_prompt_goes_in_blocks(monkeypatch):
-    monkeypatch.setattr(sdpa, "_LOGITS_AT_ONCE", 200)
+    monkeypatch.setattr(sdpa, "_ROWS_AT_ONCE", 7)
     queries, keys = torch.randn(1, 4, 30, 8), torch.randn(1, 2, 30, 8)
     blocked = sdpa.causal(queries, keys, keys, 0.3, 4.0)
     monkeypatch.undo()

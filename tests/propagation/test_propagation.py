@@ -231,6 +231,33 @@ def test_narrowing_equals_the_later_layers_run_on_the_gathered_tokens(llama, nam
     torch.testing.assert_close(logits, expected, rtol=1e-8, atol=1e-8)
 
 
+def test_the_layer_that_chooses_spares_the_tokens_that_go_nowhere(llama):
+    """Its MLP sees the chosen ones alone, and its attention asks for no others."""
+    fed = []
+    hooks = [
+        block.mlp.gate_proj.register_forward_pre_hook(lambda _, args: fed.append(args[0].shape[1]))
+        for block in llama.model.layers
+    ]
+    cache = kvtrim.Cache(llama, "fastkv", 24, tokens=30, layer=1)
+    plain = kvtrim.Cache(llama, "snapkv", 24, window=8)
+    with torch.no_grad(), kvtrim.attach(llama):
+        llama(models.prompt(48), past_key_values=cache)
+        llama(models.prompt(48), past_key_values=plain)
+        llama(models.prompt(3), past_key_values=cache)
+    for hook in hooks:
+        hook.remove()
+    assert fed == [48, 30, 30, 48, 48, 48, 3, 3, 3]
+
+
+def test_the_reference_implementation_narrows_alike(llama):
+    logits = []
+    for impl in ("reference", "sdpa"):
+        cache = kvtrim.Cache(llama, "fastkv", 24, tokens=30, impl=impl)
+        with torch.no_grad(), kvtrim.attach(llama):
+            logits.append(llama(models.prompt(48), past_key_values=cache).logits)
+    torch.testing.assert_close(*logits, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("tokens", [48, 100, 1.0])
 def test_fastkv_that_sends_everything_on_is_snapkv_with_its_settings(llama, tokens):
     ids = models.prompt(48)

@@ -8,7 +8,9 @@ import torch
 
 from kvtrim.cache.attend import attend
 from kvtrim.cache.store import LayerStore
+from kvtrim.engine.narrowing import Narrowing
 from kvtrim.engine.reading import Pass
+from kvtrim.kernels import sdpa
 from kvtrim.types import Counts, Float, Int, Tensor
 
 
@@ -94,8 +96,15 @@ def stored(store: LayerStore | None, call: Call, now: Pass) -> LayerStore:
     return store
 
 
-def attended(store: LayerStore, call: Call, now: Pass, impl: str) -> Float[Tensor, "B H Q E"]:
-    """Attention of this pass's real tokens over everything held; padding gets zeros."""
+def attended(
+    store: LayerStore, call: Call, now: Pass, impl: str, narrowing: Narrowing | None = None
+) -> Float[Tensor, "B H Q E"]:
+    """Attention of this pass's real tokens over everything held; padding gets zeros.
+
+    So do, where a part of the prompt goes on, the tokens that do not; the reference asks for all.
+    """
+    if narrowing is not None and impl != "reference":
+        return _attended_in_part(store, call, narrowing)
     if now.real is None:
         return attend(call.queries, store, call.scale, call.softcap, impl)
     out = call.queries.new_zeros(*call.queries.shape[:3], call.values.shape[-1])
@@ -104,6 +113,21 @@ def attended(store: LayerStore, call: Call, now: Pass, impl: str) -> Float[Tenso
             own = call.queries[row : row + 1, :, columns]
             mixed = attend(own, store.row(row), call.scale, call.softcap, impl)
             out[row : row + 1, :, columns] = mixed
+    return out
+
+
+def _attended_in_part(
+    store: LayerStore, call: Call, narrowing: Narrowing
+) -> Float[Tensor, "B H Q E"]:
+    """The tokens that go on, at a layer from which nothing was evicted yet."""
+    held, _ = store.dense()
+    out = call.queries.new_zeros(*call.queries.shape[:3], call.values.shape[-1])
+    for row, slots in enumerate(narrowing.slots):
+        real, columns = narrowing.now.real, narrowing.step[row]
+        columns = (columns if real is None else columns[real[row]]).to(call.queries.device)
+        own, part = call.queries[row : row + 1, :, columns], slice(row, row + 1)
+        keys, values = held["keys"][part], held["values"][part]
+        out[part, :, columns] = sdpa.up_to(own, keys, values, slots, call.scale, call.softcap)
     return out
 
 

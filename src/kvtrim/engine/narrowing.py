@@ -21,6 +21,7 @@ class Narrowing:
     now: Pass  # the pass as the layers above see it
     step: Int[Tensor, "B w"]  # their columns among those that this layer read
     columns: Int[Tensor, "B w"]  # and among all columns of the pass
+    slots: list[Tensor]  # of each prompt's tokens among those that this layer read
 
 
 def narrowed(
@@ -33,12 +34,13 @@ def narrowed(
     """
     if all(slots is None for _, slots in chosen):
         return None
-    picked, positions = [], []
+    picked, positions, numbers = [], [], []
     for rows, slots in chosen:
         for number, row in enumerate(range(rows.start, rows.stop)):
             real = torch.arange(now.columns) if now.real is None else now.real[row]
             own = torch.arange(len(real)) if slots is None else slots[number].cpu()
             picked.append(real[own])
+            numbers.append(own)
             positions.append(now.row_positions(row, torch.device("cpu"))[0, 0][own])
     width = max(map(len, picked))
     filled = [_filled(columns, width, now.columns) for columns in picked]
@@ -47,7 +49,7 @@ def narrowed(
     real = None if full else [own.nonzero()[:, 0] for _, own in filled]
     above = Pass(width, now.first, real, positions)
     columns = step if before is None else before.columns.gather(1, step)
-    return Narrowing(layer, above, step, columns)
+    return Narrowing(layer, above, step, columns, numbers)
 
 
 def _filled(picked: Int[Tensor, " T"], width: int, columns: int) -> tuple[Tensor, Tensor]:

@@ -115,15 +115,20 @@ class Session:
         with writable():
             call, store = self._stored(index, call)
             shown = self._shown(call, store)
-            out = attended(shown, call, self._now, self.impl)
+            narrowing = self._looked_at(index, call, store, shown)
+            out = attended(shown, call, self._now, self.impl, narrowing)
             self._settled(index, call, store, shown)
+            if narrowing is not None:
+                self._cuts.narrow(narrowing)
         return out
 
     def absorb(self, index: int, call: Call) -> None:
         """As `attend`, without computing the attention: to go through a recorded pass again."""
         with writable():
             call, store = self._stored(index, call)
-            self._settled(index, call, store, self._shown(call, store))
+            shown = self._shown(call, store)
+            self._looked_at(index, call, store, shown)
+            self._settled(index, call, store, shown)
 
     def end(self) -> None:
         """All layers have attended."""
@@ -252,14 +257,27 @@ class Session:
             return store
         return rolled(store, call, [length - 1 for length in self._now.lengths()])
 
-    def _settled(self, index: int, call: Call, store: LayerStore, shown: LayerStore) -> None:
-        """After a layer's new tokens have attended: observe, evict, keep what is needed later."""
-        plan, held = self._plan, self.state.layers[index]
-        if plan.observe:
+    def _looked_at(
+        self, index: int, call: Call, store: LayerStore, shown: LayerStore
+    ) -> Narrowing | None:
+        """Before a layer's new tokens attend: observe, and choose those that go on, if due.
+
+        Those alone need attention: of the others nothing is asked above.
+        """
+        propagation = self.method.propagation
+        if self._plan.observe:
             self._cuts.observe(index, call, store, shown)
+        if not self._plan.propagate or propagation.restarts:
+            return None
+        if not propagation.chooses(index, len(self.state.layers)):
+            return None
+        return self._cuts.propagate(index, call, shown)
+
+    def _settled(self, index: int, call: Call, store: LayerStore, shown: LayerStore) -> None:
+        """After a layer's new tokens have attended: evict, keep what is needed later."""
+        plan, held = self._plan, self.state.layers[index]
         if plan.probe:
             store.forget_from(self._now.first)
-        narrowing = self._narrowing(index, call, shown)
         if plan.observe and self.known is not None and (plan.after or not plan.probe):
             self.known.setdefault(index, store.dense()[0][CARRIED].clone())
         if plan.after or plan.again:
@@ -272,14 +290,3 @@ class Session:
             store.drop_column(CARRIED)
         if plan.probe and plan.after:
             store.cut_back(store.length)
-        if narrowing is not None:
-            self._cuts.narrow(narrowing)
-
-    def _narrowing(self, index: int, call: Call, shown: LayerStore) -> Narrowing | None:
-        """The tokens that go on to the layers above, if this is where they are chosen."""
-        propagation = self.method.propagation
-        if not self._plan.propagate or propagation.restarts:
-            return None
-        if not propagation.chooses(index, len(self.state.layers)):
-            return None
-        return self._cuts.propagate(index, call, shown)

@@ -12,7 +12,7 @@ from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf.architectures import OutputProjection, layout
 from kvtrim.hf.attention import HANDLE, NAME, register
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.narrowing import Hooked, narrow, restarted
+from kvtrim.hf.narrowing import Hooked, PartOfMLP, narrowed, restarted
 from kvtrim.hf.probing import probe
 
 
@@ -31,8 +31,9 @@ class Attachment:
             decoder.register_forward_hook(self._end, with_kwargs=True),
         ]
         for number, block in enumerate(self.layout.blocks):
-            part = partial(_narrow, number)
-            self._hooks.append(block.register_forward_pre_hook(part, with_kwargs=True))
+            narrow = partial(_narrow, number)
+            self._hooks.append(block.register_forward_pre_hook(narrow, with_kwargs=True))
+            self._hooks += PartOfMLP(block, number).hooks
         for number, layer in enumerate(self.layout.managed):
             module = self.layout.attention[layer]
             output = OutputProjection(module, self.layout.query_heads)
@@ -84,7 +85,7 @@ def _narrow(
     number: int, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Hooked | None:
     """Decoder layer pre-hook: hand it the part of the prompt that goes on to it."""
-    return narrow(number, args, kwargs)
+    return narrowed(number, args, kwargs)
 
 
 def _hand_over(

@@ -4,6 +4,7 @@ A layer hook gathers the hidden states once, above the layer at which tokens wer
 says where the tokens stand (rotary embeddings, position ids) for every layer from there on.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -19,13 +20,24 @@ from kvtrim.types import Int, Tensor
 Hooked = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def narrow(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
+class _Block(threading.local):
+    """What the decoder layer that this thread is in reads from, and what its MLP was spared."""
+
+    cache: Cache | None = None
+    spared: tuple[Tensor, Tensor] | None = None  # columns that it reads, all that it was given
+
+
+_block = _Block()
+
+
+def narrowed(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
     """What decoder layer `number` reads instead, if a part of the prompt goes on to it."""
     cache = kwargs.get("past_key_values")
-    if not isinstance(cache, Cache):
+    _block.cache, _block.spared = (cache if isinstance(cache, Cache) else None), None
+    if _block.cache is None:
         return None
-    narrowing = cache.session.narrowing
-    if narrowing is None or cache.session.state.closed_up or number <= narrowing.layer:
+    narrowing = _block.cache.session.narrowing
+    if narrowing is None or _block.cache.session.state.closed_up or number <= narrowing.layer:
         return None
     if number == narrowing.layer + 1:
         args, kwargs = _hidden(args, kwargs, narrowing.step)
@@ -51,6 +63,38 @@ def _gathered(given: Any, columns: Int[Tensor, "B w"]) -> Any:
     at = columns.to(given.device)
     at = at.view(*at.shape, *[1] * (given.ndim - 2)).expand(-1, -1, *given.shape[2:])
     return rows.gather(1, at)
+
+
+class PartOfMLP:
+    """Spares the MLP of the layer at which tokens are chosen those that go nowhere.
+
+    A layer reads the whole prompt there and its output is gathered above it; of the tokens that
+    are then dropped nobody asks what the MLP made. They get zeros.
+    """
+
+    def __init__(self, block: torch.nn.Module, number: int):
+        self._number = number
+        mlp = getattr(block, "mlp", None)
+        modules = [mlp] if isinstance(mlp, torch.nn.Module) else []
+        self.hooks = [module.register_forward_pre_hook(self._take) for module in modules]
+        self.hooks += [module.register_forward_hook(self._give_back) for module in modules]
+
+    def _take(self, mlp: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        cache = _block.cache
+        if cache is None or cache.session.narrowing is None or cache.session.state.closed_up:
+            return None
+        narrowing = cache.session.narrowing
+        if narrowing.layer != self._number:
+            return None
+        _block.spared = narrowing.step, args[0]
+        return (_gathered(args[0], narrowing.step), *args[1:])
+
+    def _give_back(self, mlp: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if _block.spared is None:
+            return None
+        (columns, given), _block.spared = _block.spared, None
+        at = columns.to(output.device)[..., None].expand(output.shape)
+        return torch.zeros_like(given).scatter(1, at, output)
 
 
 class _Filtered(Exception):
