@@ -25,13 +25,14 @@ def draw(found: dict[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise UsageError(MISSING) from None
-    figure = Figure(figsize=(7, 6.5), layout="constrained")
+    layer, figure = found["layer"], Figure(figsize=(7, 6.5), layout="constrained")
     FigureCanvasAgg(figure)  # no window, whatever the user's own backend
     shares, distances = figure.subplots(2, sharex=True)
     _shares(shares, found)
     _distances(distances, found)
     for axes in (shares, distances):
-        axes.axvline(found["layer"], color="black", linestyle=":", linewidth=1)
+        axes.axvline(layer, color="black", linestyle=":", linewidth=1, label=f"layer {layer}")
+        axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
     prompts = found["record"]["prompts"]
     figure.suptitle(f"{found['model']}: propagation after each layer, {prompts} prompts")
@@ -56,25 +57,17 @@ def _shares(axes: Any, found: dict[str, Any]) -> None:
     share = f"{tokens:.0%} of the prompt" if isinstance(tokens, float) else f"{tokens:,}"
     axes.set(ylim=(0, 1.02), ylabel="share (0 to 1)", title=f"chosen tokens: {share}")
     axes.title.set_fontsize("medium")
-    axes.legend(fontsize="small", loc="lower right")
 
 
 def _distances(axes: Any, found: dict[str, Any]) -> None:
-    curve, limit, layer = found["curve"], found["limit"], found["layer"]
+    curve, limit = found["curve"], found["limit"]
     layers = [point["layer"] for point in curve]
     low, high = ([pick(point["distances"]) for point in curve] for pick in (min, max))
     axes.fill_between(layers, low, high, alpha=0.2, linewidth=0, label="smallest to largest")
     axes.plot(layers, [point["distance"] for point in curve], label="median", **_MARKS)
     axes.axhline(limit, color="grey", linestyle="--", linewidth=1, label=f"limit {limit:.3g}")
-    axes.annotate(
-        f"layer {layer}",
-        (layer, curve[layer]["distance"]),
-        xytext=(6, 6),
-        textcoords="offset points",
-    )
     axes.set(
         xlabel=f"layer after which only the chosen tokens go on (of {found['layers']}, from 0)",
         ylabel="L2 distance of the final hidden state,\nrelative to its norm",
         ylim=(0, None),
     )
-    axes.legend(fontsize="small", loc="upper right")
