@@ -234,3 +234,29 @@ def test_an_older_table_stays_until_the_new_one_is_complete(llama, folder, monke
     monkeypatch.undo()
     with pytest.raises(UsageError, match="cannot write"):
         tsp.write(folder / "none" / "tiny.json", {})
+
+
+SHIPPED = sorted(shipped.SHIPPED.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_a_shipped_table_is_what_its_rule_finds_on_its_curve(path):
+    found = json.loads(path.read_text())
+    curve, record = [Point(**point) for point in found["curve"]], found["record"]
+    choice = choose(curve, record["tolerance"])
+    assert (found["layer"], found["limit"], found["rule"]) == (
+        choice.layer,
+        choice.limit,
+        choice.rule,
+    )
+    assert [point.layer for point in curve] == list(range(found["layers"] - 1))
+    assert all(len(point.distances) == record["prompts"] for point in curve)
+    assert record["machine"]["dirty"] is False
+    target = Target("a model", found["layers"], 9, lambda: found["identity"])
+    assert TokenSelective().fitted(target).layer == found["layer"]
+    other = Target("a model", found["layers"], 9, lambda: "another")
+    assert TokenSelective().fitted(other).layer is None
+
+
+def test_the_embedded_model_has_a_table():
+    assert [path.stem for path in SHIPPED] == ["smollm2"]
