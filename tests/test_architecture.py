@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "src" / "kvtrim"
 ARROWS = {
     "errors": [],
     "version": [],
+    "files": [],
     "types": [],
     "spans": ["types", "errors"],
     "ops": ["spans"],
@@ -21,7 +22,7 @@ ARROWS = {
     "policies": ["projections", "energy", "markov"],
     "energy": ["types"],
     "markov": ["types"],
-    "budgets": ["types", "errors"],
+    "budgets": ["types", "errors", "files"],
     "propagation": ["policies", "budgets", "selection"],
     "method": ["propagation", "schedules"],
     "presets": [],
@@ -36,7 +37,8 @@ ARROWS = {
     "prompts": ["documents"],
     "answers": ["hf", "prompts"],
     "bench": ["answers"],
-    "cli": ["bench", "catalog"],
+    "analysis": ["errors", "files"],
+    "cli": ["bench", "catalog", "analysis"],
     "__init__": ["answers"],
     "__main__": ["cli"],
 }
@@ -46,6 +48,7 @@ ONLY_IN = {
     "typer": {"cli"},
     "rich": {"cli"},
     "gguf": {"hf"},
+    "matplotlib": {"analysis"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

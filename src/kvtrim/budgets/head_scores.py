@@ -9,15 +9,14 @@ A shipped table has a record beside it (NAME.record.json) that says what it was 
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kvtrim import files
 from kvtrim.errors import UsageError
 from kvtrim.types import Float, Tensor
 
@@ -74,21 +73,11 @@ def write(path: Path, table: dict[str, list[float]], record: dict[str, Any]) -> 
     text = json.dumps(table) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()
     try:
-        _replace(record_path(path), json.dumps(record | {"sha256": digest}, indent=1) + "\n")
-        _replace(path, text)
+        beside = json.dumps(record | {"sha256": digest}, indent=1) + "\n"
+        files.replace(record_path(path), beside.encode())
+        files.replace(path, text.encode())
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
 
 
 def _located(table: str) -> Path:

@@ -1,11 +1,12 @@
 """`calibrate`: what a method needs to have measured once per model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvtrim.cli import options, output
+from kvtrim.errors import UsageError
 
 if TYPE_CHECKING:
     from kvtrim.bench.heads import Measured
@@ -37,6 +38,25 @@ Haystack = Annotated[
     str | None, typer.Option(help="A text file to hide needles in. Default: generated filler.")
 ]
 Seed = Annotated[int, typer.Option(help="Other needles, filler and places.")]
+Curve = Annotated[Path, typer.Option("--out", "-o", help="The table; a PNG goes beside it.")]
+Tokens = Annotated[
+    str, typer.Option(help="How many tokens go on: a share of the prompt (0.2) or a number.")
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="A relative distance that is small enough. Default: the middle layer's."
+    ),
+]
+Measuring = Annotated[int, typer.Option(min=1, help="Prompts to measure with.")]
+Length = Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")]
+Texts = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts-file",
+        help="Your own prompts, one a line (\\n is a line break). Default: generated ones.",
+    ),
+]
 
 
 @group.callback()
@@ -115,3 +135,71 @@ def _print(out: Path, measured: "Measured", prompts: int) -> None:
     columns = [("layer-head", "left"), ("mean score", "right"), ("of all scores", "right")]
     output.table("strongest heads", columns, rows)
     output.out.print(f"use it: --method headkv --set table={out}", markup=False, highlight=False)
+
+
+@group.command("tsp")
+def tsp(
+    out: Curve = Path("tsp.json"),
+    tokens: Tokens = "0.2",
+    tolerance: Tolerance = None,
+    prompts: Measuring = 8,
+    length: Length = 2000,
+    prompts_file: Texts = None,
+    seed: Seed = 0,
+    chat: options.Chat = None,
+    model: options.Model = "smollm2",
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Find the layer after which fastkv may leave most tokens behind; a table and a plot."""
+    options.require_writable(out)
+    picture = out.with_suffix(".png")
+    if picture == out:
+        raise UsageError(f"{out} is the table, and its plot gets that name; write to a .json file")
+    texts = None if prompts_file is None else _lines(options.read_text(prompts_file))
+    from kvtrim.analysis import tsp_plot
+    from kvtrim.bench import tsp as bench
+
+    amount = bench.amount_of(tokens)
+    plan = bench.Plan(amount, prompts, length, seed, tolerance, chat)
+    loaded, tokenizer = options.load(model, device, dtype, threads)
+    ids = bench.prompts(loaded, tokenizer, plan, texts)
+    with output.progress() as report:
+        curve = bench.measure(loaded, ids, amount, report)
+    found = bench.table(loaded, tokenizer, model, plan, ids, curve, texts)
+    bench.write(out, found)
+    drawn: Path | None = picture
+    try:
+        tsp_plot.draw(found, picture)
+    except UsageError as error:
+        drawn = None
+        output.err.print(f"{out} is written; no plot: {error}", markup=False, highlight=False)
+    if json:
+        files = {"file": str(out), "plot": None if drawn is None else str(drawn)}
+        output.print_json(files | found)
+    else:
+        _print_curve(out, drawn, found)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.replace("\\n", "\n") for line in text.splitlines() if line.strip()]
+
+
+def _print_curve(out: Path, picture: Path | None, found: dict[str, Any]) -> None:
+    columns = ("mass", "later", "overlap", "distance", "kl")
+    rows = [
+        [
+            f"{point['layer']}{' *' if point['layer'] == found['layer'] else ''}",
+            *(f"{point[name]:.3g}" for name in columns),
+        ]
+        for point in found["curve"]
+    ]
+    headings = [("layer", "left"), *((name, "right") for name in columns)]
+    prompts = found["record"]["prompts"]
+    output.table(f"propagation after each layer, {prompts} prompts", headings, rows)
+    use = f"use it: --method fastkv --set layer={found['layer']}"
+    where = f"{out}" if picture is None else f"{out}, {picture}"
+    for line in (f"* {found['rule']} ({found['limit']:.3g})", where, use):
+        output.out.print(line, markup=False, highlight=False, soft_wrap=True)

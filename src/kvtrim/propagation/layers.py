@@ -37,6 +37,9 @@ def fitted(layer: int | None, target: Target, published: Published, last: int) -
     Raises:
         UsageError: the model has no such layer.
     """
+    if layer is None and published is TSP:
+        found = measured().get(target.identity() if measured() else None)
+        layer = None if found is None else found["layer"]
     if layer is not None:
         if not 0 <= layer <= last:
             raise UsageError(
@@ -44,10 +47,6 @@ def fitted(layer: int | None, target: Target, published: Published, last: int) -
                 f"at one of 0 to {last}"
             )
         return layer
-    if published is TSP:
-        found = measured().get(target.identity() if measured() else None)
-        if found is not None:
-            return found["layer"]
     for (name, layers), number in published.items():
         if name in target.name.lower() and layers == target.layers:
             return number

@@ -1,0 +1,1 @@
+"""Reads what measurements wrote, and draws it. Knows nothing of models."""
