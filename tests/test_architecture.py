@@ -36,7 +36,9 @@ ARROWS = {
     "prompts": ["documents"],
     "answers": ["hf", "prompts"],
     "bench": ["answers"],
-    "cli": ["bench", "catalog"],
+    "report": ["errors"],
+    "analysis": ["errors"],
+    "cli": ["bench", "catalog", "report", "analysis"],
     "__init__": ["answers"],
     "__main__": ["cli"],
 }
@@ -46,6 +48,8 @@ ONLY_IN = {
     "typer": {"cli"},
     "rich": {"cli"},
     "gguf": {"hf"},
+    "matplotlib": {"analysis"},
+    "kvpress": {"bench"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 
