@@ -111,12 +111,12 @@ def test_another_run_is_refused_and_another_day_is_not(tmp_path):
     later = {**record, "machine": {**record["machine"], "date": "Tuesday", "commit": "b"}}
     assert journal.opened(folder, later)[1] == record
     other = {"machine": {"threads": 2}, "plan": {"repeats": 5}}
-    with pytest.raises(UsageError, match=r"machine.threads: 1 there, 2 here") as refused:
+    with pytest.raises(UsageError, match="threads: 1 there, 2 here") as refused:
         journal.opened(folder, other)
     assert "plan.repeats: 3 there, 5 here" in str(refused.value) and "--out" in str(refused.value)
     (folder / journal.RECORD).unlink()
     (folder / journal.LINES).touch()
-    with pytest.raises(UsageError, match="without run.json"):
+    with pytest.raises(UsageError, match=r"without run\.json"):
         journal.opened(folder, record)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from kvtrim.version import VERSION
 
-_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton")
+_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton", "kvpress")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

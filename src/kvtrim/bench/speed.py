@@ -8,6 +8,7 @@ medians and ratios are made from it by `kvtrim.report.speed`.
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -98,16 +99,29 @@ def measure(
     that fails) is written down with its reason, is not tried again, and the run goes on.
     """
     left = [turn for turn in turns(plan, chosen) if not _settled(journal, turn)]
-    if left:
-        progress("warming up")
-        for candidate in chosen:
-            _attempt(_warm_up, model, plan, Turn(1, 1, min(_WARM_UP, *plan.lengths), candidate))
-    for turn in left:
-        progress(turn.said(plan.repeats))
-        if not _settled(journal, turn):
-            how = _timed if turn.round != MEMORY else _memory
-            found = _attempt(how, model, plan, turn)
-            journal.add(turn.row | {"round": turn.round} | found)
+    if not left:
+        return
+    progress("warming up")
+    for candidate in chosen:
+        _attempt(_warm_up, model, plan, Turn(1, 1, min(_WARM_UP, *plan.lengths), candidate))
+    with _quick_collections():
+        for turn in left:
+            progress(turn.said(plan.repeats))
+            if not _settled(journal, turn):
+                how = _timed if turn.round != MEMORY else _memory
+                found = _attempt(how, model, plan, turn)
+                journal.add(turn.row | {"round": turn.round} | found)
+
+
+@contextmanager
+def _quick_collections() -> Iterator[None]:
+    """Spare Python's garbage collector what was there before, which takes it half a second."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _settled(journal: Journal, turn: Turn) -> bool:
@@ -122,7 +136,6 @@ def _attempt(
     how: Callable[[Any, Plan, Turn], dict[str, Any]], model: Any, plan: Plan, turn: Turn
 ) -> dict[str, Any]:
     """What a measurement gave, or why it gave nothing."""
-    gc.collect()
     try:
         return {"outcome": "ok", **how(model, plan, turn)}
     except Exception as error:
@@ -171,6 +184,7 @@ def _memory(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
 def _timed(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
     """Seconds of one prompt and its decoding steps; bytes and entries held after the prompt."""
     ids, chunk = _prompt(model, turn), plan.prefill_chunk
+    gc.collect()
     with turn.candidate.opened(model, turn.length, chunk) as subject, torch.no_grad():
         token, first = _step(model, subject, ids, chunk)
         held, steps = subject.figures(), []

@@ -25,8 +25,9 @@ Config = Annotated[
     str | None,
     typer.Option(
         "--config",
-        help="A random-weight model of published dimensions instead of --model: llama-3.1-8b, "
-        "mistral-nemo-12b, qwen3-8b, ... (a wrong name lists them).",
+        help="A model of published dimensions with random weights instead of --model: "
+        "llama-3.1-8b, llama-3.2-1b, llama-3.2-3b, ministral-8b, mistral-nemo-12b, phi-3.5-mini, "
+        "qwen3-8b or smollm2-135m.",
     ),
 ]
 Layers = Annotated[
