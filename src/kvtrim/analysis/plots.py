@@ -74,14 +74,15 @@ def _by_length(axes: Any, rows: list[Row], value: str, spread: str | None, scale
     """A line per method and budget over the prompt length."""
     found = False
     for label, style, own in _series(rows):
-        points = sorted((row["length"], row) for row in own if row.get(value) is not None)
+        points = sorted((r for r in own if r.get(value) is not None), key=lambda r: r["length"])
         if not points:
             continue
         found = True
-        heights = [row[value] / scale for _, row in points]
-        axes.plot([length for length, _ in points], heights, label=label, **style)
+        places = [row["length"] for row in points]
+        heights = [row[value] / scale for row in points]
+        axes.plot(places, heights, label=label, **style)
         if spread is not None:
-            _bars(axes, [x for x, _ in points], heights, [r[spread] for _, r in points], style)
+            _bars(axes, places, heights, [row[spread] for row in points], style)
     _lengths(axes, sorted({row["length"] for row in rows}))
     return found
 
@@ -115,11 +116,11 @@ def _logarithmic(axes: Any) -> None:
 def _per_token(axes: Any, rows: list[Row]) -> bool:
     """A point per row: what is held decides, not what was read."""
     for label, style, own in _series(rows):
-        points = sorted((row["entries"], row["ms_per_token"], row) for row in own)
-        heights = [height for _, height, _ in points]
-        places = [place for place, _, _ in points]
+        points = sorted(own, key=lambda r: r["entries"])
+        heights = [row["ms_per_token"] for row in points]
+        places = [row["entries"] for row in points]
         axes.plot(places, heights, label=label, **style | {"linewidth": 0.6})
-        _bars(axes, places, heights, [r["ms_per_token_range"] for *_, r in points], style)
+        _bars(axes, places, heights, [row["ms_per_token_range"] for row in points], style)
     axes.set_xlabel("entries held per KV head after the prompt, mean")
     axes.set_ylabel("time per new token [ms]")
     axes.set_xscale("log", base=2)
@@ -141,7 +142,8 @@ def _series(rows: list[Row]) -> list[tuple[str, dict[str, Any], list[Row]]]:
             own = [row for row in rows if (row["method"], row["keep"]) == (method, keep)]
             colour = "black" if method == "transformers" else f"C{methods.index(method) % 10}"
             marker = _MARKERS[keeps.index(keep) % len(_MARKERS)]
-            style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.2}
+            style = {"color": colour, "marker": marker, "markersize": 5}
+            style |= {"markerfacecolor": "none", "linewidth": 1.2}
             found += [(f"{method} {keep}".strip(), style, own)] if own else []
     return found
 

@@ -16,7 +16,13 @@ from kvtrim.hf.load import as_device, as_dtype
 from kvtrim.hf.quiet import quiet
 
 _FOLDER = files("kvtrim.hf") / "configs"
-CONFIGS = tuple(sorted(entry.name[:-5] for entry in _FOLDER.iterdir() if entry.suffix == ".json"))  # pyright: ignore[reportAttributeAccessIssue]
+CONFIGS = tuple(
+    sorted(
+        file.name.removesuffix(".json")
+        for file in _FOLDER.iterdir()
+        if file.name.endswith(".json")
+    )
+)
 """Names that `build` knows."""
 
 _SCALED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
