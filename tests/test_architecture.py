@@ -37,8 +37,9 @@ ARROWS = {
     "prompts": ["documents"],
     "answers": ["hf", "prompts"],
     "bench": ["answers"],
+    "report": ["errors"],
     "analysis": ["errors", "files"],
-    "cli": ["bench", "catalog", "analysis"],
+    "cli": ["bench", "catalog", "report", "analysis"],
     "__init__": ["answers"],
     "__main__": ["cli"],
 }
@@ -49,6 +50,7 @@ ONLY_IN = {
     "rich": {"cli"},
     "gguf": {"hf"},
     "matplotlib": {"analysis"},
+    "kvpress": {"bench"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -155,23 +155,6 @@ def test_a_method_of_your_own_is_explained_too(run):
     assert code == 0 and "KNorm: keys of small length" in out
 
 
-def test_speed_measures_plain_transformers_in_the_same_run(run, tmp_path):
-    code, out, _ = run(
-        "speed", "--length", "48", "--length", "80", "--method", "snapkv", "--method", "full",
-        "--keep", "40", "--repeats", "2", "--new-tokens", "3", "--out", "speed.jsonl",
-    )  # fmt: skip
-    record = json.loads(out.strip().splitlines()[-1])
-    assert code == 0
-    assert [(r["length"], r["method"]) for r in record["rows"]] == [
-        (48, "transformers"), (48, "snapkv"), (48, "full"),
-        (80, "transformers"), (80, "snapkv"), (80, "full"),
-    ]  # fmt: skip
-    assert record["machine"]["packages"]["torch"] and record["machine"]["threads"]
-    assert all(r["ttft_ratio"] == 1 for r in record["rows"] if r["method"] == "transformers")
-    assert record["rows"][4]["held_bytes"] < record["rows"][3]["held_bytes"]
-    assert json.loads((tmp_path / "speed.jsonl").read_text()) == record
-
-
 def test_check_says_that_a_supported_model_works(run, model_folder):
     code, out, _ = run("check", str(model_folder), "--json", model=False)
     assert code == 0 and json.loads(out)["works"]
@@ -217,9 +200,6 @@ def test_version_and_help(run):
         (("compress", "doc.txt", "-o", "nowhere/doc.kv"), "there is no folder nowhere"),
         (("compress", "doc.txt", "-o", "folder"), "is a folder"),
         (("compare", "doc.txt", "-q", "?", "-q", "!"), "compare asks one question"),
-        (("speed", "--length", "600"), "exceed the window, 512"),
-        (("speed", "--method", "nothing"), "unknown method"),
-        (("speed", "--out", "nowhere/x"), "there is no folder"),
         (("asks",), "Did you mean 'ask'"),
         (("methods", "snapvk"), "did you mean 'snapkv'"),
         (("methods", "--json", "--markdown"), "choose one"),

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import hashlib
 import os
 import platform
 import subprocess
@@ -18,13 +19,14 @@ import torch
 
 from kvtrim.version import VERSION
 
-_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton")
+_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton", "kvpress")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Everything about the place and the code that a reader of a figure needs."""
     return {
         "kvtrim": VERSION,
+        "code": _code(),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -41,11 +43,14 @@ class Peak:
     """Bytes above what was in use when the measurement began; None where it cannot be told."""
 
     bytes: int | None = None
+    base: int | None = None  # what was in use
 
 
 @contextmanager
-def peak_memory(device: torch.device) -> Iterator[Peak]:
+def peak_memory(device: torch.device, base: int | None = None) -> Iterator[Peak]:
     """Measure the peak inside the block: CUDA's allocator, or the process's resident memory.
+
+    It counts from what is in use when the block begins, or from `base`, an earlier peak's.
 
     On Linux the kernel's high-water mark is reset first, and the C library is told to take every
     larger block from the kernel and to give it back, so that gaps in its heap do not count. That
@@ -57,18 +62,18 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        peak.base = torch.cuda.memory_allocated(device) if base is None else base
         yield peak
         torch.cuda.synchronize(device)
-        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+        peak.bytes = torch.cuda.max_memory_allocated(device) - peak.base
         return
     with _exact_heap():
         resettable = _reset_high_water_mark()
-        start = _status("VmRSS")
+        peak.base = _status("VmRSS") if base is None else base
         yield peak
         top = _status("VmHWM")
-    if resettable and start is not None and top is not None:
-        peak.bytes = max(0, top - start)
+    if resettable and peak.base is not None and top is not None:
+        peak.bytes = max(0, top - peak.base)
 
 
 @contextmanager
@@ -103,6 +108,14 @@ def _status(name: str) -> int | None:
         return None
     found = [line.split()[1] for line in lines if line.startswith(name + ":")]
     return int(found[0]) * 1024 if found else None
+
+
+def _code() -> str:
+    """Hash of kvtrim's own source, which a commit with later edits does not tell."""
+    root, total = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        total.update(f"{path.relative_to(root)} ".encode() + path.read_bytes())
+    return total.hexdigest()[:16]
 
 
 def _version(package: str) -> str | None:

@@ -1,181 +1,218 @@
 """Seconds and bytes of prefill and decoding, each method beside plain transformers in one run.
 
-Warm-up apart, prefill and decode apart. Every round runs all candidates, there and back, so that a
-drifting machine slows them alike; medians are reported, and ratios are medians of the rounds' own.
+Round 0 of every shape (batch, prompt length, candidate) is never timed: it measures memory, which
+slows a pass down, and warms the shape up. The rounds that count run all candidates in turn, there
+and back, so that a drifting machine slows them alike. Each figure goes to a journal at once; rows,
+medians and ratios are made from it by `kvtrim.report.speed`.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
 
+from kvtrim.bench.journal import Journal, Key
 from kvtrim.bench.machine import peak_memory
-from kvtrim.budgets import Keep
-from kvtrim.errors import UsageError
-from kvtrim.hf.attach import attach
-from kvtrim.hf.cache import Cache
-from kvtrim.hf.running import plain_cache, stored_bytes, synchronize
-from kvtrim.settings import find
+from kvtrim.bench.subjects import Candidate, Subject
+from kvtrim.errors import KvtrimError, UsageError
+from kvtrim.hf.running import synchronize
 from kvtrim.types import Int, Tensor
 
-PLAIN = "transformers"
-"""Name of the reference: sdpa attention and DynamicCache, kvtrim not attached."""
+MEMORY = 0
+"""The round that measures memory."""
+
+_WARM_UP = 512  # tokens of the very first prompts, which are not counted
+_MEMORY_STEPS = 4  # new tokens while memory is measured: it grows by an entry with each
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """What is measured: a method with a budget, or plain transformers."""
+class Plan:
+    """What is measured, apart from the methods."""
 
-    method: str
-    keep: str = ""
-    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+    lengths: tuple[int, ...]  # tokens of the (random) prompts
+    batches: tuple[int, ...] = (1,)  # prompts at once
+    new_tokens: int = 32  # decoding steps after each prompt's first token
+    repeats: int = 3  # counted rounds
+    prefill_chunk: int | None = None  # tokens read in one pass at most
+
+    def require_fits(self, model: Any, trained: bool = True) -> None:
+        """Refuse prompts that the model has no positions for.
+
+        Raises:
+            UsageError: naming the window. Without training the new tokens do not count.
+        """
+        window = model.config.get_text_config(decoder=True).max_position_embeddings
+        if max(self.lengths) + self.new_tokens * trained > window:
+            new = f" + {self.new_tokens}" if trained else ""
+            raise UsageError(
+                f"prompts of {max(self.lengths)}{new} tokens exceed the window, {window}"
+            )
 
 
-@dataclass
-class Timing:
-    """One candidate at one prompt length."""
+@dataclass(frozen=True)
+class Turn:
+    """One candidate's turn in one round."""
 
-    method: str
-    keep: str
+    round: int
+    batch: int
     length: int
-    ttft_s: list[float] = field(default_factory=list)  # one per repeat
-    token_s: list[float] = field(default_factory=list)  # median over the steps of each repeat
-    peak_bytes: int | None = None  # of the prefill, above what was in use before
-    held_bytes: int = 0  # after the prompt
-    full_bytes: int = 0
-    ttft_ratio: float | None = None  # to plain transformers at the same length
-    token_ratio: float | None = None
+    candidate: Candidate
 
-    def record(self) -> dict[str, Any]:
-        """Medians with their range, ready for JSON."""
-        own = asdict(self) | {"ttft_s": median(self.ttft_s), "ttft_range_s": _range(self.ttft_s)}
-        own["ms_per_token"] = 1e3 * median(self.token_s)
-        own["ms_per_token_range"] = [1e3 * t for t in _range(self.token_s)]
-        own["tokens_per_s"] = 1 / median(self.token_s)
-        del own["token_s"]
-        return own
+    @property
+    def row(self) -> Key:
+        """What tells rows of the table apart."""
+        own = self.candidate
+        return dict(batch=self.batch, length=self.length, method=own.method, keep=own.keep)
+
+    def said(self, rounds: int) -> str:
+        """For the progress bar."""
+        name = f"{self.candidate.method} {self.candidate.keep}".strip()
+        batch = f" x {self.batch}" if self.batch > 1 else ""
+        when = f"round {self.round} of {rounds}" if self.round else "memory"
+        return f"{name}, {self.length} tokens{batch}, {when}"
 
 
-def candidates(
-    methods: Sequence[str], keeps: Sequence[str], settings: dict[str, Any] | None = None
-) -> list[Candidate]:
-    """Plain transformers, then every method with every budget; `full` needs none.
-
-    Raises:
-        UsageError: an unknown method or a budget that cannot be met, before anything is measured.
-    """
-    chosen = [Candidate(PLAIN)]
-    for name in methods:
-        method = find(name)
-        for keep in keeps if not method.full else keeps[:1]:
-            Keep.parse(keep)
-            budget = "" if method.full else keep
-            chosen.append(Candidate(name, budget, settings or {}))
-    return chosen
+def turns(plan: Plan, chosen: Sequence[Candidate]) -> Iterator[Turn]:
+    """Every turn, in order; every other round runs backwards."""
+    for number in range(plan.repeats + 1):
+        for batch in plan.batches:
+            for length in plan.lengths:
+                for candidate in reversed(chosen) if number % 2 else chosen:
+                    yield Turn(number, batch, length, candidate)
 
 
 def measure(
     model: Any,
-    lengths: Sequence[int],
+    plan: Plan,
     chosen: Sequence[Candidate],
-    new_tokens: int = 32,
-    repeats: int = 3,
+    journal: Journal,
     progress: Callable[[str], None] = lambda _: None,
-) -> list[Timing]:
-    """Measure every candidate at every prompt length.
+) -> None:
+    """Run every turn that the journal does not hold yet, and write down what it gave.
 
-    Args:
-        lengths: tokens of the (random) prompts.
-        new_tokens: decoding steps after each prompt.
-        repeats: counted rounds; one more, on a short prompt, warms up.
-        progress: told what comes next.
-
-    Raises:
-        UsageError: a prompt longer than the model's window.
+    A row that cannot be measured (too little memory, a budget out of the method's reach, a peer
+    that fails) is written down with its reason, is not tried again, and the run goes on.
     """
-    window = model.config.get_text_config(decoder=True).max_position_embeddings
-    if max(lengths) + new_tokens > window:
-        raise UsageError(
-            f"prompts of {max(lengths)} + {new_tokens} tokens exceed the window, {window}"
-        )
+    left = [turn for turn in turns(plan, chosen) if not _settled(journal, turn)]
+    if not left:
+        return
     progress("warming up")
     for candidate in chosen:
-        _run(model, candidate, _prompt(model, min(512, *lengths)), 2, Timing("", "", 0))
-    rows = {length: [Timing(c.method, c.keep, length) for c in chosen] for length in lengths}
-    for repeat in range(repeats):
-        for length, row in rows.items():
-            ids = _prompt(model, length)
-            pairs = list(zip(chosen, row, strict=True))
-            for candidate, timing in reversed(pairs) if repeat % 2 else pairs:
-                name = f"{candidate.method} {candidate.keep}".strip()
-                progress(f"{name}, {length} tokens, round {repeat + 1} of {repeats}")
-                _run(model, candidate, ids, new_tokens, timing)
-    for length, row in rows.items():
-        for candidate, timing in zip(chosen, row, strict=True):
-            progress(f"memory of {candidate.method}, {length} tokens")
-            timing.peak_bytes = _peak(model, candidate, _prompt(model, length))
-            timing.ttft_ratio = _ratio(timing.ttft_s, row[0].ttft_s)
-            timing.token_ratio = _ratio(timing.token_s, row[0].token_s)
-    return [timing for row in rows.values() for timing in row]
-
-
-def _run(
-    model: Any, candidate: Candidate, ids: Int[Tensor, "1 n"], new_tokens: int, into: Timing
-) -> None:
-    """One prompt and its decoding steps; seconds and bytes are added to `into`."""
-    with _cache(model, candidate) as cache, torch.no_grad():
-        token, seconds = _step(model, cache, ids)
-        into.ttft_s.append(seconds)
-        into.held_bytes, into.full_bytes = stored_bytes(cache)
-        steps = []
-        for _ in range(new_tokens):
-            token, seconds = _step(model, cache, token)
-            steps.append(seconds)
-        into.token_s.append(median(steps))
-
-
-def _peak(model: Any, candidate: Candidate, ids: Int[Tensor, "1 n"]) -> int | None:
-    """Peak bytes of reading the prompt; a pass of its own, since measuring slows it down."""
-    with _cache(model, candidate) as cache, torch.no_grad(), peak_memory(model.device) as peak:
-        _step(model, cache, ids)
-    return peak.bytes
+        _attempt(_warm_up, model, plan, Turn(1, 1, min(_WARM_UP, *plan.lengths), candidate))
+    with _quick_collections():
+        for turn in left:
+            progress(turn.said(plan.repeats))
+            if not _settled(journal, turn):
+                how = _timed if turn.round != MEMORY else _memory
+                found = _attempt(how, model, plan, turn)
+                journal.add(turn.row | {"round": turn.round} | found)
 
 
 @contextmanager
-def _cache(model: Any, candidate: Candidate) -> Iterator[Any]:
-    """A new cache, and the model attached if the cache is kvtrim's."""
-    if candidate.method == PLAIN:
-        yield plain_cache(model)
-        return
-    with attach(model):
-        yield Cache(model, candidate.method, candidate.keep or 1, **candidate.settings)
+def _quick_collections() -> Iterator[None]:
+    """Spare Python's garbage collector what was there before, which takes it half a second."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
-def _step(model: Any, cache: Any, ids: Tensor) -> tuple[Tensor, float]:
-    """The next token and the seconds until it is there."""
+def _settled(journal: Journal, turn: Turn) -> bool:
+    """Whether this turn was taken, or its row has failed."""
+    failed = any(
+        journal.holds(turn.row | {"outcome": why}) for why in ("oom", "refused", "failed")
+    )
+    return failed or journal.holds(turn.row | {"round": turn.round})
+
+
+def _attempt(
+    how: Callable[[Any, Plan, Turn], dict[str, Any]], model: Any, plan: Plan, turn: Turn
+) -> dict[str, Any]:
+    """What a measurement gave, or why it gave nothing."""
+    try:
+        return {"outcome": "ok", **how(model, plan, turn)}
+    except Exception as error:
+        outcome = _outcome(error, turn)
+        if outcome is None:
+            raise
+        reason = " ".join(str(error).split())
+        reason = reason if outcome == "refused" else f"{type(error).__name__}: {reason[:300]}"
+    gc.collect()  # only here, since the traceback held the tensors
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {"outcome": outcome, "reason": reason}
+
+
+def _outcome(error: Exception, turn: Turn) -> str | None:
+    """What an error means for a row; None if it is a bug."""
+    full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if full or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+        return "oom"
+    if isinstance(error, KvtrimError):
+        return "refused"
+    return "failed" if turn.candidate.peer else None
+
+
+def _warm_up(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
+    """A short prompt and two tokens."""
+    ids = _prompt(model, turn)
+    with turn.candidate.opened(model, turn.length, None) as subject, torch.no_grad():
+        token, _ = _step(model, subject, ids)
+        _step(model, subject, token)
+    return {}
+
+
+def _memory(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
+    """Peak bytes of reading the prompt and of decoding, above the loaded model."""
+    ids, chunk = _prompt(model, turn), plan.prefill_chunk
+    with turn.candidate.opened(model, turn.length, chunk) as subject, torch.no_grad():
+        with peak_memory(model.device) as reading:
+            token, _ = _step(model, subject, ids, chunk)
+        with peak_memory(model.device, reading.base) as decoding:
+            for _ in range(min(_MEMORY_STEPS, plan.new_tokens)):
+                token, _ = _step(model, subject, token)
+    return {"peak_bytes": reading.bytes, "decode_peak_bytes": decoding.bytes}
+
+
+def _timed(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
+    """Seconds of one prompt and its decoding steps; bytes and entries held after the prompt."""
+    ids, chunk = _prompt(model, turn), plan.prefill_chunk
+    gc.collect()
+    with turn.candidate.opened(model, turn.length, chunk) as subject, torch.no_grad():
+        token, first = _step(model, subject, ids, chunk)
+        held, steps = subject.figures(), []
+        for _ in range(plan.new_tokens):
+            token, seconds = _step(model, subject, token)
+            steps.append(seconds)
+    own = {"ttft_s": first, "token_s": sum(steps) / len(steps), "median_step_s": median(steps)}
+    return own | {"end_to_end_s": first + sum(steps)} | held
+
+
+def _step(
+    model: Any, subject: Subject, ids: Int[Tensor, "B n"], chunk: int | None = None
+) -> tuple[Tensor, float]:
+    """The next token of every row, and the seconds until it is there."""
     synchronize(model.device)
     start = perf_counter()
-    logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+    first, *others = ids.split(chunk or ids.shape[1], dim=1)
+    logits = subject.feed(first)
+    for part in others:
+        logits = subject.feed(part)
     token = logits[:, -1].argmax(dim=-1, keepdim=True)
     synchronize(model.device)
     return token, perf_counter() - start
 
 
-def _prompt(model: Any, length: int) -> Int[Tensor, "1 n"]:
-    """Random tokens, the same for every candidate."""
+def _prompt(model: Any, turn: Turn) -> Int[Tensor, "B n"]:
+    """Random tokens, the same for every candidate and round."""
     size = model.config.get_text_config(decoder=True).vocab_size
-    draw = torch.Generator().manual_seed(length)
-    return torch.randint(size // 10, size, (1, length), generator=draw).to(model.device)
-
-
-def _range(values: Sequence[float]) -> list[float]:
-    return [min(values), max(values)]
-
-
-def _ratio(values: Sequence[float], reference: Sequence[float]) -> float:
-    """Median of the rounds' own ratios, which a drifting machine disturbs least."""
-    return median(a / b for a, b in zip(values, reference, strict=True))
+    draw = torch.Generator().manual_seed(turn.length)
+    shape = turn.batch, turn.length
+    return torch.randint(size // 10, size, shape, generator=draw).to(model.device)

@@ -12,6 +12,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from kvtrim.report.figures import seconds, size
+
+__all__ = ["seconds", "size"]  # a name for them here too, beside `entries`
+
 _SHORT = 16  # a cell up to this width is never broken
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -24,14 +28,29 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
-def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
-    """A table; each column is (heading, "left" or "right")."""
+def table(
+    title: str,
+    columns: Sequence[tuple[str, str]],
+    rows: Sequence[Sequence[str]],
+    wide: bool = False,
+) -> None:
+    """A table; each column is (heading, "left" or "right").
+
+    A wide one breaks its headings and, in a file, is as wide as it needs to be.
+    """
     drawn = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     for number, (heading, side) in enumerate(columns):
         short = side == "right" or all(len(row[number]) <= _SHORT for row in rows)
-        drawn.add_column(heading, justify="right" if side == "right" else "left", no_wrap=short)
+        drawn.add_column(
+            heading.replace(" ", "\n", 1) if wide else heading,
+            justify="right" if side == "right" else "left",
+            no_wrap=short,
+        )
     for row in rows:
         drawn.add_row(*row)
+    if wide and not out.is_terminal:
+        needed = out.measure(drawn, options=out.options.update(width=400)).maximum
+        out.width = max(out.width, needed)
     out.print(drawn)
 
 
@@ -44,25 +63,6 @@ def facts(rows: Sequence[tuple[str, str]]) -> None:
         if said:
             grid.add_row(label, Text(said))
     out.print(grid, highlight=False)
-
-
-def size(count: int | None) -> str:
-    """Bytes as people read them: 22.7 MiB."""
-    if count is None:
-        return "-"
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def seconds(value: float | None) -> str:
-    """A duration: 8.31 s or 45.2 ms."""
-    if value is None:
-        return "-"
-    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
 
 
 def entries(kept: Sequence[Sequence[int]]) -> str:

@@ -1,23 +1,71 @@
 """`speed`: seconds and bytes beside plain transformers, measured in this run."""
 
+import json as library
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvtrim.cli import options, output
 from kvtrim.errors import UsageError
 
-Lengths = Annotated[
-    list[int] | None, typer.Option("--length", min=1, help="Prompt length; repeat for several.")
+if TYPE_CHECKING:
+    from kvtrim.bench.journal import Journal
+    from kvtrim.bench.speed import Plan
+    from kvtrim.bench.subjects import Candidate
+
+MODEL = "smollm2"
+PEERS = ("kvpress",)
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help=f"As in `ask`. Default: {MODEL}."),
 ]
-Repeats = Annotated[int, typer.Option(min=1, help="Counted rounds; a warm-up comes before.")]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        help="A model of published dimensions with random weights instead of --model: "
+        "llama-3.1-8b, llama-3.2-1b, llama-3.2-3b, ministral-8b, mistral-nemo-12b, phi-3.5-mini, "
+        "qwen3-8b or smollm2-135m.",
+    ),
+]
+Layers = Annotated[
+    int | None, typer.Option(min=1, help="With --config: decoder layers. Default: all.")
+]
+Width = Annotated[
+    str | None,
+    typer.Option(
+        help="With --config: KV heads per layer (2) or their share (0.25, 25%). Query heads, "
+        "hidden and MLP size shrink alike; head size, RoPE and vocabulary stay. Default: all."
+    ),
+]
+Lengths = Annotated[
+    list[int] | None,
+    typer.Option("--length", "--context", min=1, help="Prompt length; repeat for several."),
+]
+Batches = Annotated[
+    list[int] | None,
+    typer.Option("--batch", min=1, help="Prompts at once; repeat for several. Default: 1."),
+]
+Repeats = Annotated[
+    int, typer.Option(min=1, help="Counted rounds; warm-up and a round for memory come before.")
+]
 Steps = Annotated[
     int, typer.Option("--new-tokens", min=1, help="Decoding steps after each prompt.")
 ]
-OutFile = Annotated[
+Peers = Annotated[
+    list[str] | None,
+    typer.Option("--peer", help="Measure another library in the same run: kvpress."),
+]
+OutFolder = Annotated[
     Path | None,
-    typer.Option("--out", "-o", help="Also append the records to this file, one a line."),
+    typer.Option(
+        "--out",
+        "-o",
+        help="A folder for run.json, speed.jsonl, speed.json, speed.md and plots. A run that was "
+        "cut off goes on where it stopped when asked for again.",
+    ),
 ]
 
 
@@ -25,81 +73,175 @@ def speed(
     length: Lengths = None,
     method: options.Methods = None,
     keep: options.Keeps = None,
+    batch: Batches = None,
     set_: options.Set = None,
     new_tokens: Steps = 32,
     repeats: Repeats = 3,
-    out: OutFile = None,
-    model: options.Model = "smollm2",
+    prefill_chunk: options.Chunk = None,
+    peer: Peers = None,
+    out: OutFolder = None,
+    model: Model = None,
+    config: Config = None,
+    layers: Layers = None,
+    width: Width = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
-    """Measure prefill, decoding and memory; plain transformers is always measured beside."""
-    from kvtrim.bench import speed as bench
+    """Measure first token, time per token, end to end and memory, by length, method, keep, batch.
 
-    lengths, settings = length or [512, 2048], options.parse_settings(set_)
-    chosen = bench.candidates(method or ["full", "snapkv", "adakv"], keep or ["512"], settings)
+    Plain transformers is always measured in the same run, and ratios are to it. With --config no
+    weights are needed. FastKV's published times are put beside as ratios to its full cache.
+    """
+    from kvtrim.bench.speed import Plan
+
+    shape = tuple(length or [512, 2048]), tuple(batch or [1])
+    plan = Plan(*shape, new_tokens=new_tokens, repeats=repeats, prefill_chunk=prefill_chunk)
+    chosen = _candidates(method, keep, set_, peer or [])
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
-    loaded, _ = options.load(model, device, dtype, threads)
-    total = len(lengths) * len(chosen) * (repeats + 1) + 1
+    about = {"name": _name(model, config, layers, width), "config": config}
+    loaded = _model(model, config, layers, width, device, dtype, threads)
+    plan.require_fits(loaded, trained=config is None)
+    record = _record(loaded, about, plan, chosen)
+    journal, record = _opened(out, record)
+    _measure(loaded, plan, chosen, journal)
+    _finish(out, record, journal.lines, json)
+
+
+def _candidates(
+    methods: list[str] | None, keeps: list[str] | None, set_: list[str] | None, peers: list[str]
+) -> "list[Candidate]":
+    from kvtrim.bench import peer_kvpress
+    from kvtrim.bench.subjects import candidates
+
+    methods, keeps = methods or ["full", "snapkv", "adakv"], keeps or ["512"]
+    chosen = candidates(methods, keeps, options.parse_settings(set_))
+    for name in dict.fromkeys(peers):
+        options.require_choice("--peer", name, PEERS)
+        peer_kvpress.require()
+        chosen += peer_kvpress.candidates(methods, keeps)
+    return chosen
+
+
+def _name(model: str | None, config: str | None, layers: int | None, width: str | None) -> str:
+    """The model in words."""
+    if config is None:
+        return model or MODEL
+    cut = [f"{layers} layers"] if layers is not None else []
+    cut += [f"width {width}"] if width is not None else []
+    return f"{config} ({', '.join(['random weights', *cut])})"
+
+
+def _model(
+    model: str | None,
+    config: str | None,
+    layers: int | None,
+    width: str | None,
+    device: str | None,
+    dtype: str | None,
+    threads: int | None,
+) -> Any:
+    """The model asked for: loaded, or made with random weights."""
+    if config is None:
+        if layers is not None or width is not None:
+            raise UsageError("--layers and --width need --config: a loaded model stays as it is")
+        return options.load(model or MODEL, device, dtype, threads)[0]
+    if model is not None:
+        raise UsageError("give --model or --config, not both")
+    share = None if width is None else _width(width)
+    with output.busy(f"making {config}"):
+        import torch
+
+        from kvtrim.hf.untrained import build
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return build(config, layers=layers, width=share, device=device, dtype=dtype)
+
+
+def _width(text: str) -> int | float:
+    """A number of KV heads (2), or a share of them (0.25, 25%)."""
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise UsageError(f"--width {text}: give KV heads (2) or a share (0.25 or 25%)") from None
+
+
+def _record(model: Any, about: dict[str, Any], plan: "Plan", chosen: Any) -> dict[str, Any]:
+    """Everything that decides what the figures mean."""
+    from dataclasses import asdict
+
+    from kvtrim.bench import limits
+    from kvtrim.bench.machine import provenance
+    from kvtrim.hf import fingerprint
+
+    own = fingerprint.of_model(model) | {"identity": fingerprint.identity(model)}
+    return {
+        "model": about | {"dtype": own["dtype"]} | own,
+        "plan": asdict(plan),
+        "candidates": [asdict(candidate) for candidate in chosen],
+        "machine": provenance(model.device),
+        "limits": limits.of_model(model) | limits.of_machine(model.device, model.dtype),
+    }
+
+
+def _opened(out: Path | None, record: dict[str, Any]) -> "tuple[Journal, dict[str, Any]]":
+    from kvtrim.bench import journal
+
+    return (journal.Journal(), record) if out is None else journal.opened(out, record)
+
+
+def _measure(model: Any, plan: "Plan", chosen: "list[Candidate]", journal: "Journal") -> None:
+    from kvtrim.bench.speed import measure, turns
+
+    total, left = len(list(turns(plan, chosen))) + 1, len(journal.lines)
     with output.progress() as report:
-        done = -1
 
         def tell(what: str) -> None:
-            nonlocal done
-            done += 1
-            report(what, done, total)
+            nonlocal left
+            left += 1
+            report(what, left, total)
 
-        timings = bench.measure(loaded, lengths, chosen, new_tokens, repeats, tell)
-    from kvtrim.bench.machine import provenance
+        measure(model, plan, chosen, journal, tell)
 
-    record = {"model": model, "new_tokens": new_tokens, "repeats": repeats}
-    record |= {"machine": provenance(loaded.device), "rows": [t.record() for t in timings]}
+
+def _finish(
+    out: Path | None, record: dict[str, Any], lines: list[dict[str, Any]], json: bool
+) -> None:
+    """Tables, files, and the record as the last line."""
+    from kvtrim.report import published
+    from kvtrim.report import speed as tables
+
+    rows = tables.rows(lines, record["limits"])
     if out is not None:
-        import json as library
-
-        with out.open("a", encoding="utf-8") as file:
-            file.write(library.dumps(record) + "\n")
+        section = published.section(record["model"], rows)
+        _write(out, record, rows, tables.page(record, rows, section), tables.title(record))
     if not json:
-        _print(record)
-    output.print_json(record)
+        columns, cells = tables.table(rows, short=True)
+        output.table(tables.title(record), columns, cells, wide=True)
+        for line in tables.reasons(rows):
+            output.out.print(f"not measured: {line}", markup=False, highlight=False)
+        beside = published.cells(record["model"], rows, only_measured=True)
+        if beside:
+            name = "FastKV's published times as ratios to its full cache, ours to transformers"
+            output.table(f"{name} (arXiv 2502.01068)", published.COLUMNS, beside)
+    output.print_json(record | {"rows": rows})
 
 
-def _print(record: dict[str, Any]) -> None:
-    columns = [("tokens", "right"), ("method", "left"), ("keep", "right")]
-    names = (
-        "first token",
-        "to plain",
-        "per token",
-        "to plain",
-        "tokens/s",
-        "peak",
-        "held",
-        "of full",
-    )
-    columns += [(name, "right") for name in names]
-    rows = [
-        [
-            str(row["length"]),
-            row["method"],
-            row["keep"] or "all",
-            output.seconds(row["ttft_s"]),
-            f"x{row['ttft_ratio']:.2f}",
-            f"{row['ms_per_token']:.1f} ms",
-            f"x{row['token_ratio']:.2f}",
-            f"{row['tokens_per_s']:.1f}",
-            output.size(row["peak_bytes"]),
-            output.size(row["held_bytes"]),
-            f"{100 * row['held_bytes'] / row['full_bytes']:.1f}%",
-        ]
-        for row in record["rows"]
-    ]
-    machine = record["machine"]
-    output.table(
-        f"{record['model']} on {machine['device']}, {machine['threads']} threads, medians of "
-        f"{record['repeats']} rounds; peak is the prefill's, above the loaded model",
-        columns,
-        rows,
-    )
+def _write(
+    out: Path, record: dict[str, Any], rows: list[dict[str, Any]], page: str, title: str
+) -> None:
+    """The files that are made from the journal."""
+    from kvtrim.analysis import plots
+    from kvtrim.files import replace
+
+    replace(out / "speed.json", (library.dumps(record | {"rows": rows}, indent=1) + "\n").encode())
+    replace(out / "speed.md", page.encode())
+    try:
+        plots.speed(rows, out, title.partition(";")[0])
+    except UsageError as error:
+        output.err.print(f"kvtrim: {error}; everything else is in {out}", markup=False)

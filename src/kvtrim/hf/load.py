@@ -44,13 +44,13 @@ def load(
         ModelError: no such file, no network, or files that are no model.
     """
     where, extra = _located(os.fspath(name))
-    device = _device(device)
+    device = as_device(device)
     _require_network(where)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(where, **extra, **_hub_options(options))
             _check(config, str(name), allow_untested)
-            kind = _dtype(dtype, device)
+            kind = as_dtype(dtype, device)
             model: Any = AutoModelForCausalLM.from_pretrained(
                 where, **extra, dtype=kind, **options
             )
@@ -70,7 +70,7 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _device(asked: str | torch.device | None) -> torch.device:
+def as_device(asked: str | torch.device | None) -> torch.device:
     """The device asked for, if it is there."""
     if asked is None:
         return default_device()
@@ -118,7 +118,8 @@ def _check(config: Any, name: str, allow_untested: bool) -> None:
         )
 
 
-def _dtype(asked: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:
+def as_dtype(asked: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:
+    """The number format asked for; by default float32 on the CPU and bfloat16 elsewhere."""
     if asked is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if isinstance(asked, torch.dtype) or asked == "auto":

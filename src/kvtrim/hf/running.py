@@ -182,3 +182,13 @@ def stored_bytes(cache: TransformersCache) -> tuple[int, int]:
     layers: list[Any] = list(cache.layers)
     held = sum(x.keys.nbytes + x.values.nbytes for x in layers if x.is_initialized)
     return held, held
+
+
+def mean_entries(cache: TransformersCache) -> float:
+    """Entries per KV head on average, for kvtrim's cache and for any other."""
+    layers: list[Any] = list(cache.layers)
+    if isinstance(cache, Cache):
+        counts = [float(layer.float().mean()) for layer in cache.entries()]
+    else:
+        counts = [float(layer.keys.shape[2]) for layer in layers]
+    return sum(counts) / len(counts)

@@ -1,0 +1,1 @@
+"""From records to tables: medians, ratios, Markdown; published figures beside measured ones."""
