@@ -21,7 +21,7 @@ def small(name, layers=3, heads=6, alike=0):
     if "propagation.scorer" in known:
         settings |= {"tokens": 32}
     if "propagation.decay" in known:  # few layers cannot reach a budget: they pass on what is left
-        settings |= {"decay": 0.2, "context": 4}
+        settings |= {"decay": 0.2, "min_context": 4}
     return settings | table(name, layers, heads, alike)
 
 

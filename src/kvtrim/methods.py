@@ -182,7 +182,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             budget=Global(),
             source="arXiv 2505.23416",
             use="Many questions on one saved context, none of them known: the strongest there.",
-            cost="The model reads the context a second time: two to three prefills in all.",
+            cost="The model reads the context a second time: three to five prefills in all.",
             presets={
                 "layer": {"budget": "per-head", "floor": 0.0},
                 "uniform": {"budget": "uniform"},
@@ -270,6 +270,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         ),
         "gemfilter": Method(
             Full(),
+            budget=Unlimited(),
             propagation=Restart(),
             source="arXiv 2409.17422",
             use="One short answer from a long prompt, when its first token should come soon.",

@@ -32,7 +32,7 @@ def projected_norms(layer: LayerView) -> Float[Tensor, "B H S"]:
     heads = output(layer).shape[0]
     factor = layer.factor() if layer.factor is not None else output_factor(output(layer))
     values = layer.values.float().repeat_interleave(heads // layer.values.shape[1], dim=1)
-    return (values @ factor.transpose(-1, -2)).norm(dim=-1)
+    return ops.length_of(values @ factor.transpose(-1, -2))
 
 
 def projected_norms_l1(layer: LayerView, slots: int) -> Float[Tensor, "B K N"]:
@@ -47,7 +47,7 @@ def projected_norms_l1(layer: LayerView, slots: int) -> Float[Tensor, "B K N"]:
     for first in range(0, slots, _SLOTS_AT_ONCE):
         part = slice(first, first + _SLOTS_AT_ONCE)
         for one in weights.unbind(1):
-            total[:, :, part] += (values[:, :, part] @ one).norm(p=1, dim=-1)
+            total[:, :, part] += (values[:, :, part] @ one).abs_().sum(dim=-1)
     return total / weights.shape[1]
 
 

@@ -128,3 +128,8 @@ def test_a_long_document_is_compressed_in_chunks(llama):
     assert bounded.seen == whole.seen > 300
     assert all(bool((counts == 40).all()) for counts in bounded.entries())
     assert models.positions(bounded) != models.positions(whole)
+
+
+def test_chunks_without_the_length_of_the_prompt_are_refused(llama):
+    with pytest.raises(UsageError, match="prompt_tokens"):
+        kvtrim.Cache(llama, "snapkv", 24, chunks=True)

@@ -74,7 +74,7 @@ def test_pyramidinfer_lengths(case):
         decay=params["prefill_decay_ratio"],
         interval=params["interval"],
         sinks=params["sink"],
-        context=params["min_context"],
+        min_context=params["min_context"],
     )
     for n, counts in zip(case.tensor("n").tolist(), case.tensor("counts").tolist(), strict=True):
         assert cascade.lengths(n, params["layers"], cascade.decay) == counts
@@ -91,7 +91,7 @@ def test_pyramidinfer(case):
         decay=params["prefill_decay_ratio"],
         interval=params["interval"],
         sinks=params["sink"],
-        context=params["min_context"],
+        min_context=params["min_context"],
         weight=params["distance_weight"],
     )
     kept = kvtrim.select(method, *case.qkv(), keep=1)

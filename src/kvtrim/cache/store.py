@@ -24,9 +24,7 @@ class LayerStore:
         self.borrowed: dict[str, Tensor] | None = None
         self.width: int | None = None  # entries per head, where all heads hold the same number
         self._views: dict[str, Tensor] = {}  # then every buffer as [B, K, capacity, ...]
-        self._ends = torch.empty(
-            0, dtype=torch.int64
-        )  # else the slot after each run, on the device
+        self._ends = torch.empty(0, dtype=torch.int64)  # else the slot after each run
         self._free = 0  # slots that every head has left
         self._resize(length)
 
@@ -88,10 +86,20 @@ class LayerStore:
             return self.borrowed, None
         if self.width is not None:
             return {name: view[:, :, : self.width] for name, view in self._views.items()}, None
+        slots = self._padded()
+        return {name: buffer[slots] for name, buffer in self.buffers.items()}, self.length
+
+    def column(self, name: str) -> Float[Tensor, "B K S"]:
+        """One column of `dense`, the others left alone."""
+        if self.borrowed is not None or self.width is not None:
+            return self.dense()[0][name]
+        return self.buffers[name][self._padded()]
+
+    def _padded(self) -> Int[Tensor, "B K S"]:
+        """Every head's slots; its last one again where others have more."""
         reach = torch.arange(int(self.length.max())).expand(*self.length.shape, -1)
         slots = self.start[..., None] + reach.minimum((self.length[..., None] - 1).clamp(min=0))
-        slots = slots.clamp(max=self.keys.shape[0] - 1).to(self.keys.device)
-        return {name: buffer[slots] for name, buffer in self.buffers.items()}, self.length
+        return slots.clamp(max=self.keys.shape[0] - 1).to(self.keys.device)
 
     def keys_and_values(self) -> tuple[Float[Tensor, "B K S D"], Float[Tensor, "B K S E"]]:
         """K and V of a store of uniform lengths, without a copy."""

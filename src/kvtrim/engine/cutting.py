@@ -105,7 +105,7 @@ class Cutting:
                 continue
             parts = []
             for rows, cutter in self._cutters:
-                scores = self._part(store, rows).dense()[0][SCORE]
+                scores = self._part(store, rows).column(SCORE)
                 parts.append((rows, cutter.again(earlier, scores, store.length[rows], last)))
             self._retain(store, merge(parts, store.length))
         for layer, held in enumerate(layers if last else []):
@@ -136,7 +136,8 @@ class Cutting:
         cutters = []
         for rows in self.whole.groups():
             keep, asked = self.state.keeps[rows.start]
-            cutters.append((rows, Evictor(self.method, max(1, keep - coming), asked)))
+            tokens = (self.whole.first if self.probed else self.whole.lengths())[rows.start]
+            cutters.append((rows, Evictor(self.method, max(1, keep - coming), asked, tokens)))
         return cutters
 
     def _budget(self, length: int, entry_bytes: int) -> tuple[int, float]:

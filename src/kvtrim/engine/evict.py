@@ -12,8 +12,8 @@ from kvtrim.methods import Method
 from kvtrim.selection import SecondStage, select
 from kvtrim.types import Counts, Float, Kept, LayerView, Room, Scores, Tensor
 
-LATE = 8
-"""While layers go by, an earlier one is cut again once it holds an eighth more than it may."""
+LATE = 4
+"""While layers go by, an earlier one is cut again once it holds a quarter more than it may."""
 
 
 class Cutter(ABC):
@@ -50,6 +50,7 @@ class Evictor(Cutter):
     method: Method
     keep: int  # entries per head, protected slots included
     asked: float  # the same before rounding
+    tokens: int  # of the prompt so far; a layer may have read a part of it
     scored: Scores | None = None
     dealt: Sequence[Counts] = ()
     _ledger: Ledger | None = None
@@ -59,7 +60,8 @@ class Evictor(Cutter):
         """See `Cutter.choose`."""
         method = self.method
         self.scored = None
-        if method.budget.unlimited or view.index in method.skip_layers or view.tokens <= self.keep:
+        read = self.tokens if method.budget.model_wide else view.tokens  # all layers compete
+        if method.budget.unlimited or view.index in method.skip_layers or read <= self.keep:
             return None
         leader = view.index - view.index % method.reuse
         if self._leader[0] != leader:

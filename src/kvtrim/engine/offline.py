@@ -67,16 +67,12 @@ def select(
             "this method reads its prompt a second time and so needs a model: use "
             "kvtrim.compress, or a kvtrim.Cache with model.generate"
         )
+    for index, (q, k, v) in enumerate(zip(*stacks, strict=True)):
+        _require_fitting(index, q, k, v)
     session = Session(chosen, Keep.parse(keep), layers, spans=spans)
     session.begin(rows=1, columns=stacks[0][0].shape[1])
     _filter(session, stacks)
     for index, (q, k, v) in enumerate(zip(*stacks, strict=True)):
-        if q.shape[0] % k.shape[0] or k.shape[:2] != v.shape[:2] or q.shape[1] != k.shape[1]:
-            raise UsageError(
-                f"layer {index}: queries {list(q.shape)}, keys {list(k.shape)}, "
-                f"values {list(v.shape)} do not fit; "
-                "expected [H, n, D], [K, n, D], [K, n, E] with H a multiple of K"
-            )
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         if session.narrowing is not None:
             q, k, v = (x[:, session.narrowing.columns[0].to(x.device)] for x in (q, k, v))
@@ -91,6 +87,15 @@ def select(
         session.attend(index, call)
     session.end()
     return [_positions(session, index) for index in range(len(stacks[0]))]
+
+
+def _require_fitting(index: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.shape[0] % k.shape[0] or k.shape[:2] != v.shape[:2] or q.shape[1] != k.shape[1]:
+        raise UsageError(
+            f"layer {index}: queries {list(q.shape)}, keys {list(k.shape)}, "
+            f"values {list(v.shape)} do not fit; "
+            "expected [H, n, D], [K, n, D], [K, n, E] with H a multiple of K"
+        )
 
 
 def _filter(session: Session, stacks: Sequence[Sequence[Tensor]]) -> None:

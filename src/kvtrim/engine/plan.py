@@ -1,9 +1,11 @@
 """What is due in one pass over the model: reading, observing, choosing, evicting."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvtrim.budgets import Keep
 from kvtrim.engine.state import State
-from kvtrim.errors import UsageError
+from kvtrim.errors import BudgetError, UsageError
 from kvtrim.methods import Method
 
 
@@ -28,14 +30,23 @@ def in_prompt(state: State, prompt_tokens: int | None) -> bool:
     return state.reading.seen < (prompt_tokens or 1)
 
 
-def planned(method: Method, state: State, columns: int, prompt_tokens: int | None) -> Plan:
+def planned(
+    method: Method,
+    state: State,
+    keep: Keep,
+    columns: int,
+    lengths: Sequence[int],
+    prompt_tokens: int | None,
+) -> Plan:
     """What is due in a pass over so many columns.
 
     Args:
+        lengths: tokens of each prompt after this pass.
         prompt_tokens: columns of the prompt if it comes in several passes.
 
     Raises:
         UsageError: a part of a prompt, for a method that has to see all of it at once.
+        BudgetError: a number of tokens that the method's propagation cannot come down to.
     """
     schedule, policy, prompt = method.schedule, method.policy, in_prompt(state, prompt_tokens)
     if policy.probes:
@@ -46,6 +57,8 @@ def planned(method: Method, state: State, columns: int, prompt_tokens: int | Non
             f"{type(method.propagation).__name__} needs the whole prompt in one pass, to choose "
             "what deeper layers read; leave prefill_chunk out, or use propagation=everything"
         )
+    if propagate:
+        _require_reachable(method, keep, lengths, len(state.layers))
     given = prompt or columns > 1 or state.reading.seen < state.expected
     closes = given and schedule.region == "generated"
     coming = max(0, (prompt_tokens or 1) - state.reading.seen - columns) if prompt else 0
@@ -68,3 +81,16 @@ def planned(method: Method, state: State, columns: int, prompt_tokens: int | Non
         coming=coming,
         lookback=policy.lookback(),
     )
+
+
+def _require_reachable(method: Method, keep: Keep, lengths: Sequence[int], layers: int) -> None:
+    """A share or a size is lifted to what can be reached, a number of tokens is not."""
+    for prompt in lengths if keep.kind == "tokens" else []:
+        least = method.propagation.least(prompt, layers)
+        if keep.amount < min(prompt, least):
+            raise BudgetError(
+                f"keep={keep} is out of reach of {type(method.propagation).__name__} over "
+                f"{layers} layers: it holds at least {least:,} of {prompt:,} tokens per head on "
+                f"average. Use keep={least} or more, or evict from what it holds as well "
+                "(--set policy=snapkv --set budget=uniform --set decay=0)"
+            )

@@ -82,7 +82,9 @@ class Session:
         if taken_back is not None:
             self.state.forget_from(self.state.reading.take_back(taken_back))
         now = self.state.reading.plan(rows, columns, mask)
-        self._plan = planned(self.method, self.state, columns, self.prompt_tokens)
+        self._plan = planned(
+            self.method, self.state, self.keep, columns, now.lengths(), self.prompt_tokens
+        )
         self.state.name(self.spans, now, complete=self.in_prompt and not self._plan.coming)
         self._cutting = Cutting(
             self.method, self.keep, self.state, now, self.in_prompt, self._plan.coming
@@ -211,6 +213,8 @@ class Session:
 
         The tokens of that part close up; None if all of the prompt is read.
         """
+        if self.method.granularity == "query":
+            call = call.per_query_head()
         with writable():
             narrowing = self._cuts.propagate(index, call, stored(None, call, self._now))
         if narrowing is not None:
@@ -279,7 +283,7 @@ class Session:
         if plan.probe:
             store.forget_from(self._now.first)
         if plan.observe and self.known is not None and (plan.after or not plan.probe):
-            self.known.setdefault(index, store.dense()[0][CARRIED].clone())
+            self.known.setdefault(index, store.column(CARRIED).clone())
         if plan.after or plan.again:
             last = last_queries(held.queries, call.queries, self._now, plan.lookback)
             if plan.after:

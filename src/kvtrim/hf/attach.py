@@ -1,5 +1,6 @@
 """Attaching to a model: attention by name, hooks that find the cache; detaching undoes all."""
 
+import inspect
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf.architectures import OutputProjection, layout
 from kvtrim.hf.attention import HANDLE, NAME, register
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.narrowing import Hooked, PartOfMLP, narrowed, restarted
+from kvtrim.hf.narrowing import Hooked, PartOfMLP, left_block, narrowed, restarted
 from kvtrim.hf.probing import probe
 
 
@@ -61,18 +62,21 @@ class Attachment:
             raise CacheError(
                 "this cache was made for another model; make one with kvtrim.Cache(model, ...)"
             )
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        names = inspect.signature(type(decoder).forward).parameters
+        kwargs = {**dict(zip([*names][1:], args, strict=False)), **kwargs}
+        ids = kwargs.get("input_ids")
         embeds = ids if ids is not None else kwargs["inputs_embeds"]
         mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
             raise UsageError("a kvtrim cache needs the 2-D attention mask [batch, tokens] or none")
         cache.begin_pass(embeds.shape[0], embeds.shape[1], mask, ids)
-        return restarted(model, cache, args, kwargs)
+        return restarted(model, cache, (), kwargs)
 
     def _end(
         self, decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
         """Decoder post-hook: every layer has attended; a probe is read right after the prompt."""
+        left_block()
         cache = kwargs.get("past_key_values")
         if isinstance(cache, Cache):
             probing = cache.session.probing

@@ -66,6 +66,10 @@ class Cache(TransformersCache):
         **settings: Any,
     ):
         budget, chosen = Keep.parse(keep), find(method, **settings)
+        if chosen.schedule.chunks and prompt_tokens is None:
+            raise UsageError(
+                "chunks=true has to know where the prompt ends: pass prompt_tokens=LENGTH"
+            )
         self.managed = layout(model, allow_untested=True).managed
         if chosen.propagation.narrows:
             require_managed(model, self.managed)

@@ -6,6 +6,7 @@ says where the tokens stand (rotary embeddings, position ids) for every layer fr
 
 import threading
 from typing import Any
+from weakref import ref
 
 import torch
 from transformers import PreTrainedModel
@@ -23,21 +24,27 @@ Hooked = tuple[tuple[Any, ...], dict[str, Any]]
 class _Block(threading.local):
     """What the decoder layer that this thread is in reads from, and what its MLP was spared."""
 
-    cache: Cache | None = None
+    cache: "ref[Cache] | None" = None
     spared: tuple[Tensor, Tensor] | None = None  # columns that it reads, all that it was given
 
 
 _block = _Block()
 
 
+def left_block() -> None:
+    """This thread is in no decoder layer any more."""
+    _block.cache, _block.spared = None, None
+
+
 def narrowed(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
     """What decoder layer `number` reads instead, if a part of the prompt goes on to it."""
     cache = kwargs.get("past_key_values")
-    _block.cache, _block.spared = (cache if isinstance(cache, Cache) else None), None
-    if _block.cache is None:
+    left_block()
+    if not isinstance(cache, Cache):
         return None
-    narrowing = _block.cache.session.narrowing
-    if narrowing is None or _block.cache.session.state.closed_up or number <= narrowing.layer:
+    _block.cache = ref(cache)
+    narrowing = cache.session.narrowing
+    if narrowing is None or cache.session.state.closed_up or number <= narrowing.layer:
         return None
     if number == narrowing.layer + 1:
         args, kwargs = _hidden(args, kwargs, narrowing.step)
@@ -80,7 +87,7 @@ class PartOfMLP:
         self.hooks += [module.register_forward_hook(self._give_back) for module in modules]
 
     def _take(self, mlp: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        cache = _block.cache
+        cache = None if _block.cache is None else _block.cache()
         if cache is None or cache.session.narrowing is None or cache.session.state.closed_up:
             return None
         narrowing = cache.session.narrowing
@@ -94,7 +101,8 @@ class PartOfMLP:
             return None
         (columns, given), _block.spared = _block.spared, None
         at = columns.to(output.device)[..., None].expand(output.shape)
-        return torch.zeros_like(given).scatter(1, at, output)
+        whole = output.new_zeros(*given.shape[:2], output.shape[2])
+        return whole.scatter(1, at, output)
 
 
 class _Filtered(Exception):
@@ -126,8 +134,7 @@ def restarted(
         return None
     kwargs = dict(kwargs)
     name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
-    given = kwargs.pop(name, None)
-    given = args[0] if given is None else given
+    given = kwargs.pop(name)
     columns = found.columns
     real = torch.ones(columns.shape, dtype=torch.int64)
     if found.now.real is not None:
@@ -135,9 +142,21 @@ def restarted(
         for row, own in enumerate(found.now.real):
             real[row, own] = 1
     kwargs[name] = _gathered(given, columns)
-    kwargs["position_ids"] = (real.cumsum(dim=1) - 1).clamp(min=0).to(given.device)
+    steps = (real.cumsum(dim=1) - 1).clamp(min=0).to(given.device)
+    kwargs["position_ids"] = _start(kwargs, given) + steps
     kwargs["attention_mask"] = real.to(given.device)
-    return args[1:], kwargs
+    return (), kwargs
+
+
+def _start(kwargs: dict[str, Any], given: Tensor) -> Int[Tensor, "B 1"]:
+    """The position of each prompt's first token, as the model was told or would count itself."""
+    mask, at = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    first = torch.zeros(given.shape[0], dtype=torch.int64, device=given.device)
+    if mask is not None:
+        first = (mask != 0).long().argmax(dim=1).to(given.device)
+    if at is None:
+        return first[:, None]
+    return at.expand(given.shape[0], -1).gather(1, first[:, None])
 
 
 def _filtered(
@@ -168,9 +187,8 @@ def _closed_up(cache: Cache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> H
         return None
     given = kwargs.get("position_ids")
     if given is None:
-        fed: Any = kwargs.get("inputs_embeds")
-        if fed is None:
-            fed = kwargs.get("input_ids", args[0] if args else None)
+        embeds = kwargs.get("inputs_embeds")
+        fed: Any = kwargs["input_ids"] if embeds is None else embeds
         given = torch.arange(fed.shape[1], device=fed.device)[None] + cache.seen
     up = torch.tensor(by, device=given.device)[:, None]
     return args, {**kwargs, "position_ids": given - up}

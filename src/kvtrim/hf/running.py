@@ -57,18 +57,21 @@ def watched(model: Any, tokens: int, progress: Progress | None) -> Iterator[None
     if progress is None:
         yield
         return
-    decoder, base, columns, shown = model.get_decoder(), 0, 0, 0
+    decoder, base, columns, before, shown = model.get_decoder(), 0, 0, 0, 0
 
     def begun(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal columns
+        nonlocal columns, before
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is not None and kwargs.get("past_key_values") is not None and ids.shape[1] > 1:
-            columns = ids.shape[1]
+            columns, before = ids.shape[1], kwargs["past_key_values"].get_seq_length()
 
     def ended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        nonlocal base, columns
-        if kwargs.get("past_key_values") is not None:
-            base, columns = base + columns, 0
+        nonlocal base, columns, shown
+        if kwargs.get("past_key_values") is not None and columns:
+            base, columns = base + kwargs["past_key_values"].get_seq_length() - before, 0
+            if base > shown:  # a part stood for all of these
+                shown = min(tokens, base)
+                progress("reading", shown, tokens)
 
     def passed(number: int, module: Any, args: tuple[Any, ...], output: Any) -> None:
         nonlocal shown

@@ -75,7 +75,8 @@ def load_cache(
     _require_same(path, record, model, tokenizer)
     kind, amount = record["keep"]
     settings = {name: _tuples(value) for name, value in record["settings"].items()}
-    cache = Cache(model, record["method"], Keep(kind, amount), **settings)
+    prompt = record["session"].get("prompt_tokens")
+    cache = Cache(model, record["method"], Keep(kind, amount), prompt_tokens=prompt, **settings)
     devices = [next(layout(model, True).attention[i].parameters()).device for i in cache.managed]
     persist.restore(cache.session, tensors, record["session"], devices)
     ids = tensors.get("token_ids")

@@ -48,6 +48,7 @@ def up_to(
     """Attend to all slots up to one per query, `last` ascending; some queries at a time."""
     batch, heads, count, width = queries.shape
     kv_heads, groups = keys.shape[1], heads // keys.shape[1]
+    own = last.to(queries.device)
     out = queries.new_empty(batch, heads, count, values.shape[-1])
     for first in range(0, count, _ROWS_AT_ONCE):
         rows = slice(first, min(first + _ROWS_AT_ONCE, count))
@@ -56,7 +57,8 @@ def up_to(
         packed = queries[:, :, rows].reshape(batch, kv_heads, -1, width)
         mask = None
         if rows.stop - first > 1:
-            mask = (torch.arange(seen) <= last[rows, None]).repeat(groups, 1).to(queries.device)
+            slots = torch.arange(seen, device=own.device)
+            mask = (slots <= own[rows, None]).repeat(groups, 1)
         mixed = _mixed(packed, keys[:, :, :seen], values[:, :, :seen], mask, scale, softcap)
         out[:, :, rows] = mixed.view(batch, heads, -1, values.shape[-1])
     return out

@@ -39,12 +39,12 @@ class Cake(WindowPolicy):
         weights = ops.window_attention(layer, self.window, last=rows)
         votes = weights.mean(dim=-2)
         if not layer.decoding:
-            votes = votes + self.gamma * weights.var(dim=-2)
+            votes = votes + self.gamma * ops.variance_of(weights)
         return ops.reduce_group(ops.pool(votes, self.kernel, "avg"), layer.keys.shape[1], "mean")
 
     def preference(self, layer: LayerView, scores: Scores) -> Float[Tensor, " B"]:
         """Entropy^(1 / tau1) x variance^(1 / tau2) of the window's attention to the candidates."""
         weights = ops.window_attention(layer, self.window)
         entropy = -(weights * torch.log(weights + 1e-10)).sum(dim=(1, 2, 3))
-        variance = weights.var(dim=-2).sum(dim=(1, 2))
+        variance = ops.variance_of(weights).sum(dim=(1, 2))
         return entropy.double() ** (1 / self.tau1) * variance.double() ** (1 / self.tau2)

@@ -29,5 +29,5 @@ class Lava(WindowPolicy):
         weights = ops.window_attention(layer, self.window)
         votes = ops.pool(weights.mean(dim=-2), self.kernel, self.pool)
         values = ops.cleared(layer, layer.values, self.window)[:, :, :candidates]
-        size = values.float().norm(p=1, dim=-1)
+        size = values.float().abs().sum(dim=-1)
         return ops.reduce_group(votes, kv_heads, "max") * size.amax(dim=-1, keepdim=True)

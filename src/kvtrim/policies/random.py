@@ -31,6 +31,6 @@ class Random(Policy):
         """One draw per KV head and position: positions [B, K, S] to scores [B, K, S]."""
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + layer.index)
         heads = layer.keys.shape[1]
-        drawn = torch.rand(layer.tokens, heads, generator=draw).T.to(layer.keys.device)
-        positions = layer.positions.long().clamp(max=layer.tokens - 1)  # garbage behind a head
-        return drawn.expand(len(positions), -1, -1).gather(2, positions)
+        count = max(layer.tokens, int(layer.positions.max()) + 1)  # a layer may have read a part
+        drawn = torch.rand(count, heads, generator=draw).T.to(layer.keys.device)
+        return drawn.expand(len(layer.positions), -1, -1).gather(2, layer.positions.long())

@@ -48,9 +48,6 @@ class Propagation(ABC):
 
         Returns:
             None if all of them go on.
-
-        Raises:
-            BudgetError: the budget is out of reach.
         """
 
 

@@ -3,7 +3,7 @@
 Layer l of L passes on the share rho of its context, the tokens before the recent ones:
 
     rho_l = (1 - decay) * (cos(pi * l / L) + 1) / 2 + decay
-    c_{l+1} = int(c_l * rho_l), unless that is `context` or less
+    c_{l+1} = int(c_l * rho_l), unless that is `min_context` or less
 
 The recent tokens, a fixed share of the prompt, and its last one always go on; they are asked for
 what they attend to in the context, later ones with more weight. Layers keep all that they read, so
@@ -15,20 +15,22 @@ Ours:  attention of the recent rows is computed in blocks, never n x n.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import cos, pi
 
 import torch
 
 from kvtrim import ops
 from kvtrim.budgets.base import everyone
-from kvtrim.errors import BudgetError, UsageError
+from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
 from kvtrim.propagation.base import Propagation
 from kvtrim.selection import select
 from kvtrim.types import Int, LayerView, Tensor
 
-STEPS = 30
-"""Halvings in the search for the decay that a budget allows."""
+STEPS = 1000
+"""Decays that are tried. Lengths do not always shrink with the decay: a layer that would pass on
+`min_context` tokens or fewer passes on all it has."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,24 @@ class Cascade(Propagation):
     decay: float | None = None  # what the deepest layer would pass on; none: what `keep` allows
     interval: int = 1  # tokens are chosen at every so many layers
     sinks: int = 4  # first tokens, which always go on
-    context: int = 64  # a layer passes on more context tokens than this, or all it has
+    min_context: int = 64  # a layer passes on more context tokens than this, or all it has
     weight: float = 1.2  # of the last token's attention, relative to the oldest recent one's
 
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise UsageError(f"interval={self.interval}: choose at every layer (1) or more seldom")
+        if min(self.sinks, self.min_context) < 0 or self.weight <= 0:
+            raise UsageError(
+                f"sinks={self.sinks}, min_context={self.min_context}, weight={self.weight}: "
+                "numbers of tokens are not negative, a weight is above 0"
+            )
         if not 0 <= self.recent < 1 or not (self.decay is None or 0 <= self.decay <= 1):
             raise UsageError(f"recent={self.recent}, decay={self.decay}: both lie between 0 and 1")
 
     def least(self, tokens: int, layers: int) -> int:
-        lengths = self.lengths(tokens, layers, self.decay or 0.0)
-        return -(-sum(lengths) // layers)
+        if self.decay is not None:
+            return 1
+        return -(-sum(self.lengths(tokens, layers, self.found(tokens, layers, 1))) // layers)
 
     def chooses(self, layer: int, layers: int) -> bool:
         return layer > 0 and layer % self.interval == 0 and layer < layers - 1
@@ -71,25 +79,9 @@ class Cascade(Propagation):
     def found(self, prompt: int, layers: int, keep: int) -> float:
         """The decay given, or the largest with which layers read at most `keep` tokens on average.
 
-        Raises:
-            BudgetError: not even the smallest decay does.
+        Where none does, the one with which they read least.
         """
-        if self.decay is not None:
-            return self.decay
-        least = self.least(prompt, layers)
-        if keep < least:
-            raise BudgetError(
-                f"keep={keep} is out of reach of a cascade over {layers} layers: it holds at "
-                f"least {least} of {prompt:,} tokens per head on average. Use keep={least} or "
-                "more, or evict from what it holds as well "
-                "(--set policy=snapkv --set budget=uniform --set decay=0)"
-            )
-        low, high = 0.0, 1.0
-        for _ in range(STEPS):
-            middle = (low + high) / 2
-            fits = sum(self.lengths(prompt, layers, middle)) <= keep * layers
-            low, high = (middle, high) if fits else (low, middle)
-        return low
+        return self.decay if self.decay is not None else _largest(self, prompt, layers, keep)
 
     def lengths(self, prompt: int, layers: int, decay: float) -> list[int]:
         """Tokens that each layer reads of a prompt."""
@@ -110,4 +102,14 @@ class Cascade(Propagation):
         return int(prompt * self.recent)
 
     def _floor(self, prompt: int) -> int:
-        return min(self.context, prompt - 1 - self._recent(prompt))
+        return min(self.min_context, prompt - 1 - self._recent(prompt))
+
+
+@lru_cache(maxsize=256)
+def _largest(cascade: Cascade, prompt: int, layers: int, keep: int) -> float:
+    totals = {}
+    for step in range(STEPS, -1, -1):
+        totals[step / STEPS] = total = sum(cascade.lengths(prompt, layers, step / STEPS))
+        if total <= keep * layers:
+            return step / STEPS
+    return min(totals, key=totals.__getitem__)

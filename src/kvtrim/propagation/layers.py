@@ -41,6 +41,8 @@ def fitted(layer: int | None, target: Target, published: Published, last: int) -
         found = measured().get(target.identity() if measured() else None)
         layer = None if found is None else found["layer"]
     if layer is not None:
+        if last < 0:
+            raise UsageError(f"{target.name} has one layer: there is none above it to spare")
         if not 0 <= layer <= last:
             raise UsageError(
                 f"layer={layer}: {target.name} has {target.layers} layers, so the choice is made "

@@ -45,11 +45,11 @@ class TokenSelective(Propagation):
 
     def choose(self, view: LayerView, policy: Policy, prompt: int) -> Int[Tensor, "B T"] | None:
         scorer, slots = self.scorer or policy, view.keys.shape[2]
-        recent, sinks = scorer.recent(view.keep), scorer.sinks
+        recent, sinks = max(1, scorer.recent(view.keep)), scorer.sinks  # the last token goes on
         count = max(1, at.amount(self.tokens, slots) - recent - sinks)
         if recent + sinks + count >= slots:
             return None
-        queries = view.queries[:, :, view.queries.shape[2] - scorer.lookback() :]
+        queries = view.queries[:, :, max(0, view.queries.shape[2] - scorer.lookback()) :]
         scores = scorer.score(replace(view, queries=queries)).sum(dim=1, keepdim=True)
         return select(scores, everyone(count, scores), slots, sinks=sinks, recent=recent).slots[
             :, 0
