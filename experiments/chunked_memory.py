@@ -33,11 +33,11 @@ METHODS = {
 }
 SIZES = {
     "vocab_size": 1000,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 131072,
 }
 
@@ -60,7 +60,7 @@ def measure(method: str, length: int, chunk: int, keep: int) -> dict:
 def main() -> None:
     """Run and write the two files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 32768, 65536])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--keep", type=int, default=1024)
     parser.add_argument("--out", type=Path, default=Path("experiments/chunked_memory"))

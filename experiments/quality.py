@@ -115,8 +115,9 @@ def table(rows: list[dict[str, Any]], protocol: str) -> str:
         f"## {protocol}\n",
         f"{len(prompts)} prompts of {mean(r['tokens'] for r in own):.0f} tokens; mean ± standard "
         "error; held as a share of the full cache, measured.\n",
-        "| method | keep | held | loss, nats/token | KL, nats | words, needles | words, rows |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| method | keep | held | loss, nats/token | KL, nats | words, needles | words, rows | "
+        "prompts |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for method in dict.fromkeys(row["method"] for row in own):
         for keep in sorted({row["keep"] for row in own}, reverse=True):
@@ -129,7 +130,7 @@ def table(rows: list[dict[str, Any]], protocol: str) -> str:
                 lines.append(
                     f"| {method} | {label} | {100 * held:.1f}% | {spread(cell, 'loss')} | "
                     f"{spread(cell, 'kl')} | {spread(planted, 'words')} | "
-                    f"{spread(others, 'words')} |"
+                    f"{spread(others, 'words')} | {len(cell)} |"
                 )
     return "\n".join(lines) + "\n"
 
