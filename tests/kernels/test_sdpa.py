@@ -42,6 +42,18 @@ def test_ragged_attention_equals_the_reference(data):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("lengths", [[7, 7, 30, 9], [5, 6, 7, 8]])
+def test_half_formats_on_a_cpu_round_nothing_but_the_result(lengths, softcap):
+    keys, values, *runs = flat_runs(2, 2, lengths, width=8)
+    queries = torch.randn(2, 4, 1, 8).bfloat16()
+    keys, values = keys.bfloat16(), values.bfloat16()
+    got = sdpa.ragged(queries, keys, values, *runs, 0.3, softcap)
+    wide = (each.float() for each in (queries, keys, values))
+    want = sdpa.ragged(*wide, *runs, 0.3, softcap).bfloat16()
+    torch.testing.assert_close(got, want, rtol=2**-8, atol=1e-6)  # a last bit where sums differ
+
+
 def reference_of(queries, keys, values, softcap):
     rows, kv_heads, slots = keys.shape[:3]
     length = torch.full((rows, kv_heads), slots)

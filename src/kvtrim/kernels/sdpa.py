@@ -184,7 +184,26 @@ def _one_step(
     scale: float,
     softcap: float | None,
 ) -> Float[Tensor, "*N G E"]:
-    """One new token's queries: two small products beat a fused call here."""
+    """One new token's queries: two small products beat a fused call here.
+
+    On a CPU they are taken in float32: products of few rows in half formats are several times
+    slower there than turning them round.
+    """
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    if queries.device.type == "cpu":
+        mixed = _product(queries.to(wide), keys.to(wide), values.to(wide), scale, softcap)
+        return mixed.to(values.dtype)
+    return _product(queries, keys, values, scale, softcap)
+
+
+def _product(
+    queries: Float[Tensor, "*N G D"],
+    keys: Float[Tensor, "*N S D"],
+    values: Float[Tensor, "*N S E"],
+    scale: float,
+    softcap: float | None,
+) -> Float[Tensor, "*N G E"]:
+    """Their attention to all slots, weights in float32 at least."""
     wide = torch.promote_types(queries.dtype, torch.float32)
     logits = torch.matmul(queries, keys.transpose(-1, -2)).to(wide) * scale
     if softcap is not None:
