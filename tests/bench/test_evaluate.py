@@ -19,7 +19,6 @@ from bench import questions
 from kvtrim.bench import derived, evaluate, grid
 from kvtrim.bench.samples import Encoder
 from kvtrim.errors import UsageError
-from kvtrim.hf.joining import join, joinable, positions
 from kvtrim.prompts import Frame, encode_ends, encode_text
 from kvtrim.tasks import TASKS
 from small import small
@@ -43,6 +42,9 @@ class Rows:
 def subject():
     model = models.tiny("llama", dtype=torch.float32)
     return evaluate.Subject("tiny", model, models.tokenizer())
+
+
+OF_ANSWERS = ("answer", "new_tokens", "stopped")
 
 
 def asked(*tasks, methods=METHODS, keeps=("48",), settings=SMALL, **changed):
@@ -323,6 +325,20 @@ def test_without_memory_to_record_every_method_reads_for_itself(subject, tmp_pat
     assert same(tmp_path / "once") == same(tmp_path / "each")
 
 
+def test_answers_can_be_bounded_and_nothing_else_changes(subject, tmp_path):
+    whole = run(subject, asked(methods=["snapkv"]), tmp_path / "whole")
+    found = run(subject, asked(methods=["snapkv"], new_tokens=2), tmp_path / "short")
+    longer = run(subject, asked(methods=["snapkv"], new_tokens=99), tmp_path / "longer")
+    assert longer == whole and max(line["new_tokens"] for line in whole) > 2
+    for short, line in zip(found, whole, strict=True):
+        assert short["new_tokens"] <= 2 and line["answer"].startswith(short["answer"])
+        assert {**short, **{name: line[name] for name in OF_ANSWERS}} == line
+    with pytest.raises(UsageError, match="new_tokens"):
+        run(subject, asked(methods=["snapkv"]), tmp_path / "short")
+    derived.derive(tmp_path / "short", asked().tasks)
+    assert "Answers of at most 2 tokens" in (tmp_path / "short" / "eval.md").read_text()
+
+
 def test_an_answer_ends_before_a_stop_string(subject, tmp_path):
     plain = run(subject, asked(methods=["snapkv"], limit=1), tmp_path / "plain")
     text = plain[0]["answer"]
@@ -513,43 +529,6 @@ def test_scores_are_derived_and_grouped(subject, tmp_path):
         assert (tmp_path / "run" / name).read_bytes() == before
     with pytest.raises(UsageError, match="no task 'words'"):
         derived.derive(tmp_path / "run", [questions.LONG])
-
-
-@pytest.mark.parametrize("granularity", ["kv", "query"])
-def test_joined_caches_go_on_as_each_alone(granularity):
-    model = models.tiny("llama")
-    names = ("snapkv", "adakv", "gemfilter", "fastkv")
-    caches, alone = [], []
-    for number, name in enumerate(names):
-        settings = small(name) | {"granularity": granularity}
-        cache = kvtrim.Cache(model, name, 24, **settings)
-        with torch.no_grad(), kvtrim.attach(model):
-            model(models.prompt(48 + 5 * number, number), past_key_values=cache)
-        assert joinable(cache)
-        caches.append(cache)
-        alone.append(followed(model, cache.copy()))
-    both = join(caches)
-    assert torch.allclose(followed(model, both), torch.cat(alone), atol=1e-9)
-
-
-def followed(model, cache):
-    found = []
-    with torch.no_grad(), kvtrim.attach(model):
-        for token in (9, 17, 30):
-            at = positions(cache, 1)
-            ids = torch.full(at.shape, token)
-            out = model(input_ids=ids, position_ids=at, past_key_values=cache)
-            found.append(out.logits[:, -1])
-    return torch.stack(found, dim=1)
-
-
-def test_caches_that_go_on_evicting_are_not_joined(llama):
-    cache = kvtrim.Cache(llama, "h2o", 24, **small("h2o"))
-    with torch.no_grad(), kvtrim.attach(llama):
-        llama(models.prompt(48), past_key_values=cache)
-    assert not joinable(cache)
-    with pytest.raises(kvtrim.errors.CacheError, match="continue each of them alone"):
-        join([cache, cache])
 
 
 def test_sliding_layers_are_measured_one_by_one(tmp_path):

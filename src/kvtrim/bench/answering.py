@@ -22,8 +22,7 @@ from kvtrim.bench.outcomes import Failure, attempted
 from kvtrim.bench.prefilling import Prefill, Ready
 from kvtrim.bench.samples import Input
 from kvtrim.bench.subjects import Candidate
-from kvtrim.engine.joining import heads
-from kvtrim.hf.joining import joinable
+from kvtrim.hf.joining import kind
 from kvtrim.hf.running import synchronize
 from kvtrim.tasks.base import Task
 
@@ -127,8 +126,8 @@ class Answering:
         """Those that can go on together, at most `batch` of them; the others one by one."""
         found: dict[Any, list[tuple[Row, Ready]]] = {}
         for number, (row, one) in enumerate(ready):
-            alone = self._grid.batch == 1 or not joinable(one.cache)
-            found.setdefault(number if alone else heads(one.cache.session), []).append((row, one))
+            same = None if self._grid.batch == 1 else kind(one.cache)
+            found.setdefault(number if same is None else same, []).append((row, one))
         size = self._grid.batch
         return [
             some[at : at + size] for some in found.values() for at in range(0, len(some), size)
@@ -178,17 +177,13 @@ class Answering:
 
     def _fits_with(self, some: list[Group], group: Group) -> bool:
         rows = sum(len(one.rows) for one in some) + len(group.rows)
-        sessions = [one.branch.cache.session for one in (some[0], group)]
-        return (
-            rows <= self._grid.batch
-            and all(joinable(one.branch.cache) for one in (some[0], group))
-            and heads(sessions[0]) == heads(sessions[1])
-        )
+        same = kind(group.branch.cache)
+        return rows <= self._grid.batch and same is not None and same == kind(some[0].branch.cache)
 
     def _answer(self, task: Task, group: Group) -> None:
         """Let every row answer for itself."""
         start = self._now()
-        most, stop = task.max_new_tokens, [text for text in task.stop if text]
+        most, stop = self._grid.answer_tokens(task), [text for text in task.stop if text]
         found = each(
             group.branch,
             lambda part: answers(

@@ -33,6 +33,7 @@ class Job:
     seed: int
     batch: int
     fitting: bool
+    new_tokens: int | None
     data: str | None
     device: str | None
     dtype: str | None
@@ -55,6 +56,7 @@ class Job:
             self.seed,
             self.batch,
             self.fitting,
+            self.new_tokens,
         )
 
 
@@ -73,6 +75,7 @@ class Sweep:
     seed: int = 0
     batch: int = DEFAULT_BATCH
     fitting: bool = False  # leave out samples that would have to be cut
+    new_tokens: int | None = None  # bound of answers, where a task allows more
     data: str | None = None  # seen from the TOML file
     device: str | None = None
     dtype: str | None = None
@@ -104,6 +107,7 @@ class Sweep:
             "seed",
             "batch",
             "fitting",
+            "new_tokens",
             "data",
             "device",
         )
@@ -227,7 +231,7 @@ _COUNT = (_is_whole(0), "a whole number of at least 0")
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # what is right, and how to say it
     **dict.fromkeys(("tasks", "methods", "protocols", "models"), (_is_text, "texts in quotes")),
     **dict.fromkeys(("data", "device", "dtype"), _TEXT),
-    **dict.fromkeys(("limit", "batch", "threads", "gpus", "chunk"), _POSITIVE),
+    **dict.fromkeys(("limit", "new_tokens", "batch", "threads", "gpus", "chunk"), _POSITIVE),
     **dict.fromkeys(("seed", "retries"), _COUNT),
     "lengths": (_is_whole(1), "whole numbers of at least 1, without quotes"),
     "keeps": (_is_budget, "budgets such as 256 or '10%'"),

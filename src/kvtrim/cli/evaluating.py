@@ -44,6 +44,14 @@ Fitting = Annotated[
     bool,
     typer.Option("--fitting", help="Leave out samples of which something would have to be cut."),
 ]
+NewTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="At most so many tokens of an answer, where its task allows more: faster, and longer "
+        "answers score less than they might. Default: what the task says.",
+    ),
+]
 Protocol = Annotated[
     str | None,
     typer.Option(
@@ -104,6 +112,7 @@ def evaluate(
     limit: Limit = None,
     length: Length = None,
     fitting: Fitting = False,
+    new_tokens: NewTokens = None,
     data: Data = None,
     out: OutFolder = None,
     seed: Seed = 0,
@@ -123,7 +132,7 @@ def evaluate(
     """
     options.require_choice("--prefill", prefill, PREFILLS)
     grid = _grid(task, method, keep, set_, protocol, limit, length, seed, batch)
-    grid = replace(grid, fitting=fitting)
+    grid = replace(grid, fitting=fitting, new_tokens=new_tokens)
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
     rows = _rows(data)

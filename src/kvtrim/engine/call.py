@@ -38,6 +38,12 @@ class Call:
         """What one entry of one head takes, its position included."""
         return self.kv_bytes + torch.int32.itemsize
 
+    def row(self, number: int) -> "Call":
+        """One prompt's part of it."""
+        part = slice(number, number + 1)
+        queries, keys, values = self.queries[part], self.keys[part], self.values[part]
+        return replace(self, queries=queries, keys=keys, values=values)
+
     def per_query_head(self) -> "Call":
         """The same call with K and V repeated, so that every query head has its own entries."""
         times = self.queries.shape[1] // self.keys.shape[1]

@@ -16,16 +16,20 @@ from kvtrim.engine.state import State
 _OWN = ("keys", "values", "positions")
 
 
-def joinable(session: Session) -> bool:
-    """Whether what follows the prompt is only appended, at the positions where it is read."""
-    method, state = session.method, session.state
+def complete(session: Session) -> bool:
+    """Whether prompts without padding were read, all of one length, and are held by layers."""
+    state = session.state
     return (
-        method.schedule.every is None
-        and method.positions == "original"
-        and state.reading.real is None
+        state.reading.real is None
         and len(set(state.reading.lengths)) == 1
         and all(held.store is not None for held in state.layers)
     )
+
+
+def joinable(session: Session) -> bool:
+    """Whether what follows the prompt is only appended, at the positions where it is read."""
+    method = session.method
+    return complete(session) and method.schedule.every is None and method.positions == "original"
 
 
 def heads(session: Session) -> tuple[int, ...]:

@@ -154,11 +154,11 @@ def _compared(view: View, one: Printed, row: Row) -> list[list[str]]:
 
 
 def _ours(view: View, task: str, one: Printed) -> str | None:
-    """Our task that asks the same as a source's, of samples that nothing was cut from."""
+    """Our task that asks the same as a source's; nothing was cut from samples or answers."""
     shots, ruled = one.shots or 0, view.named(families.ruler)
     if task in ruled:
-        same = view.section.length == str(one.length) and ruled[task] not in view.cut
-        return ruled[task] if same else None
+        same = view.section.length == str(one.length)
+        return ruled[task] if same and ruled[task] not in view.cut | view.shortened else None
     if task in ("gsm8k", "manyshot_gsm8k"):
         own = view.shots.get(shots)
     else:
@@ -168,7 +168,7 @@ def _ours(view: View, task: str, one: Printed) -> str | None:
                 if name.startswith(begin) and _shots(name) == shots:
                     known.setdefault(theirs, name)
         own = known.get(task)
-    return None if own in view.cut or own in view.fitted else own
+    return None if own in view.cut | view.fitted | view.shortened else own
 
 
 def _shots(task: str) -> int:

@@ -42,6 +42,17 @@ class View:
         return {task for record in records if record.get("fitting") for task in record["tasks"]}
 
     @cached_property
+    def shortened(self) -> set[str]:
+        """The tasks whose answers had to be shorter than they may be by themselves."""
+        bounds = [(run.record["tasks"], run.record.get("new_tokens")) for run in self.section.runs]
+        return {
+            name
+            for tasks, bound in bounds
+            for name, task in tasks.items()
+            if bound is not None and bound < task.get("max_new_tokens", bound)
+        }
+
+    @cached_property
     def rows(self) -> list[Row]:
         """The full cache, then every budget with its methods, the smallest first."""
         met = dict.fromkeys((line.method, line.keep) for line in self.section.lines)

@@ -1,0 +1,145 @@
+"""Caches that go on evicting, each by a rule of its own, fed in common passes."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvtrim.engine.call import Call
+from kvtrim.errors import CacheError
+from kvtrim.hf.cache import Cache, Mark
+from kvtrim.types import Float, Int, Tensor
+
+
+class Abreast(Cache):
+    """One prompt after the other as the rows of one cache, each held and evicted as before.
+
+    The model's passes are shared; attention and eviction are those of every row's own cache, which
+    is a copy of the one that was given. No padding: every row reads all columns.
+    """
+
+    def __init__(self, model: Any, caches: Sequence[Cache]):
+        super().__init__(model, "full", 1, granularity=caches[0].method.granularity)
+        self.rows = [row for cache in caches for row in _rows(cache)]
+        self.rotations = next((row.rotations for row in self.rows if row.rotations), [])
+        self.session.steps = self  # `attend` below is asked in the place of the session's
+        self._noted()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held by all rows."""
+        return sum(row.held_bytes for row in self.rows)
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes that transformers' full cache would hold for all rows."""
+        return sum(row.full_bytes for row in self.rows)
+
+    def entries(self) -> list[Int[Tensor, "B K"]]:
+        """Entries every head holds now, for each layer."""
+        each = [row.entries() for row in self.rows]
+        return [torch.cat(layer) for layer in zip(*each, strict=True)]
+
+    def save(self, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
+        """Refused: CacheError."""
+        raise CacheError("caches that are fed together are saved one by one: save each of them")
+
+    def expect(self, tokens: int) -> None:
+        """Take so many tokens of every row as handed over, not generated."""
+        for row in self.rows:
+            row.expect(tokens)
+
+    # A pass over the model
+
+    def begin_pass(self, rows: int, columns: int, mask: Tensor | None, ids: Tensor | None) -> None:
+        """New tokens are coming.
+
+        Raises:
+            CacheError: not one row of tokens for each cache, or some of them padding.
+        """
+        if rows != len(self.rows) or not (mask is None or bool(mask.all())):
+            raise CacheError(
+                f"{rows} rows came to {len(self.rows)} caches that are fed together, or some were "
+                "padded; give one row without padding for each"
+            )
+        for number, row in enumerate(self.rows):
+            row.begin_pass(1, columns, None, None if ids is None else ids[number : number + 1])
+
+    def attend(self, index: int, call: Call) -> Float[Tensor, "B H Q E"]:
+        """Every row's attention over what it holds; then it evicts what is due."""
+        return torch.cat(
+            [row.session.attend(index, call.row(number)) for number, row in enumerate(self.rows)]
+        )
+
+    def end_pass(self) -> None:
+        """Every layer has attended."""
+        for row in self.rows:
+            row.end_pass()
+        self._noted()
+
+    # Going back, and other prompts
+
+    def mark(self) -> "Marks":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Remember the state of all rows, and which there are."""
+        return Marks(self.rows, [row.mark() for row in self.rows])
+
+    def rewind(self, mark: "Marks") -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return to a marked state, also after an interrupted pass."""
+        self.rows = mark.rows
+        for row, own in zip(self.rows, mark.own, strict=True):
+            row.rewind(own)
+        self._noted()
+
+    def crop(self, tokens_to_remove: int | Int[Tensor, ""]) -> None:
+        """Take back the newest tokens of every row; raises as `Cache.crop`."""
+        for row in self.rows:
+            row.crop(tokens_to_remove)
+        self._noted()
+
+    def reset(self) -> None:
+        """Forget everything that was read."""
+        for row in self.rows:
+            row.reset()
+        self._noted()
+
+    def copy(self) -> "Abreast":
+        """Independent copies of all rows."""
+        return Abreast(self.model, self.rows)
+
+    def _select(self, rows: Tensor) -> None:
+        chosen = rows.tolist()
+        again = [number in chosen[:place] for place, number in enumerate(chosen)]
+        self.rows = [
+            self.rows[number].copy() if twice else self.rows[number]
+            for number, twice in zip(chosen, again, strict=True)
+        ]
+        self._noted()
+
+    def _noted(self) -> None:
+        """What transformers and the hooks ask of a cache, from those of the rows."""
+        state, own = self.session.state, [row.session.state for row in self.rows]
+        state.reading.seen = max((one.reading.seen for one in own), default=0)
+        state.reading.lengths = [length for one in own for length in one.reading.lengths]
+        if any(one.closed_up for one in own):
+            state.closed_up = [by for one in own for by in one.closed_up or [0]]
+
+
+@dataclass(frozen=True)
+class Marks:
+    """States of all rows to come back to."""
+
+    rows: list[Cache]
+    own: list[Mark]
+
+
+def _rows(cache: Cache) -> list[Cache]:
+    """A copy of a cache for each of its prompts."""
+    if isinstance(cache, Abreast):
+        return [row.copy() for row in cache.rows]
+    alone = [cache.copy() for _ in cache.session.state.reading.lengths]
+    for number, one in enumerate(alone):
+        if len(alone) > 1:
+            one.batch_select_indices(torch.tensor([number]))
+    return alone
