@@ -53,20 +53,29 @@ generation_kwargs: {do_sample: false, until: ['Q:', '</s>', '<|im_end|>']}
 """
 
 
-def ours(subject: Subject, task: str, limit: int, data: Path, out: Path) -> list[dict[str, Any]]:
-    """Scores of `kvtrim eval` for the full cache, sample by sample."""
+def ours(
+    subject: Subject, task: str, limit: int, data: Path, out: Path
+) -> tuple[float, dict[str, str]]:
+    """Mean score of `kvtrim eval` for the full cache, and the answer to every prompt."""
     tasks = tuple(named([task]))
     evaluate(
         subject, Grid(tasks, (Candidate("full"),), "question-aware", limit), reader(data), out
     )
     derive(out, tasks)
-    return [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    scores, lines = (read(out / name) for name in ("scores.jsonl", "samples.jsonl"))
+    mean = sum(line["score"] for line in scores) / len(scores)
+    return mean, {line["sample"]: line["answer"] for line in lines}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def theirs(
     subject: Subject, task: str, limit: int, data: Path, config: str, folder: Path
-) -> dict[str, Any]:
-    """The harness's results on the same prompts."""
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The harness's scores on the same prompts, and its answers."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -77,7 +86,8 @@ def theirs(
     for sample in list(chosen.samples(request))[:limit]:
         target = sample.extra.get("final", sample.answers[0].strip())
         prompt = sample.document.text + sample.question
-        lines.append(json.dumps({"prompt": prompt, "target": str(target)}))
+        line = {"sample": sample.id, "prompt": prompt, "target": str(target)}
+        lines.append(json.dumps(line))
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     head = {"task": "same", "dataset_path": "json", "test_split": "test"}
     head |= {"dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}}
@@ -88,7 +98,9 @@ def theirs(
     model._max_gen_toks = chosen.max_new_tokens
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     found = simple_evaluate(model=model, tasks=["same"], task_manager=manager, bootstrap_iters=0)
-    return {k: v for k, v in found["results"]["same"].items() if k.startswith("exact_match,")}
+    scores = found["results"]["same"].items()
+    answers = {one["doc"]["sample"]: one["resps"][0][0] for one in found["samples"]["same"]}
+    return {name: value for name, value in scores if name.startswith("exact_match,")}, answers
 
 
 def main() -> None:
@@ -104,20 +116,25 @@ def main() -> None:
     wanted = (("mmlu-5", given.mmlu, LETTER), ("gsm8k-8", given.gsm8k, NUMBER))
     for task, limit, config in wanted:
         with tempfile.TemporaryDirectory() as folder:
-            scores = ours(subject, task, limit, given.data, Path(folder) / "run")
-            harness = theirs(subject, task, limit, given.data, config, Path(folder))
-        mean = sum(line["score"] for line in scores) / len(scores)
-        found.append({"task": task, "rows": len(scores), "kvtrim": mean, "lm-eval": harness})
+            mean, answers = ours(subject, task, limit, given.data, Path(folder) / "run")
+            harness, others = theirs(subject, task, limit, given.data, config, Path(folder))
+        same = sum(others[sample].strip() == text.strip() for sample, text in answers.items())
+        own = {"task": task, "rows": len(answers), "same_answers": same}
+        found.append({**own, "kvtrim": mean, "lm-eval": harness})
         print(found[-1], flush=True)
     record = {"machine": provenance(model.device), "model": "smollm2", "results": found}
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "agreement.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = ["| task | rows | kvtrim eval | lm-evaluation-harness 0.4.13 |", "|---|---:|---:|---|"]
+    lines = [
+        "| task | rows | kvtrim eval | lm-evaluation-harness 0.4.13 | answers that are the same |",
+        "|---|---:|---:|---|---:|",
+    ]
     for one in found:
         each = ", ".join(
             f"{name.partition(',')[2]} {100 * score:.1f}" for name, score in one["lm-eval"].items()
         )
-        lines.append(f"| {one['task']} | {one['rows']} | {100 * one['kvtrim']:.1f} | {each} |")
+        line = f"| {one['task']} | {one['rows']} | {100 * one['kvtrim']:.1f} | {each} | "
+        lines.append(f"{line}{one['same_answers']} |")
     (given.out / "agreement.md").write_text("\n".join(lines) + "\n")
 
 

@@ -98,7 +98,7 @@ def test_a_divergence_of_exactly_0_is_named_where_the_axis_has_no_place_for_it(f
 
     edited(folder / "samples.jsonl", value)
     (kl,) = (p for p in pictures.all_pictures(view_of(folder)) if p["name"].endswith("/kl"))
-    assert "exactly 0 and below the axis: h2o 512" in kl["title"]
+    assert "exactly 0 and below the axis at 512: h2o" in kl["title"]
     assert {one["method"]: len(one["points"]) for one in kl["series"]} == {"snapkv": 2, "h2o": 1}
 
 

@@ -78,7 +78,8 @@ def _accuracy(view: View) -> Picture:
         return view.mean(own, row) if len(own) == len(whole) else None
 
     whole = view.scored(view.tasks, FULL) or view.tasks
-    title = f"Mean score of {len(whole)} tasks against the memory held; 95 % intervals"
+    of = whole[0] if len(whole) == 1 else f"{len(whole)} tasks"
+    title = f"Mean score of {of} against the memory held; 95 % intervals"
     start = _start(view, "lines", "accuracy", title)
     axes = {"x": "held after the prompt, measured [MiB]", "y": "mean score [0 to 100]"}
     return start | axes | {"log_x": True, "series": _series(view, x, y, 100)}
@@ -105,11 +106,11 @@ def _fidelity(view: View) -> list[Picture]:
     """KL and loss against the share held."""
     x, rows = _share(view, view.tasks), [row for row in view.rows if row != FULL]
     kls = {row: view.mean(view.tasks, row, "kl") for row in rows}
-    none = [" ".join(row) for row, kl in kls.items() if kl is not None and kl.value <= 0]
-    kl = _series(view, x, kls.get, rows=[row for row in rows if " ".join(row) not in none])
+    none = [row for row, kl in kls.items() if kl is not None and kl.value <= 0]
+    kl = _series(view, x, kls.get, rows=[row for row in rows if row not in none])
     loss = _series(view, x, lambda row: view.rise(view.tasks, row), rows=rows)
     tokens = "nats per token of the right answer; 95 % intervals"
-    zero = f"; exactly 0 and below the axis: {', '.join(none)}" if none else ""
+    zero = f"; exactly 0 and below the axis {_listed(none)}" if none else ""
     first = _start(view, "lines", "kl", f"KL divergence from the full cache, {tokens}{zero}")
     second = _start(view, "lines", "loss", f"Loss above the full cache's, {tokens}")
     axes = {"x": HELD, "log_x": True}
@@ -117,6 +118,13 @@ def _fidelity(view: View) -> list[Picture]:
         first | axes | {"y": "KL to the full cache [nats]", "log_y": True, "series": kl},
         second | axes | {"y": "loss above full [nats]", "level": 0.0, "series": loss},
     ]
+
+
+def _listed(rows: Sequence[Row]) -> str:
+    """Methods by budget."""
+    keeps = dict.fromkeys(keep for _, keep in rows)
+    methods = {keep: [method for method, own in rows if own == keep] for keep in keeps}
+    return "; ".join(f"at {keep}: {', '.join(names)}" for keep, names in methods.items())
 
 
 def _grids(view: View) -> list[Picture]:
