@@ -125,11 +125,19 @@ def test_work_that_is_cut_up_in_another_way_is_gone_on_with(asked, serial, tmp_p
 
 
 def test_what_kvtrim_refuses_ends_the_sweep_with_its_reason(asked, tmp_path):
+    asked.write_text("lengths = [9000]\n" + asked.read_text())
+    with pytest.raises(KvtrimError, match="--length 9000"):
+        Driver(load(asked), tmp_path / "out", Inside()).run()
+
+
+def test_data_that_are_missing_are_named_before_a_worker_starts(asked, tmp_path):
     asked.write_text(asked.read_text().replace('PREFIXED"', 'PREFIXED", "gsm8k"'))
     (tmp_path / "empty").mkdir()
     asked.write_text('data = "empty"\n' + asked.read_text())
-    with pytest.raises(KvtrimError, match="gsm8k"):
-        Driver(load(asked), tmp_path / "out", Inside()).run()
+    pool = Inside()
+    with pytest.raises(UsageError, match="gsm8k"):
+        Driver(load(asked), tmp_path / "out", pool).run()
+    assert pool.started == 0
 
 
 def test_another_sweep_in_the_folder_is_refused(asked, tmp_path):

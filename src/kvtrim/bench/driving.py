@@ -14,10 +14,12 @@ import torch
 
 from kvtrim.bench import derived, journal
 from kvtrim.bench.book import INPUTS, SAMPLES, TIMES
+from kvtrim.bench.evaluate import read
 from kvtrim.bench.machine import provenance
 from kvtrim.bench.sweep import Job, Piece, Sweep, pieces
 from kvtrim.errors import KvtrimError
 from kvtrim.files import replacing
+from kvtrim.tasks.rows import reader
 
 SWEEP = "sweep.json"
 PARTS = "parts"
@@ -62,7 +64,7 @@ class Driver:
             The folder of every job.
 
         Raises:
-            UsageError: the folder holds another sweep.
+            UsageError: the folder holds another sweep, or data are not there.
             KvtrimError: a piece was refused, or its workers died again and again.
         """
         record = {"kind": "sweep", **self.sweep.record()}
@@ -75,6 +77,8 @@ class Driver:
         self._queue = [Piece(job, str(at)) for job, at in folders.items() if not _merged(at)]
         self._busy: dict[Any, Piece] = {}
         if self._queue:
+            first = self._queue[0].job  # all read the same
+            read(first.grid(), reader(first.data))
             try:
                 self._work()
             finally:
