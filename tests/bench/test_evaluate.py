@@ -327,13 +327,13 @@ def test_without_memory_to_record_every_method_reads_for_itself(subject, tmp_pat
 
 def test_answers_can_be_bounded_and_nothing_else_changes(subject, tmp_path):
     whole = run(subject, asked(methods=["snapkv"]), tmp_path / "whole")
-    found = run(subject, asked(methods=["snapkv"], new_tokens=2), tmp_path / "short")
-    longer = run(subject, asked(methods=["snapkv"], new_tokens=99), tmp_path / "longer")
+    found = run(subject, asked(methods=["snapkv"], max_new_tokens=2), tmp_path / "short")
+    longer = run(subject, asked(methods=["snapkv"], max_new_tokens=99), tmp_path / "longer")
     assert longer == whole and max(line["new_tokens"] for line in whole) > 2
     for short, line in zip(found, whole, strict=True):
         assert short["new_tokens"] <= 2 and line["answer"].startswith(short["answer"])
         assert {**short, **{name: line[name] for name in OF_ANSWERS}} == line
-    with pytest.raises(UsageError, match="new_tokens"):
+    with pytest.raises(UsageError, match="max_new_tokens"):
         run(subject, asked(methods=["snapkv"]), tmp_path / "short")
     derived.derive(tmp_path / "short", asked().tasks)
     assert "Answers of at most 2 tokens" in (tmp_path / "short" / "eval.md").read_text()

@@ -318,7 +318,7 @@ def test_prompts_that_were_cut_are_not_compared_with_published_figures(tmp_path)
         record = json.loads((place / "run.json").read_text())
         for name, most in zip(tasks, (8, 9, 8), strict=True):
             record["tasks"][name]["max_new_tokens"] = most
-        (place / "run.json").write_text(json.dumps(record | {"new_tokens": 8}))
+        (place / "run.json").write_text(json.dumps(record | {"max_new_tokens": 8}))
 
     assert compared(tmp_path / "short", tasks, shorten) == {tasks[0], tasks[2]}
     assert compared(tmp_path / "whole", tasks) == {*tasks}

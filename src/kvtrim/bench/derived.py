@@ -183,8 +183,8 @@ def page(record: Line, rows: Sequence[Line]) -> str:
         "95 %: bootstrap interval of the mean. Loss: nats per token of the right answer. KL: from "
         "the full cache, nats. Held: bytes measured after the prompt.\n\n"
     )
-    if record.get("new_tokens"):
-        about = f"Answers of at most {record['new_tokens']} tokens. {about}"
+    if record.get("max_new_tokens"):
+        about = f"Answers of at most {record['max_new_tokens']} tokens. {about}"
     empty = "".join(f"\n{line}\n" for line in record["without_samples"])
     return f"# Evaluation\n\n{about}{markdown(COLUMNS, cells(rows))}{empty}"
 

@@ -28,7 +28,7 @@ class Grid:
     seed: int = 0
     batch: int = 1  # answers that are generated together
     fitting: bool = False  # samples that would have to be cut are left out
-    new_tokens: int | None = None  # answers are at most so long, where their task allows more
+    max_new_tokens: int | None = None  # answers are at most so long, where their task allows more
 
     @property
     def aware(self) -> bool:
@@ -42,7 +42,7 @@ class Grid:
 
     def answer_tokens(self, task: Task) -> int:
         """How long an answer may be."""
-        return min(task.max_new_tokens, self.new_tokens or task.max_new_tokens)
+        return min(task.max_new_tokens, self.max_new_tokens or task.max_new_tokens)
 
     def units(self, encoder: Encoder, samples: Sequence[Sample]) -> list[tuple[Sample, ...]]:
         """The samples of a task in the groups and the order in which they are measured."""
@@ -81,7 +81,7 @@ class Grid:
             "seed": self.seed,
             "batch": self.batch,
             "fitting": self.fitting,
-            "new_tokens": self.new_tokens,
+            "max_new_tokens": self.max_new_tokens,
             "decoding": "greedy",
         }
 

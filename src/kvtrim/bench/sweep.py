@@ -33,7 +33,7 @@ class Job:
     seed: int
     batch: int
     fitting: bool
-    new_tokens: int | None
+    max_new_tokens: int | None
     data: str | None
     device: str | None
     dtype: str | None
@@ -56,7 +56,7 @@ class Job:
             self.seed,
             self.batch,
             self.fitting,
-            self.new_tokens,
+            self.max_new_tokens,
         )
 
 
@@ -75,7 +75,7 @@ class Sweep:
     seed: int = 0
     batch: int = DEFAULT_BATCH
     fitting: bool = False  # leave out samples that would have to be cut
-    new_tokens: int | None = None  # bound of answers, where a task allows more
+    max_new_tokens: int | None = None  # bound of answers, where a task allows more
     data: str | None = None  # seen from the TOML file
     device: str | None = None
     dtype: str | None = None
@@ -107,7 +107,7 @@ class Sweep:
             "seed",
             "batch",
             "fitting",
-            "new_tokens",
+            "max_new_tokens",
             "data",
             "device",
         )
@@ -231,7 +231,7 @@ _COUNT = (_is_whole(0), "a whole number of at least 0")
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # what is right, and how to say it
     **dict.fromkeys(("tasks", "methods", "protocols", "models"), (_is_text, "texts in quotes")),
     **dict.fromkeys(("data", "device", "dtype"), _TEXT),
-    **dict.fromkeys(("limit", "new_tokens", "batch", "threads", "gpus", "chunk"), _POSITIVE),
+    **dict.fromkeys(("limit", "max_new_tokens", "batch", "threads", "gpus", "chunk"), _POSITIVE),
     **dict.fromkeys(("seed", "retries"), _COUNT),
     "lengths": (_is_whole(1), "whole numbers of at least 1, without quotes"),
     "keeps": (_is_budget, "budgets such as 256 or '10%'"),

@@ -112,7 +112,7 @@ def evaluate(
     limit: Limit = None,
     length: Length = None,
     fitting: Fitting = False,
-    new_tokens: NewTokens = None,
+    max_new_tokens: NewTokens = None,
     data: Data = None,
     out: OutFolder = None,
     seed: Seed = 0,
@@ -132,7 +132,7 @@ def evaluate(
     """
     options.require_choice("--prefill", prefill, PREFILLS)
     grid = _grid(task, method, keep, set_, protocol, limit, length, seed, batch)
-    grid = replace(grid, fitting=fitting, new_tokens=new_tokens)
+    grid = replace(grid, fitting=fitting, max_new_tokens=max_new_tokens)
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
     rows = _rows(data)

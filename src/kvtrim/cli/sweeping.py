@@ -17,7 +17,7 @@ File = Annotated[
     Path,
     typer.Argument(
         help="A TOML file: lists models, tasks, methods, keeps, protocols, lengths; and limit, "
-        "seed, batch, data, device, dtype, threads, gpus, chunk, retries, [set]. "
+        "max_new_tokens, fitting, seed, batch, data, device, dtype, threads, gpus, chunk, retries, [set]. "
         "See docs/evaluation.md."
     ),
 ]

@@ -257,6 +257,6 @@ def _place(record: object) -> str:
     parts += [f"{name} {packages[name]}" for name in ("torch", "transformers") if name in packages]
     parts += [str(machine.get("device", "?")), str(model.get("dtype", "?"))]
     parts += [f"seed {record.get('seed')}", f"limit {record.get('limit')}"]
-    if record.get("new_tokens"):
-        parts += [f"answers of at most {record['new_tokens']} tokens"]
+    if record.get("max_new_tokens"):
+        parts += [f"answers of at most {record['max_new_tokens']} tokens"]
     return f"Measured with {', '.join(parts)}."

@@ -44,7 +44,9 @@ class View:
     @cached_property
     def shortened(self) -> set[str]:
         """The tasks whose answers had to be shorter than they may be by themselves."""
-        bounds = [(run.record["tasks"], run.record.get("new_tokens")) for run in self.section.runs]
+        bounds = [
+            (run.record["tasks"], run.record.get("max_new_tokens")) for run in self.section.runs
+        ]
         return {
             name
             for tasks, bound in bounds
