@@ -17,8 +17,8 @@ File = Annotated[
     Path,
     typer.Argument(
         help="A TOML file: lists models, tasks, methods, keeps, protocols, lengths; and limit, "
-        "max_new_tokens, fitting, seed, batch, data, device, dtype, threads, gpus, chunk, retries, [set]. "
-        "See docs/evaluation.md."
+        "max_new_tokens, fitting, seed, batch, data, device, dtype, threads, gpus, chunk, "
+        "retries, [set]. See docs/evaluation.md."
     ),
 ]
 OutFolder = Annotated[
