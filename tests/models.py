@@ -66,11 +66,14 @@ def tiny(architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
 
 
 @cache
-def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
-    """Bytes as tokens 4 to 259, and <pad>, <s>, </s>."""
+def tokenizer(chat: bool = True, lines: bool = False) -> PreTrainedTokenizerFast:
+    """Bytes as tokens 4 to 259, and <pad>, <s>, </s>; with `lines` two line breaks as one more."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = ["<pad>", "<s>", "</s>", "<unk>", *alphabet]
-    raw = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>"))
+    merges = [("\u010a", "\u010a")] if lines else []
+    names += ["".join(pair) for pair in merges]
+    known = {name: i for i, name in enumerate(names)}
+    raw = Tokenizer(models.BPE(known, merges, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(

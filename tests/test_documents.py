@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import kvtrim
 import models
+from kvtrim.documents import Document
 from kvtrim.errors import UsageError
 from kvtrim.prompts import Frame, encode, encode_context, encode_ends
 
@@ -154,3 +155,13 @@ def test_a_tokenizer_that_does_not_say_where_tokens_begin():
     )
     with pytest.raises(UsageError, match="does not say where its tokens begin"):
         encode(Slow(), AROUND, kvtrim.Document("One. Two.", {"shots": [(0, 4)]}), "Why?")
+
+
+def test_blanks_at_the_end_can_be_taken_off():
+    text = "Q: a\n\nQ: b\n\n"
+    document = Document(text, {"shots": [(0, 6), [(6, 10), (10, 12)]], "end": [(11, 12)]})
+    body, blanks = document.stripped()
+    assert (body.text, blanks) == ("Q: a\n\nQ: b", "\n\n")
+    assert body.spans == {"shots": (((0, 6),), ((6, 10),)), "end": ()}
+    assert Document("a", {"all": [(0, 1)]}).stripped()[1] == ""
+    assert Document(" \n").stripped() == (Document(""), " \n")

@@ -58,6 +58,18 @@ class Document:
         ends = [found.end() for found in re.finditer(re.escape(separator), text)]
         return cls(text, {name: _between(text, ends, separator)})
 
+    def stripped(self) -> "tuple[Document, str]":
+        """The document without the blanks at its end, and these."""
+        end = len(self.text.rstrip())
+        ranges = {
+            name: [
+                [(first, min(last, end)) for first, last in unit if first < end] for unit in units
+            ]
+            for name, units in checked(self.spans).items()
+        }
+        kept = {name: [unit for unit in units if unit] for name, units in ranges.items()}
+        return Document(self.text[:end], kept), self.text[end:]
+
     def parts(self) -> Spans:
         """The named parts with the blanks behind each unit, and every sentence as another part."""
         found = {

@@ -18,9 +18,10 @@ import models
 from bench import questions
 from kvtrim.bench import derived, evaluate, grid
 from kvtrim.bench.samples import Encoder
+from kvtrim.documents import Document
 from kvtrim.errors import UsageError
 from kvtrim.prompts import Frame, encode_ends, encode_text
-from kvtrim.tasks import TASKS
+from kvtrim.tasks import TASKS, Sample
 from small import small
 
 AWARE, AGNOSTIC = "question-aware", "question-agnostic"
@@ -154,6 +155,17 @@ def test_nothing_stands_between_document_question_and_prefix(subject):
     assert given.gold == encode_text(subject.tokenizer, " " + sample.answers[0])[:4]
     plain = encoder.encode(questions.CODE, sample)
     assert subject.tokenizer.decode(plain.ids).startswith(sample.document.text[:9])
+
+
+def test_blanks_before_a_question_are_the_tokens_of_the_whole_prompt():
+    tokenizer = models.tokenizer(chat=False, lines=True)
+    assert len(encode_text(tokenizer, "\n\n")) == 1
+    encoder = Encoder(tokenizer, 512)
+    for text in ("one two\n\n", "one two", "one two \n"):
+        sample = Sample("0", Document(text), "Q: three", ("four",))
+        given = encoder.encode(questions.CODE, sample)
+        assert given.ids == tokenizer(text + "Q: three").input_ids
+        assert tokenizer.decode(given.context).endswith("two")
 
 
 def test_a_prompt_that_is_too_long_loses_its_middle(subject, tmp_path):

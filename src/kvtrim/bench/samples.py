@@ -100,19 +100,24 @@ class Encoder:
         return not given.truncated and not given.problem
 
     def encode(self, task: Task, sample: Sample) -> Input:
-        """The token ids of a sample; the middle of its context is cut out if it is too long."""
+        """The token ids of a sample; the middle of its context is cut out if it is too long.
+
+        Blanks at the end of the document are read with the question: before it they would be
+        other tokens than they are inside a prompt that is encoded in one piece.
+        """
         around = frame(self.tokenizer, task.chat)
         own = replace(around, between="", after=around.after + sample.prefix)
-        asked = encode_question(self.tokenizer, own, sample.question)
+        document, blanks = sample.document.stripped()
+        asked = encode_question(self.tokenizer, own, blanks + sample.question)
         room = self._bound(sample.group) - task.max_new_tokens - len(asked)
         first = self.count(own.before)
         if room - first < _LEAST_CONTEXT:
             problem = self._problem(sample, first + len(asked), task.max_new_tokens)
             return Input(sample, [], asked.ids, {}, [], around, problem=problem)
-        given = encode_context(self.tokenizer, own, sample.document)
+        given = encode_context(self.tokenizer, own, document)
         truncated = len(given) > room
         if truncated:
-            given = encode_ends(self.tokenizer, own, sample.document, room)
+            given = encode_ends(self.tokenizer, own, document, room)
         context, question, spans = _both(given.asked(asked))
         gold = self._gold(task, sample, own)
         return Input(sample, context, question, spans, gold, around, truncated)
