@@ -106,6 +106,15 @@ def test_a_budget_that_a_method_cannot_meet_is_a_row_with_a_reason(model):
     assert recommend.smallest([refused, good]) == {"snapkv": None, "knorm": good}
 
 
+def test_numbers_that_overflow_are_named():
+    broken = tiny("llama")
+    broken.lm_head.weight.data[9] = torch.inf
+    lines, _ = lines_of(broken, False, cell("knorm", "40"))
+    assert {line["outcome"] for line in lines} == {"refused"}
+    with pytest.raises(UsageError, match="overflow in this format; use --dtype float32"):
+        recommend.rows(lines, tolerance=1.0)
+
+
 def row(method, keep, held, kl, within):
     return {"method": method, "keep": keep, "held_bytes": held, "kl": kl, "within": within}
 

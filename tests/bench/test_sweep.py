@@ -236,6 +236,8 @@ def test_a_killed_driver_is_gone_on_with(asked, serial, tmp_path, how):
         if list(tmp_path.glob("out/*/parts/*/samples.jsonl")):
             break
         time.sleep(0.05)
+    else:
+        pytest.fail("no part was begun in a minute")
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list(tmp_path.glob("out/*/samples.jsonl"))

@@ -5,7 +5,7 @@ import torch
 
 import kvtrim
 import models
-from kvtrim.errors import CacheError
+from kvtrim.errors import CacheError, NotAttachedError
 from kvtrim.hf.joining import join, kind, positions
 from small import small
 
@@ -46,6 +46,7 @@ def evicting(model):
         ("cake", {}),
         ("streaming-llm", {"positions": "rolled"}),
         ("shotkv", {}),
+        ("gemfilter", {"every": 4}),
         ("snapkv", {}),
     ]
     for number, (name, settings) in enumerate(chosen):
@@ -59,11 +60,11 @@ def evicting(model):
 def test_caches_that_go_on_evicting_do_so_abreast_as_each_alone(name):
     model = models.tiny(name)
     caches = [*evicting(model)]
-    assert [kind(cache)[0] for cache in caches] == [False] * 5 + [True]
+    assert [kind(cache)[0] for cache in caches] == [False] * 6 + [True]
     alone = [(one := cache.copy(), followed(model, one)) for cache in caches]
     both = join(caches)
     mark = both.mark()
-    for chosen in ([0, 1, 2, 3, 4, 5], [5, 3, 0], [1, 1]):
+    for chosen in ([0, 1, 2, 3, 4, 5, 6], [6, 3, 5], [1, 1]):
         both.rewind(mark)
         both.batch_select_indices(torch.tensor(chosen))
         want = torch.cat([alone[row][1] for row in chosen])
@@ -73,7 +74,7 @@ def test_caches_that_go_on_evicting_do_so_abreast_as_each_alone(name):
             assert torch.equal(layer, torch.cat(parts))
         assert both.held_bytes == sum(alone[row][0].held_bytes for row in chosen)
         assert both.full_bytes == sum(alone[row][0].full_bytes for row in chosen)
-    assert [cache.seen for cache in caches] == [48 + 5 * number for number in range(6)]
+    assert [cache.seen for cache in caches] == [48 + 5 * number for number in range(7)]
 
 
 def test_caches_abreast_are_joined_again_and_refuse_what_they_cannot(llama, tmp_path):
@@ -83,8 +84,23 @@ def test_caches_abreast_are_joined_again_and_refuse_what_they_cannot(llama, tmp_
     assert torch.allclose(followed(llama, wider), followed(llama, join(caches[:3])), atol=1e-9)
     with pytest.raises(CacheError, match="save each of them"):
         wider.save(tmp_path / "cache")
+    with pytest.raises(NotAttachedError):
+        llama(input_ids=torch.tensor([[1]] * 3), past_key_values=wider)
     with pytest.raises(CacheError, match="one row without padding"), kvtrim.attach(llama):
         llama(input_ids=torch.tensor([[1], [2]]), past_key_values=wider)
+
+
+def test_rows_are_taken_back_all_or_none(llama):
+    caches = [*evicting(llama)]
+    both = join([caches[6], caches[0]])
+    followed(llama, both)
+    lengths = both.session.state.reading.lengths
+    with pytest.raises(CacheError, match="cannot take back"):
+        both.crop(-2)  # h2o has evicted since
+    assert [row.seen for row in both.rows] == lengths
+    assert both.copy().session.state.reading.lengths == lengths
+    both.reset()
+    assert both.copy().seen == both.seen == 0
 
 
 def test_padded_and_sliding_caches_are_not_joined(llama):

@@ -161,11 +161,11 @@ class Answering:
         """Groups of several samples put together as far as `batch` goes."""
         packed: list[list[Group]] = []
         for group in groups:
-            last = packed[-1] if packed else []
-            if last and self._fits_with(last, group):
-                last.append(group)
-            else:
+            room = next((some for some in packed if self._fits_with(some, group)), None)
+            if room is None:
                 packed.append([group])
+            else:
+                room.append(group)
         found: list[Group] = []
         for some in packed:
             made = attempted(lambda some=some: merged([group.branch for group in some]))

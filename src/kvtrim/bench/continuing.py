@@ -1,6 +1,6 @@
 """What follows a prompt: the right answer, fed to see how likely it is, and the model's own.
 
-Continuations of caches that evict nothing any more share passes: see `kvtrim.hf.joining`.
+Continuations of several caches share passes: see `kvtrim.hf.joining`.
 """
 
 from collections.abc import Iterator, Sequence

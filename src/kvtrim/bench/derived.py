@@ -49,7 +49,7 @@ def derive(folder: Path, tasks: Iterable[Task], allow_code_execution: bool = Fal
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
     replace(folder / SCORES, text.encode())
     rows = aggregated(inputs, lines, found)
-    record |= {"without_samples": _without_samples(record, inputs)}
+    record |= {"without_samples": _without_samples(record, inputs), "refused": _refused(lines)}
     made = json.dumps(record | {"rows": rows}, indent=1, ensure_ascii=False) + "\n"
     replace(folder / TABLE, made.encode())
     replace(folder / PAGE, page(record, rows).encode())
@@ -161,15 +161,14 @@ def cells(rows: Sequence[Line]) -> list[list[str]]:
     return made
 
 
-def reasons(folder: Path) -> list[str]:
-    """Why a derived run lacks figures: a sentence per empty task, and per method and outcome."""
-    empty = json.loads((folder / TABLE).read_text(encoding="utf-8"))["without_samples"]
+def _refused(lines: Sequence[Line]) -> list[str]:
+    """Why figures are missing: a sentence for each task, method, budget and outcome."""
     found: dict[tuple[str, ...], list[str]] = {}
-    for line in Journal(folder / SAMPLES).lines:
+    for line in lines:
         if line["outcome"] != OK:
             key = line["task"], line["method"], line["keep"], line["outcome"]
             found.setdefault(key, []).append(line["reason"])
-    return empty + [
+    return [
         f"{' '.join(key[:3]).strip()}: {len(why)} {key[3]}: {why[0]}" for key, why in found.items()
     ]
 

@@ -3,11 +3,12 @@
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from typing import TypeVar
 
 import torch
 
-from kvtrim.errors import KvtrimError
+from kvtrim.errors import KvtrimError, UsageError
 
 OK, REFUSED, OOM = "ok", "refused", "oom"
 Made = TypeVar("Made")
@@ -48,3 +49,14 @@ def reason(error: Exception, outcome: str) -> str:
     """Why, on one line."""
     text = " ".join(str(error).split())
     return text if outcome == REFUSED else f"{type(error).__name__}: {text[:300]}"
+
+
+def finite(value: float) -> float:
+    """A figure as it is.
+
+    Raises:
+        UsageError: it is none; half precision may overflow.
+    """
+    if not isfinite(value):
+        raise UsageError("the model's numbers overflow in this format; use --dtype float32")
+    return value

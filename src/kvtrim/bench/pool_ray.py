@@ -1,8 +1,10 @@
 """Workers of a sweep on a Ray cluster, on this machine or on many; each with a GPU of its own.
 
-The folder of the sweep, models and data must be on storage that all machines see.
+The folder of the sweep, models and data must be on storage that all machines see. Their names may
+be relative: workers begin in the driver's working folder.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,7 +68,7 @@ class RayPool:
 
     def start(self) -> Any:
         """A new worker."""
-        return self._actor.remote()
+        return self._actor.remote(folder=os.getcwd())
 
     def give(self, worker: Any, piece: Piece) -> None:
         """Let an idle worker do a piece."""

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from kvtrim.bench.outcomes import OK, Failure, attempted
+from kvtrim.bench.outcomes import OK, Failure, attempted, finite
 from kvtrim.bench.prefilling import held, replayable
 from kvtrim.bench.subjects import Candidate
 from kvtrim.errors import UsageError
@@ -228,7 +228,7 @@ class _Prompt:
             return found | {"kl": None, "agreement": None}
         kl = (self._true.exp() * (self._true - log)).sum(dim=-1).mean()
         same = (self._true.argmax(dim=-1) == log.argmax(dim=-1)).float().mean()
-        return found | {"kl": float(kl), "agreement": float(same)}
+        return found | {"kl": finite(float(kl)), "agreement": float(same)}
 
     def _alone(self, cell: Candidate) -> tuple[Cache, Tensor]:
         """A method that changes the pass over the prompt reads it itself."""

@@ -19,7 +19,9 @@ Result = dict[str, Any]
 class Worker:
     """A process of a sweep. Every piece has its own folder, in which a piece is gone on with."""
 
-    def __init__(self, alive: Callable[[], None] = lambda: None):
+    def __init__(self, alive: Callable[[], None] = lambda: None, folder: str | None = None):
+        if folder is not None:  # relative names are seen from there
+            os.chdir(folder)
         self._alive = alive  # called between samples
         self._subject: Subject | None = None
         self._job: Job | None = None

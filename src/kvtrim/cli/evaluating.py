@@ -199,10 +199,9 @@ def _finish(folder: Path, grid: "Grid", allow_code_execution: bool, json: bool) 
     from kvtrim.bench import derived
 
     rows = derived.derive(folder, grid.tasks, allow_code_execution)
+    made: dict[str, Any] = library.loads((folder / derived.TABLE).read_text("utf-8"))
     if json:
-        made: dict[str, Any] = library.loads((folder / derived.TABLE).read_text("utf-8"))
         output.print_json(made)
         return
     output.table(grid.protocol, derived.COLUMNS, derived.cells(rows), wide=True)
-    for line in derived.reasons(folder):
-        output.out.print(line, markup=False, highlight=False)
+    output.lines([*made["without_samples"], *made["refused"]])

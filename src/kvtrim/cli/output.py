@@ -35,6 +35,12 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
+def lines(texts: Sequence[str]) -> None:
+    """Sentences as they are, one a line."""
+    for text in texts:
+        out.print(text, markup=False, highlight=False)
+
+
 def table(
     title: str,
     columns: Sequence[tuple[str, str]],

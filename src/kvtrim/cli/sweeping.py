@@ -103,6 +103,7 @@ def _show(folders: list[Path], json: bool) -> None:
         return
     for name, made in tables.items():
         output.table(name, derived.COLUMNS, derived.cells(made["rows"]), wide=True)
+        output.lines(made["refused"])
 
 
 def _why(record: dict[str, Any]) -> str:

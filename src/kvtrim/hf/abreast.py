@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -24,7 +24,6 @@ class Abreast(Cache):
         super().__init__(model, "full", 1, granularity=caches[0].method.granularity)
         self.rows = [row for cache in caches for row in _rows(cache)]
         self.rotations = next((row.rotations for row in self.rows if row.rotations), [])
-        self.session.steps = self  # `attend` below is asked in the place of the session's
         self._noted()
 
     @property
@@ -64,6 +63,7 @@ class Abreast(Cache):
                 f"{rows} rows came to {len(self.rows)} caches that are fed together, or some were "
                 "padded; give one row without padding for each"
             )
+        self.session.steps = self  # `attend` below is asked in the place of the session's
         for number, row in enumerate(self.rows):
             row.begin_pass(1, columns, None, None if ids is None else ids[number : number + 1])
 
@@ -75,6 +75,7 @@ class Abreast(Cache):
 
     def end_pass(self) -> None:
         """Every layer has attended."""
+        self.session.steps = None
         for row in self.rows:
             row.end_pass()
         self._noted()
@@ -87,15 +88,20 @@ class Abreast(Cache):
 
     def rewind(self, mark: "Marks") -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return to a marked state, also after an interrupted pass."""
-        self.rows = mark.rows
+        self.rows, self.session.steps = mark.rows, None
         for row, own in zip(self.rows, mark.own, strict=True):
             row.rewind(own)
         self._noted()
 
     def crop(self, tokens_to_remove: int | Int[Tensor, ""]) -> None:
-        """Take back the newest tokens of every row; raises as `Cache.crop`."""
-        for row in self.rows:
-            row.crop(tokens_to_remove)
+        """Take back the newest tokens of all rows, or of none; raises as `Cache.crop`."""
+        before = self.mark()
+        try:
+            for row in self.rows:
+                row.crop(tokens_to_remove)
+        except CacheError:
+            self.rewind(before)
+            raise
         self._noted()
 
     def reset(self) -> None:
@@ -106,7 +112,9 @@ class Abreast(Cache):
 
     def copy(self) -> "Abreast":
         """Independent copies of all rows."""
-        return Abreast(self.model, self.rows)
+        other = cast(Abreast, super().copy())
+        other.rows = [row.copy() for row in self.rows]
+        return other
 
     def _select(self, rows: Tensor) -> None:
         chosen = rows.tolist()
@@ -122,8 +130,7 @@ class Abreast(Cache):
         state, own = self.session.state, [row.session.state for row in self.rows]
         state.reading.seen = max((one.reading.seen for one in own), default=0)
         state.reading.lengths = [length for one in own for length in one.reading.lengths]
-        if any(one.closed_up for one in own):
-            state.closed_up = [by for one in own for by in one.closed_up or [0]]
+        state.closed_up = [by for one in own for by in one.closed_up or [0]]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from transformers import PreTrainedModel
 
+from kvtrim.engine.graph import Steps
 from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf.architectures import OutputProjection, layout
 from kvtrim.hf.attention import HANDLE, NAME, register
@@ -71,7 +72,8 @@ class Attachment:
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
             raise UsageError("a kvtrim cache needs the 2-D attention mask [batch, tokens] or none")
         cache.begin_pass(embeds.shape[0], embeds.shape[1], mask, ids)
-        return None if cache.session.steps is not None else restarted(model, cache, kwargs)
+        captured = isinstance(cache.session.steps, Steps)  # which know their tokens' positions
+        return None if captured else restarted(model, cache, kwargs)
 
     def _end(
         self, decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any

@@ -208,7 +208,10 @@ def _texts(answers: Any) -> list[str]:
     return list(dict.fromkeys(one["text"] if isinstance(one, Mapping) else one for one in found))
 
 
-_COT8 = "The eight worked examples of Wei et al. 2022 (arXiv 2201.11903, table 20), as JSON."
+_COT8 = (
+    "It is a list of the eight worked examples of Wei et al. 2022 (arXiv 2201.11903, table 20), "
+    'each {"question": ..., "answer": ...}; an answer ends with "The answer is N."'
+)
 SOURCES: dict[str, Source] = {
     **{
         f"longbench/{task}": Source(
@@ -240,7 +243,9 @@ SOURCES: dict[str, Source] = {
         ("longgenbench/template",),
         "none stated",
         adapt=_longgenbench,
-        get="With gsm8k_prompt.txt: the prompts of Dominic789654/LongGenBench.",
+        get='It is {"system", "user_head", "examples_file", "user_middle", "question_item" (with '
+        '{i} and {q}), "user_tail", "first_question_number"} of the prompts of '
+        "Dominic789654/LongGenBench; examples_file is its gsm8k_prompt.txt, beside it.",
     ),
     "essays": Source(
         ("essays/paul_graham", "essays"),
