@@ -341,6 +341,21 @@ def test_published_figures_are_those_of_the_sources():
     assert {p.method for p in found} >= {"adakv", "curdkv", "circuitkv", "shotkv", "fastkv"}
 
 
+def test_tasks_of_one_sample_are_drawn_themselves():
+    draw, covered = numpy.random.default_rng(0), 0
+    for _ in range(200):
+        tasks = [[value] for value in draw.normal(0.5, 0.2, size=9)]
+        found = intervals.mean_of_means([*tasks, [0.5, 0.5]])
+        covered += found.low <= 0.5 <= found.high
+        alone = intervals.mean_of_means(tasks[:3])
+        assert alone.low is None and alone.value == pytest.approx(numpy.mean(tasks[:3]))
+    assert 165 <= covered < 200  # 95 % at best: few tasks give narrow intervals
+    pairs = [[(0.5 * task[0], task[0])] for task in tasks]
+    found = intervals.change(pairs)
+    assert found.low == pytest.approx(-0.5) and found.high == pytest.approx(-0.5)
+    assert intervals.mean_of_groups([tasks[:2], tasks[2:]]).low is None
+
+
 def test_averages_over_tasks_have_intervals_that_cover():
     draw, hits = numpy.random.default_rng(1), 0
     for _ in range(200):

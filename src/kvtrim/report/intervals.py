@@ -1,8 +1,9 @@
 """Means of samples with their 95 % bootstrap intervals: of one task, over tasks, against a base.
 
 A task's own interval is that of `kvtrim.statistics`. Averages over tasks draw every task's samples
-by themselves, comparisons draw pairs; the seed is fixed, so that the same samples always give the
-same interval.
+by themselves, comparisons draw pairs. A single sample has no spread of its own: where a task has
+no more than that, and there are enough tasks, the tasks are drawn as well. The seed is fixed, so
+that the same samples always give the same interval.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import numpy
 from kvtrim import statistics
 
 DRAWS, COVERED, SEED = 2000, 95.0, 0
+_TASKS = 4  # fewer say nothing about how tasks differ
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def mean_of_groups(groups: Sequence[Sequence[Sequence[float]]]) -> Figure | None
         return mean_of_means(tasks)
     shares = numpy.concatenate([numpy.full(len(g), 1 / len(g) / len(groups)) for g in groups])
     columns = [numpy.asarray(task, float)[:, None] for task in tasks]
-    return _figure(columns, lambda means: means[..., 0] @ shares)
+    return _figure(columns, lambda means: means[..., 0] @ shares, alike=False)
 
 
 def change(tasks: Sequence[Sequence[tuple[float, float]]]) -> Figure | None:
@@ -66,16 +68,26 @@ def _relative(means: Any) -> Any:
         return (own - base) / base
 
 
-def _figure(tasks: Sequence[Any], statistic: Callable[[Any], Any]) -> Figure | None:
-    """A statistic of the tasks' means [..., tasks, columns], and its interval."""
+def _figure(
+    tasks: Sequence[Any], statistic: Callable[[Any], Any], alike: bool = True
+) -> Figure | None:
+    """A statistic of the tasks' means [..., tasks, columns], and its interval.
+
+    Args:
+        alike: it treats all tasks in the same way, so that they can be drawn.
+    """
     if not tasks:
         return None
     value = float(statistic(numpy.stack([task.mean(axis=0) for task in tasks])))
     count = sum(len(task) for task in tasks)
-    if min(len(task) for task in tasks) < 2:
+    single = min(len(task) for task in tasks) < 2
+    if single and not (alike and len(tasks) >= _TASKS):
         return Figure(value, None, None, count)
-    drawn = [_resampled(task, place) for place, task in enumerate(tasks)]
-    drawn = statistic(numpy.stack(drawn, axis=1))
+    drawn = numpy.stack([_resampled(task, place) for place, task in enumerate(tasks)], axis=1)
+    if single:
+        chosen = numpy.random.default_rng(SEED).integers(len(tasks), size=(DRAWS, len(tasks)))
+        drawn = numpy.take_along_axis(drawn, chosen[..., None], axis=1)
+    drawn = statistic(drawn)
     drawn = drawn[numpy.isfinite(drawn)]
     edge = (100 - COVERED) / 2
     low, high = numpy.percentile(drawn, [edge, 100 - edge])
