@@ -232,14 +232,16 @@ def test_a_killed_driver_is_gone_on_with(asked, serial, tmp_path, how):
     command = [sys.executable, "-m", "kvtrim", "sweep", str(asked), "--out", "out", *how]
     nowhere = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = subprocess.Popen(command, **nowhere, **told)
-    for _ in range(1200):
-        if list(tmp_path.glob("out/*/parts/*/samples.jsonl")):
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("no part was begun in a minute")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        for _ in range(4000):
+            if list(tmp_path.glob("out/*/parts/*/samples.jsonl")):
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("no part was begun in three minutes")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert not list(tmp_path.glob("out/*/samples.jsonl"))
     (folder,) = Driver(load(asked), tmp_path / "out", Inside()).run()
     assert same(folder, serial)
