@@ -35,6 +35,11 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
+def note(text: str) -> None:
+    """A remark beside the results, on the error stream."""
+    err.print(f"kvtrim: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
 def lines(texts: Sequence[str]) -> None:
     """Sentences as they are, one a line."""
     for text in texts:

@@ -64,7 +64,7 @@ def report(
         sections, speeds = folders.found(places)
         made = chapters(sections, speeds)
     for note in unfinished.notes(folders.empty(places), sections):
-        output.err.print(f"kvtrim: {note}", markup=False, highlight=False, soft_wrap=True)
+        output.note(note)
     tables = checking.all_tables(made)
     if check:
         derived = [each for one in sections for run in one.runs for each in checking.averages(run)]

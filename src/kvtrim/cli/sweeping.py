@@ -77,7 +77,7 @@ def _pool(asked: "Sweep", workers: int | None, ray: bool, address: str | None) -
 
         pool = RayPool(address, workers, asked.threads, asked.gpus)
         if workers and pool.size < workers:
-            _note(f"the cluster has room for {pool.size} of {workers} workers; so many run")
+            output.note(f"the cluster has room for {pool.size} of {workers} workers; so many run")
         return pool
     from kvtrim.bench.pool_local import LocalPool
 
@@ -97,7 +97,7 @@ def _show(folders: list[Path], json: bool) -> None:
     for name, made in tables.items():
         met = {row["task"] for row in made["rows"]}
         if empty := [task for task in made["tasks"] if task not in met]:
-            _note(f"{name}: no samples of {', '.join(empty)}{_why(made)}")
+            output.note(f"{name}: no samples of {', '.join(empty)}{_why(made)}")
     if json:
         output.print_json(tables)
         return
@@ -109,7 +109,3 @@ def _show(folders: list[Path], json: bool) -> None:
 def _why(record: dict[str, Any]) -> str:
     fitting = "; with fitting = true those that would have to be cut are left out"
     return fitting if record.get("fitting") else ""
-
-
-def _note(text: str) -> None:
-    output.err.print(f"kvtrim: {text}", markup=False, highlight=False, soft_wrap=True)

@@ -190,22 +190,8 @@ def _one_step(
     slower there than turning them round.
     """
     wide = torch.promote_types(queries.dtype, torch.float32)
-    if queries.device.type == "cpu":
-        mixed = _product(queries.to(wide), keys.to(wide), values.to(wide), scale, softcap)
-        return mixed.to(values.dtype)
-    return _product(queries, keys, values, scale, softcap)
-
-
-def _product(
-    queries: Float[Tensor, "*N G D"],
-    keys: Float[Tensor, "*N S D"],
-    values: Float[Tensor, "*N S E"],
-    scale: float,
-    softcap: float | None,
-) -> Float[Tensor, "*N G E"]:
-    """Their attention to all slots, weights in float32 at least."""
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    logits = torch.matmul(queries, keys.transpose(-1, -2)).to(wide) * scale
+    own = wide if queries.device.type == "cpu" else queries.dtype
+    logits = torch.matmul(queries.to(own), keys.to(own).transpose(-1, -2)).to(wide) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return torch.matmul(logits.softmax(dim=-1).to(values.dtype), values)
+    return torch.matmul(logits.softmax(dim=-1).to(own), values.to(own)).to(values.dtype)
