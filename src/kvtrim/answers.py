@@ -44,6 +44,7 @@ class Answer:
     held_bytes: int  # measured from the store: K, V, positions and slack
     full_bytes: int  # what a full cache of the same tokens holds
     kept: list[list[int]]  # entries per layer and head
+    remark: str | None  # what is held of the prompt, where that is clearly not what was asked for
     decoding: str  # "captured" (a replayed CUDA graph per token), or "plain" and why
 
 
@@ -101,6 +102,11 @@ class Result:
     def kept(self) -> list[list[int]]:
         """Entries per layer and head at that moment."""
         return self.answers[0].kept
+
+    @property
+    def remark(self) -> str | None:
+        """What is held of the prompt and why, where that is clearly not what was asked for."""
+        return next((answer.remark for answer in self.answers if answer.remark), None)
 
 
 def generate(
@@ -257,6 +263,7 @@ def _answer(
     def look() -> None:
         held["held_bytes"], held["full_bytes"] = cache.held_bytes, cache.full_bytes
         held["kept"] = [counts[0].tolist() for counts in cache.entries()]
+        held["remark"] = cache.remark
 
     cache.expect(len(ids))
     with attach(model):

@@ -93,6 +93,20 @@ class Method:
         """Nothing is ever left out, whatever the budget."""
         return self.budget.unlimited and not self.propagation.narrows
 
+    @property
+    def holds_more(self) -> list[str]:
+        """Why this method may hold clearly more of a prompt than `keep`, part by part."""
+        skipped = ", ".join(map(str, self.skip_layers))
+        own = f"everything stays in skip_layers={skipped}" if skipped else ""
+        parts = (self.budget, self.propagation, self.unit)
+        return [text for text in (own, *(part.holds_more for part in parts)) if text]
+
+    @property
+    def holds_less(self) -> list[str]:
+        """Why this method may hold clearly less of a prompt than `keep`, part by part."""
+        parts = (self.budget, self.propagation, self.unit)
+        return [part.holds_less for part in parts if part.holds_less]
+
     def fitted(self, target: Target) -> "Method":
         """This method, made ready for one model.
 

@@ -22,6 +22,16 @@ class Unit(ABC):
     single: ClassVar[bool] = False
     """Each slot stands for itself, so that cutting twice equals cutting once."""
 
+    @property
+    def holds_more(self) -> str:
+        """Why clearly more than `keep` may stay, for the user; empty if it does not."""
+        return ""
+
+    @property
+    def holds_less(self) -> str:
+        """Why clearly less may stay."""
+        return ""
+
     def members(
         self, spans: Sequence[Spans], positions: Int[Tensor, "B K S"]
     ) -> Int[Tensor, "B K S"] | None:
@@ -71,6 +81,18 @@ class Chunk(Unit):
         if self.chunk < 1:
             raise UsageError(f"a chunk has at least one token, got chunk={self.chunk}")
 
+    @property
+    def holds_more(self) -> str:
+        """See `Unit.holds_more`."""
+        return "runs are counted, not tokens, and one always stays" if self.window_competes else ""
+
+    @property
+    def holds_less(self) -> str:
+        """See `Unit.holds_less`."""
+        if self.fill == "partial":
+            return ""
+        return f"entries that no whole run of {self.chunk} tokens fits into stay unused"
+
     def choose(
         self, scores: Scores, counts: Counts, members: Int[Tensor, "B K N"] | None = None
     ) -> Bool[Tensor, "B K N"]:
@@ -110,7 +132,9 @@ class Shot(Unit):
     A shot's score is the mean over its tokens of the scores summed over heads. What lies in no
     shot is fixed: start token, system message, template, question. The budget pays for it first,
     then for shots in the order of their scores until one does not fit. So a layer may hold much
-    less than its budget, and more where the fixed text alone exceeds it.
+    less than its budget. Where the fixed text alone exceeds it, that text stays and the share
+    of the prompt that was asked for is kept of the shots, as the paper's ratio is of them; the
+    layer then holds more than its budget.
 
     Shots are the spans `shots` of the prompt, else its `sentences` (which `kvtrim.generate` and
     `compress` find in any text, if the tokenizer says where its tokens begin). A prompt without
@@ -132,6 +156,16 @@ class Shot(Unit):
                 f"run={self.run}, min_shots={self.min_shots}: a shot has at least one token, and "
                 "no fewer than 0 of them are kept"
             )
+
+    @property
+    def holds_more(self) -> str:
+        """See `Unit.holds_more`."""
+        return "the text outside the shots stays, and the share asked for is kept of the shots"
+
+    @property
+    def holds_less(self) -> str:
+        """See `Unit.holds_less`."""
+        return "shots stay or go as a whole, and the next best one does not fit"
 
     def members(
         self, spans: Sequence[Spans], positions: Int[Tensor, "B K S"]
@@ -163,7 +197,8 @@ class Shot(Unit):
         there = scores > -torch.inf
         fixed = (members < 0) & there
         if self.count_fixed:
-            room = max(0, room - int(fixed.sum(dim=-1).amax()))
+            around, total = (int(part.sum(dim=-1).amax()) for part in (fixed, there))
+            room = room - around if around <= room else room * (total - around) // max(1, total)
         shots = max(0, int(members.amax()) + 1)
         of = members.masked_fill((members < 0) | ~there, shots)  # one more number: in no shot
         values, sizes = self._valued(scores, of, shots)

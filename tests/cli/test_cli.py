@@ -52,6 +52,23 @@ def test_ask_as_json_holds_every_figure(run):
     assert record["ttft_s"] > 0 and record["tpot_s"] > 0
 
 
+def test_what_is_clearly_not_held_as_asked_is_said_once(run):
+    of_heads = ("--method", "snapkv", "--keep", "64", "--set", "preset=upstream", "--set")
+    asked, why = (*of_heads, "window=8"), "every query head stores its own, 3 per KV head"
+    new = ("--max-new-tokens", "2")
+    for command in (
+        ("ask", "doc.txt", "-q", "Where?", *asked, *new),
+        ("ask", "doc.txt", "-q", "Where?", "-q", "Who?", *asked, *new),
+        ("compress", "doc.txt", "-o", "cache.kv", *asked),
+        ("ask", "--cache", "cache.kv", "-q", "Where?", *new),
+        ("compare", "doc.txt", "-q", "Where?", *asked, *new),
+    ):
+        code, out, err = run(*command)
+        assert (code, err.count(why), out.count(why)) == (0, 1, 0), command
+    code, out, _ = run("ask", "doc.txt", "-q", "Where?", *asked, *new, "--json")
+    assert code == 0 and why in json.loads(out)["remark"]
+
+
 def test_a_document_is_split_into_shots(run, tmp_path):
     shots = "\n---\n".join(f"Question {i}: why? " + "So. " * i * i for i in range(6))
     (tmp_path / "shots.txt").write_text(shots)

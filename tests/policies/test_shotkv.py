@@ -243,8 +243,10 @@ def kept_by_hand(acc, shots, room, fill="stop", count_fixed=True):
     of = {t: s for s, ranges in enumerate(shots) for a, b in ranges for t in range(a, b)}
     fixed = [t for t in range(n) if t not in of]
     tokens = [[t for t in range(n) if of.get(t) == s] for s in range(len(shots))]
-    room -= len(fixed) if count_fixed else 0
-    room = max(0, room)
+    if count_fixed and len(fixed) > room:
+        room = room * (n - len(fixed)) // n
+    elif count_fixed:
+        room -= len(fixed)
     ranking = sorted(
         range(len(shots)), key=lambda s: (-sum(acc[t] for t in tokens[s]) / len(tokens[s]), s)
     )
@@ -270,7 +272,7 @@ def test_prompts_equal_the_loops(fill, count_fixed, observers):
     who = {"all": range(40), "last_w": range(33, 40), "question": range(35, 38)}[observers]
     for own in (False, True):
         acc = received(q, k, who, own)
-        for keep in (10, 18, 25, 33, 39):
+        for keep in (5, 9, 10, 18, 25, 33, 39):
             kept = kvtrim.select(
                 "shotkv", q, k, v, keep=keep, spans=spans, fill=fill, count_fixed=count_fixed,
                 observers=observers, window=7, self_attention=own,
@@ -435,6 +437,18 @@ def test_a_budget_below_one_shot_keeps_the_fixed_text_alone():
     assert held(session) == [[], []]
     read(session, q, k, v, 20, 21)
     assert held(session) == [[20], [20]]
+
+
+def test_fixed_text_above_the_budget_leaves_the_shots_their_share():
+    """Where the text outside the shots takes it all, budgets still differ, and shots survive."""
+    q, k, v = qkv(40)
+    shots = [(at, at + 2) for at in range(28, 40, 2)]
+    held = {
+        keep: kvtrim.select("shotkv", q, k, v, keep=keep, spans={"shots": shots})[0][0].tolist()
+        for keep in (0.2, 0.4, 0.6)
+    }
+    assert all(set(range(28)) <= set(kept) for kept in held.values())
+    assert [len(kept) - 28 for kept in held.values()] == [2, 4, 6], "a share of twelve, in pairs"
 
 
 def test_the_generated_region_works_with_other_methods():

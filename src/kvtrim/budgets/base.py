@@ -35,6 +35,16 @@ class Budget(ABC):
     """Nothing is ever evicted."""
 
     @property
+    def holds_more(self) -> str:
+        """Why this may deal out clearly more than `keep`, for the user; empty if it does not."""
+        return ""
+
+    @property
+    def holds_less(self) -> str:
+        """Why it may deal out clearly less."""
+        return ""
+
+    @property
     def model_wide(self) -> bool:
         """Layers compete: what one of them keeps is settled when the last one was read."""
         return False

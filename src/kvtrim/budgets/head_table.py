@@ -44,6 +44,16 @@ class HeadTable(Budget):
         if self.table != AUTO:
             head_scores.read(self.table)
 
+    @property
+    def holds_more(self) -> str:
+        return "" if self.window_inside else "the window comes on top (window_inside=false)"
+
+    @property
+    def holds_less(self) -> str:
+        if self.redistribute:
+            return ""
+        return "what a head's share exceeds the prompt by is lost (redistribute=true deals it out)"
+
     def fitted(self, target: Target) -> "HeadTable":
         if self.table != AUTO:
             self._require(target.name, target.layers, target.heads)

@@ -25,6 +25,12 @@ class LayerShare(ModelWide):
     rounding: Literal["floor", "even"] = "floor"  # what integers leave over: unused, or dealt out
     spread: bool = True  # give what short prompts cannot use to other layers, again and again
 
+    @property
+    def holds_less(self) -> str:
+        if self.spread:
+            return ""
+        return "what a layer's share exceeds the prompt by is lost (spread=true deals it out)"
+
     def open(self) -> Ledger:
         return _Shares(self)
 

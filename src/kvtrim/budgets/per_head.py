@@ -39,6 +39,21 @@ class PerHead(Budget):
     def model_wide(self) -> bool:
         return self.layers.model_wide
 
+    @property
+    def holds_more(self) -> str:
+        own = "each head's floor is a share of keep, not of its layer (floor_of=keep)"
+        texts = [own if self.floor_of == "keep" else self._rounded, self.layers.holds_more]
+        return "; ".join(filter(None, texts))
+
+    @property
+    def holds_less(self) -> str:
+        return "; ".join(filter(None, [self._rounded, self.layers.holds_less]))
+
+    @property
+    def _rounded(self) -> str:
+        met = self.exact or self.rule == "floor"
+        return "" if met else "each head's part is rounded by itself (exact=true: the total)"
+
     def counts(self, room: Room, scores: Scores) -> Counts:
         base = self.layers.counts(room, scores)  # [B, K]
         return self.divide(room, base, self.winners(room, scores, base))

@@ -23,6 +23,14 @@ class Pyramid(Budget):
     rounding: Literal["kvf", "adakv", "kvpress"] = "kvf"  # whose public code's steps
     exact: bool = False  # meet the mean exactly; integer steps miss it
 
+    @property
+    def holds_more(self) -> str:
+        return "" if self.exact else "integer steps from layer to layer (exact=true: the mean)"
+
+    @property
+    def holds_less(self) -> str:
+        return self.holds_more
+
     def counts(self, room: Room, scores: Scores) -> Counts:
         entries = self.entries(room)
         return everyone(max(0, min(entries, room.candidates)), scores)

@@ -115,6 +115,7 @@ def compress(
         "tokens": cache.seen,
         "held_bytes": cache.held_bytes,
         "full_bytes": cache.full_bytes,
+        "remark": cache.remark,
     }
     if json:
         output.print_json(record)
@@ -124,6 +125,8 @@ def compress(
             f"{out}: {cache.seen} tokens, {output.size(cache.held_bytes)} held "
             f"({share:.1f}% of the full cache), {method} {cache.keep}, question-agnostic"
         )
+        if cache.remark:
+            output.note(cache.remark)
 
 
 def _print_answers(result: "Result", questions: list[str], json: bool) -> None:
@@ -145,3 +148,5 @@ def _print_answers(result: "Result", questions: list[str], json: bool) -> None:
         style="dim",
         highlight=False,
     )
+    if result.remark:
+        output.note(result.remark)

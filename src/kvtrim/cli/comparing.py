@@ -124,6 +124,13 @@ def _print_comparison(results: list["Result"], question: str, json: bool) -> Non
     output.table(f"{first.prompt_tokens} prompt tokens, {first.protocol}", columns, rows)
     answers = [[r.method, _keep(r), " ".join(r.text.split())] for r in results]
     output.table(question, [("method", "left"), ("keep", "right"), ("answer", "left")], answers)
+    _remarks(results)
+
+
+def _remarks(results: list["Result"]) -> None:
+    for result in results:
+        if result.remark:
+            output.note(f"{result.method}: {result.remark}")
 
 
 def _keep(result: "Result") -> str:

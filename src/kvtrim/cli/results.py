@@ -38,7 +38,15 @@ def record(result: "Result", question: str | None = None) -> dict[str, Any]:
     """A result as JSON has it; figures of the first answer on top."""
     record = asdict(result) | {
         name: getattr(result, name)
-        for name in ("ttft_s", "tpot_s", "prompt_tokens", "held_bytes", "full_bytes", "kept")
+        for name in (
+            "ttft_s",
+            "tpot_s",
+            "prompt_tokens",
+            "held_bytes",
+            "full_bytes",
+            "kept",
+            "remark",
+        )
     }
     if question is not None:
         record["question"] = question

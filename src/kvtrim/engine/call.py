@@ -60,6 +60,19 @@ class Held:
     full_entry: int = 0  # bytes of K and V that one token adds to this layer of a full cache
     share: Counts | None = None  # [B, K] entries won from a model-wide budget, for later cuts
 
+    @property
+    def heads(self) -> int:
+        """Heads that store entries here; 0 before the first pass."""
+        return 0 if self.store is None else self.store.length.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads that the model has here; 0 before the first pass."""
+        if self.store is None:
+            return 0
+        keys, values = self.store.keys, self.store.values
+        return self.full_entry // ((keys.shape[-1] + values.shape[-1]) * keys.element_size())
+
     def share_of(self, rows: slice) -> Counts | None:
         """What a group of prompts won from a model-wide budget, if that is settled."""
         settled = self.share is not None and bool((self.share[rows] >= 0).all())

@@ -42,6 +42,7 @@ def export(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "cut_at": session.state.cut_at,
         "since_cut": session.state.since_cut,
         "keeps": session.state.keeps,
+        "settled": session.state.settled,
         "probed": session.state.probed,
         "spans": session.state.spans,
         "generated": session.state.generated,
@@ -70,6 +71,7 @@ def restore(
         session.state.cut_at, session.state.since_cut = record["cut_at"], record["since_cut"]
         session.state.probed = record["probed"]
         session.state.keeps = [(entries, asked) for entries, asked in record["keeps"]]
+        session.state.settled = [(tokens, held) for tokens, held in record.get("settled", [])]
         session.state.spans = fitted(per_prompt(record["spans"]), len(reading.lengths))
         session.state.generated = [(start, share) for start, share in record["generated"]]
         session.state.closed_up = record.get("closed_up", [])

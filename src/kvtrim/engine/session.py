@@ -14,6 +14,7 @@ from kvtrim.cache.attend import require_known
 from kvtrim.cache.store import LayerStore
 from kvtrim.engine.call import Call, attended, last_queries, stored, writable
 from kvtrim.engine.cutting import CARRIED, Cutting
+from kvtrim.engine.holding import remark
 from kvtrim.engine.narrowing import Narrowing
 from kvtrim.engine.plan import Plan, in_prompt, planned
 from kvtrim.engine.reading import Pass
@@ -139,10 +140,15 @@ class Session:
         cut = self._plan.before or self._plan.after
         if self._plan.probe:
             self.state.probed, self._cutting = cut, None
+            if cut:
+                self.state.settle()
             return
-        if not self.in_prompt:
+        prompt = self.in_prompt
+        if not prompt:
             self.state.probed = True  # only the prompt is probed, when it is complete
         self.state.reading.record(self._cuts.whole)
+        if prompt and not self._plan.coming:
+            self.state.settle()
         if self._plan.closes:
             self.state.close(self.method.schedule.share)
         fresh = cut or self._plan.closes
@@ -162,6 +168,11 @@ class Session:
             return False
         lengths, entry = state.reading.lengths, state.entry_bytes
         return any(self.keep.asked(length, entry) < length for length in lengths)
+
+    @property
+    def remark(self) -> str | None:
+        """What is held of the prompt, where that is clearly not what was asked for."""
+        return remark(self.method, self.keep, self.state)
 
     @property
     def probing(self) -> bool:

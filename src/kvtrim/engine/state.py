@@ -3,6 +3,8 @@
 import copy
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from kvtrim.cache.store import LayerStore
 from kvtrim.engine.call import Held
 from kvtrim.engine.reading import Pass, Reading
@@ -19,6 +21,9 @@ class State:
     reading: Reading = field(default_factory=Reading)
     keeps: list[tuple[int, float]] = field(default_factory=list)
     """For each prompt the entries per head it may keep, and the same before rounding."""
+    settled: list[tuple[int, float]] = field(default_factory=list)
+    """For each prompt its tokens, and the entries per KV head that it held, on average over the
+    layers, once it was complete."""
     cut_at: int = 0
     """Columns read when entries were last evicted; none of those can be taken back."""
     since_cut: int = 0
@@ -84,6 +89,13 @@ class State:
         for store in self.stores():
             store.forget_from(lengths)
 
+    def settle(self) -> None:
+        """The prompts are complete: remember what is held of them."""
+        layers = [(held, held.store) for held in self.layers if held.store is not None]
+        heads = sum(held.kv_heads for held, _ in layers)
+        held = torch.stack([store.length.sum(dim=-1) for _, store in layers]).sum(dim=0) / heads
+        self.settled = list(zip(self.reading.lengths, held.tolist(), strict=True))
+
     def close(self, share: float | None) -> None:
         """What was read so far is not generated; what follows is."""
         lengths = self.reading.lengths
@@ -107,9 +119,9 @@ class State:
     def select_rows(self, rows: Int[Tensor, " R"]) -> None:
         """Keep these prompts in this order; one may occur several times (beam search)."""
         self.reading.select(rows)
-        self.keeps, self.spans, self.generated, self.closed_up = (
+        self.keeps, self.settled, self.spans, self.generated, self.closed_up = (
             [given[row] for row in rows.tolist()] if given else []
-            for given in (self.keeps, self.spans, self.generated, self.closed_up)
+            for given in (self.keeps, self.settled, self.spans, self.generated, self.closed_up)
         )
         for held in self.layers:
             held.store = None if held.store is None else held.store.select_rows(rows)

@@ -131,6 +131,11 @@ class Cache(TransformersCache):
             for layer in (layers if self.seen else [])
         ]
 
+    @property
+    def remark(self) -> str | None:
+        """What is held of the prompt and why, where that is clearly not what was asked for."""
+        return self.session.remark
+
     def save(self, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """Write everything to a file for `kvtrim.load_cache`; see `kvtrim.hf.saving.save`."""
         from kvtrim.hf.saving import save  # it needs Cache, so it cannot be imported above

@@ -21,6 +21,16 @@ class Propagation(ABC):
     restarts: ClassVar[bool] = False
     """A first reading chooses tokens; the model then reads those alone, closed up."""
 
+    @property
+    def holds_more(self) -> str:
+        """Why layers may hold clearly more than `keep`, for the user; empty if they do not."""
+        return ""
+
+    @property
+    def holds_less(self) -> str:
+        """Why layers may hold clearly less."""
+        return ""
+
     def fitted(self, target: Target) -> "Propagation":
         """This propagation, made ready for one model.
 

@@ -53,6 +53,18 @@ class Cascade(Propagation):
         if not 0 <= self.recent < 1 or not (self.decay is None or 0 <= self.decay <= 1):
             raise UsageError(f"recent={self.recent}, decay={self.decay}: both lie between 0 and 1")
 
+    @property
+    def holds_more(self) -> str:
+        if self.decay is not None:
+            return f"decay={self.decay} says what layers pass on, not keep"
+        return (
+            f"layers that would pass on {self.min_context} tokens or fewer pass on all they have"
+        )
+
+    @property
+    def holds_less(self) -> str:
+        return self.holds_more
+
     def least(self, tokens: int, layers: int) -> int:
         if self.decay is not None:
             return 1

@@ -41,6 +41,14 @@ class Restart(Propagation):
         if min(self.sinks, self.recent) < 0:
             raise UsageError(f"sinks={self.sinks}, recent={self.recent}: no less than 0")
 
+    @property
+    def holds_more(self) -> str:
+        return "" if self.tokens is None else f"tokens={self.tokens} are read again, not keep"
+
+    @property
+    def holds_less(self) -> str:
+        return self.holds_more
+
     def fitted(self, target: Target) -> "Restart":
         return replace(self, layer=at.fitted(self.layer, target, at.FILTER, target.layers - 1))
 

@@ -37,6 +37,11 @@ class TokenSelective(Propagation):
                 "use one that scores a layer at sight, such as snapkv"
             )
 
+    @property
+    def holds_less(self) -> str:
+        text = f"layers above the one that chooses read only the tokens={self.tokens} of the"
+        return f"{text} prompt that went on, and so hold no more"
+
     def fitted(self, target: Target) -> "TokenSelective":
         return replace(self, layer=at.fitted(self.layer, target, at.TSP, target.layers - 2))
 
