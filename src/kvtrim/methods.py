@@ -188,6 +188,14 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "uniform": {"budget": "uniform"},
             },
         ),
+        "kvzip-plus": Method(
+            KVzip(plus=True),
+            budget=Global(),
+            source="NVIDIA/kvpress@8bb29b9",
+            use="As kvzip; what an entry adds to the layer's output counts, not attention alone.",
+            cost="As kvzip, and one small product per value.",
+            presets={"uniform": {"budget": "uniform"}},
+        ),
         "lava": Method(
             Lava(),
             budget=PerHead(layers=LayerShare()),

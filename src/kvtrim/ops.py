@@ -63,10 +63,13 @@ def _has_kernel(layer: LayerView) -> bool:
     return fits and obstacle("cuda") is None
 
 
-def column_max(layer: LayerView) -> Float[Tensor, "B H S"]:
-    """Largest attention that each slot received from any query at hand; memory as above."""
+def column_max(layer: LayerView, observers: Weights | None = None) -> Float[Tensor, "B H S"]:
+    """Largest attention that each slot received from any query at hand, times the query's weight.
+
+    Memory and `observers` as above.
+    """
     most = layer.keys.new_zeros(*layer.queries.shape[:2], layer.keys.shape[2], dtype=torch.float32)
-    for weights in _blocks(layer):
+    for weights in _blocks(layer, observers):
         seen = most[..., : weights.shape[-1]]
         torch.maximum(seen, weights.amax(dim=-2), out=seen)
     return most
@@ -159,13 +162,41 @@ def window_sums(layer: LayerView, window: int) -> Float[Tensor, "B H N"]:
     """`window_attention` added up over the queries, where possible without the weights."""
     if not _has_kernel(layer):
         return window_attention(layer, window).sum(dim=-2)
-    sums = column_sums(replace(layer, queries=layer.queries[:, :, -window:]))
+    sums = column_sums(newest(layer, window))
     sums = sums[..., : layer.keys.shape[2] - window]
     if layer.lengths is None:
         return sums
     groups = sums.shape[1] // layer.keys.shape[1]
     behind = _behind(layer, sums.shape[-1], window)
     return sums.masked_fill(behind.repeat_interleave(groups, dim=1), 0)
+
+
+def hidden(layer: LayerView) -> Float[Tensor, "B Q M"]:
+    """What the layer's attention received for each query's token.
+
+    Raises:
+        UsageError: it was not given.
+    """
+    if layer.hidden is None:
+        raise UsageError("this method reads hidden states; pass hidden=[states, ...]")
+    return layer.hidden
+
+
+def newest(layer: LayerView, count: int) -> LayerView:
+    """The layer as if only the newest so many queries were at hand."""
+    first = max(0, layer.queries.shape[2] - count)
+    hidden = None if layer.hidden is None else layer.hidden[:, first:]
+    return replace(layer, queries=layer.queries[:, :, first:], hidden=hidden)
+
+
+def own_column(
+    layer: LayerView, values: Float[Tensor, "B K Q"], before: Float[Tensor, "B K S"]
+) -> Float[Tensor, "B K S"]:
+    """A number per slot: `values` for those of the queries at hand, `before` for the others."""
+    count = values.shape[-1]
+    first = (lengths(layer) - count)[..., None]
+    slots = first + torch.arange(count, device=first.device)
+    return before.scatter(-1, slots, values.to(before.dtype))
 
 
 def length_of(vectors: Float[Tensor, "*B D"]) -> Float[Tensor, "*B"]:

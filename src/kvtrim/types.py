@@ -83,6 +83,8 @@ class LayerView:
     carried: Float[Tensor, "B K S"] | None = None  # the policy's running statistic, see `observe`
     decoding: bool = False  # the prompt is over
     probed: Probed | None = None  # the queries are a probe's, and this is what it is about
+    hidden: Float[Tensor, "B Q M"] | None = None  # what the layer's attention received for each
+    # query's token, after the norm; given where the policy `reads_hidden`
     output: Callable[[], Float[Tensor, "H E M"]] | None = None  # W_O per query head
     factor: Callable[[], Float[Tensor, "H E E"]] | None = None  # R with |v @ W_O| = |v @ R.T|
     spans: tuple[Spans, ...] = ()  # named parts, one mapping per prompt; empty if none were given

@@ -161,7 +161,7 @@ def test_a_policy_file_is_short_and_names_its_source():
         loaded = importlib.import_module(f"kvtrim.policies.{module.name}")
         lines = Path(loaded.__file__).read_text().splitlines()
         if module.name != "base":
-            assert len(lines) <= 60, module.name
+            assert len(lines) <= 100, module.name
             assert "Paper:" in loaded.__doc__, module.name
 
 

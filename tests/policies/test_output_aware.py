@@ -1,5 +1,7 @@
 """LaProx, CriticalKV, LAVa and CAKE: the worked examples, and plain loops beside them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -203,3 +205,18 @@ def test_cake_with_equal_layers_and_no_gamma_is_uniform_snapkv():
     )
     for one, other in zip(cut, plain, strict=True):
         assert all(a.equal(b) for a, b in zip(one, other, strict=True))
+
+
+def test_laprox_divides_by_what_the_layer_received_for_the_window():
+    draw = torch.Generator().manual_seed(7)
+    queries, keys, values = (torch.randn(2, h, 20, 4, generator=draw) for h in (4, 2, 2))
+    output = torch.randn(4, 4, 9, generator=draw)
+    hidden = torch.randn(2, 20, 9, generator=draw)
+    layer = replace(view(keys, values, queries, output), hidden=hidden)
+    raw = LaProx(window=5, norm="none").score(layer)
+    got = LaProx(window=5, norm="resid").score(layer)
+    for row in range(2):
+        size = sum(float(x) ** 2 for token in hidden[row, -5:] for x in token) ** 0.5
+        torch.testing.assert_close(got[row], raw[row] / size)
+    assert LaProx(norm="resid").reads_hidden and not LaProx().reads_hidden
+    assert Critical(base=LaProx(norm="resid")).reads_hidden

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -35,6 +36,11 @@ def replayable(cell: Candidate) -> bool:
     return not method.propagation.narrows and not method.schedule.chunks
 
 
+def _reads_hidden(cell: Candidate) -> bool:
+    found = attempted(lambda: find(cell.method, **cell.settings).policy.reads_hidden)
+    return found is True
+
+
 class Prefill:
     """Makes the caches of one prompt. The model must be attached."""
 
@@ -43,11 +49,12 @@ class Prefill:
         ids, self._spans, _ = given.read_first(aware)
         self._ids = torch.tensor([ids], device=model.device)
         self._words = repeat_words(tokenizer, given.frame)
-        self._once, self._recorded_s = once, 0.0
+        self._once, self._recorded_s, self._hidden = once, 0.0, False
         self._recording: Recording | None = None
 
     def ready(self, cells: Sequence[Candidate]) -> list[Ready | Failure]:
         """One for each cell, in order."""
+        self._hidden = any(_reads_hidden(cell) for cell in cells)
         made = [attempted(lambda cell=cell: self._made(cell)) for cell in cells]
         self._recording = None  # what the layers were handed is needed no more
         return made
@@ -60,7 +67,8 @@ class Prefill:
         """The pass that all share; None where memory is too short to keep what it handed over."""
         if self._recording is None:
             start = self._now()
-            made = attempted(lambda: record(self._model, self._ids, self._spans, self._words))
+            recorded = partial(record, self._model, self._ids, self._spans, self._words)
+            made = attempted(lambda: recorded(hidden=self._hidden))
             if isinstance(made, Failure):
                 self._once = False
                 return None

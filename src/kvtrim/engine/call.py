@@ -27,6 +27,7 @@ class Call:
     factor: Callable[[], Float[Tensor, "H E E"]] | None = None  # R with |v @ W_O| = |v @ R.T|
     rotate: Callable[[Float[Tensor, "N D"], Int[Tensor, " N"]], Tensor] | None = None
     """Keys turned on by so many positions each, for methods with rolled positions."""
+    hidden: Float[Tensor, "B Q M"] | None = None  # what the attention received, after the norm
 
     @property
     def kv_bytes(self) -> int:
@@ -42,7 +43,14 @@ class Call:
         """One prompt's part of it."""
         part = slice(number, number + 1)
         queries, keys, values = self.queries[part], self.keys[part], self.values[part]
-        return replace(self, queries=queries, keys=keys, values=values)
+        hidden = None if self.hidden is None else self.hidden[part]
+        return replace(self, queries=queries, keys=keys, values=values, hidden=hidden)
+
+    def without_tokens(self) -> "Call":
+        """The same layer, and nothing new to it."""
+        queries, keys, values = (x[:, :, :0] for x in (self.queries, self.keys, self.values))
+        hidden = None if self.hidden is None else self.hidden[:, :0]
+        return replace(self, queries=queries, keys=keys, values=values, hidden=hidden)
 
     def per_query_head(self) -> "Call":
         """The same call with K and V repeated, so that every query head has its own entries."""
@@ -57,6 +65,7 @@ class Held:
 
     store: LayerStore | None = None
     queries: Float[Tensor, "B H W D"] | None = None  # each prompt's last queries, newest last
+    hidden: Float[Tensor, "B W M"] | None = None  # and what the attention received for them
     full_entry: int = 0  # bytes of K and V that one token adds to this layer of a full cache
     share: Counts | None = None  # [B, K] entries won from a model-wide budget, for later cuts
 
@@ -86,6 +95,11 @@ class Held:
             share[rows] = won[layer]
             self.share = share
 
+    def remember(self, queries: Tensor, hidden: Tensor | None, count: int) -> None:
+        """Keep copies of the last `count` queries and what goes with them; of none, nothing."""
+        self.queries = queries.clone() if count else None
+        self.hidden = hidden.clone() if count and hidden is not None else None
+
     def copy(self) -> "Held":
         """An independent copy; tensors that are only ever replaced are shared."""
         return replace(self, store=None if self.store is None else self.store.copy())
@@ -93,8 +107,8 @@ class Held:
     @property
     def nbytes(self) -> int:
         """Bytes of entries, slack, per-entry columns and remembered queries."""
-        queries = 0 if self.queries is None else self.queries.nbytes
-        return queries + (0 if self.store is None else self.store.nbytes)
+        parts = (self.queries, self.hidden, self.store)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 def stored(store: LayerStore | None, call: Call, now: Pass) -> LayerStore:
@@ -166,6 +180,16 @@ def last_queries(
         own = own[:, -count:]
         out[row, :, count - own.shape[1] :] = own
     return out
+
+
+def last_hidden(
+    before: Tensor | None, hidden: Float[Tensor, "B Q M"] | None, now: Pass, count: int
+) -> Float[Tensor, "B W M"] | None:
+    """As `last_queries`, of what the attention received, where that was handed over."""
+    if hidden is None:
+        return None
+    before = None if before is None else before[:, None]
+    return last_queries(before, hidden[:, None], now, count)[:, 0]
 
 
 def real_queries(queries: Float[Tensor, "B H Q D"], now: Pass, rows: slice) -> Tensor:

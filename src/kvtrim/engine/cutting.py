@@ -45,7 +45,9 @@ class Cutting:
         for rows in self.now.groups():
             queries = real_queries(call.queries, self.now, rows)
             if queries.shape[2]:
-                view = self._view(index, call, self._part(shown, rows), queries, rows, keep=0)
+                hidden = self._hidden(call, rows)
+                part = self._part(shown, rows)
+                view = self._view(index, call, part, queries, rows, keep=0, hidden=hidden)
                 self._part(store, rows).set_column(CARRIED, self.method.policy.observe(view))
 
     def propagate(self, index: int, call: Call, shown: LayerStore) -> Narrowing | None:
@@ -56,7 +58,8 @@ class Cutting:
             if prompt > cutter.keep:
                 queries = real_queries(call.queries, self.now, rows)
                 part = self._part(shown, rows)
-                view = self._view(index, call, part, queries, rows, cutter.keep)
+                hidden = self._hidden(call, rows)
+                view = self._view(index, call, part, queries, rows, cutter.keep, hidden)
                 slots = self.method.propagation.choose(view, policy, prompt)
             chosen.append((rows, slots))
         return narrowed(index, self.now, chosen, self.narrowing)
@@ -74,19 +77,22 @@ class Cutting:
         shown: LayerStore,
         last: Tensor,
         coming: int = 0,
+        hidden: Tensor | None = None,
     ) -> None:
         """Evict from one layer what exceeds its budget, leaving room for `coming` tokens.
 
         Args:
             store, shown: what the layer holds, and the same as this pass's queries see it.
             last: the last queries, as many as the policy looks back to.
+            hidden: what the attention received for them, where the policy reads it.
         """
         competing = self.method.budget.model_wide
         if competing:
             store.add_column(SCORE)
         parts = []
         for rows, cutter in self._cutters_for(call, coming):
-            view = self._view(index, call, self._part(shown, rows), last[rows], rows, cutter.keep)
+            own, part = None if hidden is None else hidden[rows], self._part(shown, rows)
+            view = self._view(index, call, part, last[rows], rows, cutter.keep, own)
             parts.append((rows, cutter.choose(view, self.state.layers[index].share_of(rows))))
             if cutter.scored is not None:
                 self._part(store, rows).set_column(SCORE, cutter.scored)
@@ -153,8 +159,21 @@ class Cutting:
         everyone = rows.stop - rows.start == self.now.rows
         return store if everyone else store.row(rows.start)
 
+    def _hidden(self, call: Call, rows: slice) -> Tensor | None:
+        """What the attention received for a group's new tokens."""
+        if call.hidden is None:
+            return None
+        return real_queries(call.hidden[:, None], self.now, rows)[:, 0]
+
     def _view(
-        self, index: int, call: Call, store: LayerStore, queries: Tensor, rows: slice, keep: int
+        self,
+        index: int,
+        call: Call,
+        store: LayerStore,
+        queries: Tensor,
+        rows: slice,
+        keep: int,
+        hidden: Tensor | None = None,
     ) -> LayerView:
         dense, lengths = store.dense()
         return LayerView(
@@ -172,6 +191,7 @@ class Cutting:
             carried=dense.get(CARRIED),
             decoding=not self.prompt,
             probed=None if self.probed is None else self.probed[rows.start],
+            hidden=hidden,
             output=call.output,
             factor=call.factor,
             spans=tuple(self.state.spans[rows]),

@@ -29,6 +29,7 @@ def select(
     keep: int | float | str | Keep,
     scale: float | None = None,
     output: Sequence[Float[Tensor, "M HD"]] | None = None,
+    hidden: Layers | None = None,
     spans: Given | None = None,
     **settings: Any,
 ) -> list[list[Int[Tensor, " kept"]]]:
@@ -43,6 +44,8 @@ def select(
         scale: factor on query @ key; 1 / sqrt(D) by default.
         output: each layer's output projection `o_proj.weight` [M, H * D], for methods that weigh
             values by it.
+        hidden: what each layer's attention receives, after the norm: [n, M] for one layer,
+            [L, n, M] or a list of [n, M] for several; for methods that read it (echo).
         spans: named parts of the prompt, see `kvtrim.Cache`.
         settings: parameters of the method, `preset` among them.
 
@@ -51,7 +54,8 @@ def select(
         where the preset stores those.
 
     Raises:
-        UsageError: shapes that do not fit together, or a wrong parameter.
+        UsageError: shapes that do not fit together, a wrong parameter, or a method that reads
+            hidden states and was given none.
     """
     stacks = [_as_layers(tensor) for tensor in (queries, keys, values)]
     if len({len(stack) for stack in stacks}) != 1:
@@ -69,6 +73,7 @@ def select(
         )
     for index, (q, k, v) in enumerate(zip(*stacks, strict=True)):
         _require_fitting(index, q, k, v)
+    states = _states(hidden, stacks, chosen.policy.reads_hidden)
     session = Session(chosen, Keep.parse(keep), layers, spans=spans)
     session.begin(rows=1, columns=stacks[0][0].shape[1])
     _filter(session, stacks)
@@ -77,6 +82,8 @@ def select(
         if session.narrowing is not None:
             q, k, v = (x[:, session.narrowing.columns[0].to(x.device)] for x in (q, k, v))
         call = Call(q[None], k[None], v[None], factor)
+        if states:
+            call = replace(call, hidden=_read(session, states[index])[None])
         if output is not None:
             weight = output[index].unflatten(1, (q.shape[0], -1)).permute(1, 2, 0)
             call = replace(
@@ -96,6 +103,38 @@ def _require_fitting(index: int, q: Tensor, k: Tensor, v: Tensor) -> None:
             f"values {list(v.shape)} do not fit; "
             "expected [H, n, D], [K, n, D], [K, n, E] with H a multiple of K"
         )
+
+
+def _read(session: Session, states: Float[Tensor, "n M"]) -> Float[Tensor, "w M"]:
+    """Those of the tokens that the layer at hand reads."""
+    narrowing = session.narrowing
+    return states if narrowing is None else states[narrowing.columns[0].to(states.device)]
+
+
+def _states(
+    hidden: Layers | None, stacks: Sequence[Sequence[Tensor]], needed: bool
+) -> list[Tensor]:
+    """One tensor [n, M] for each layer; empty if none were given.
+
+    Raises:
+        UsageError: the method needs them, or they are not one of that length for each layer.
+    """
+    if hidden is None:
+        if not needed:
+            return []
+        raise UsageError(
+            "this method scores by what each layer's attention receives; pass hidden=[states, ...]"
+        )
+    states = list(hidden[None] if isinstance(hidden, Tensor) and hidden.ndim == 2 else hidden)
+    columns = stacks[0][0].shape[1]
+    if len(states) != len(stacks[0]) or any(
+        one.ndim != 2 or one.shape[0] != columns for one in states
+    ):
+        raise UsageError(
+            f"hidden has shapes {[list(one.shape) for one in states][:4]}; expected one "
+            f"[{columns}, M] for each of {len(stacks[0])} layers"
+        )
+    return states
 
 
 def _filter(session: Session, stacks: Sequence[Sequence[Tensor]]) -> None:

@@ -30,6 +30,8 @@ def export(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors[f"layers.{index}.length"] = packed.length
         if held.queries is not None:
             tensors[f"queries.{index}"] = held.queries
+        if held.hidden is not None:
+            tensors[f"hidden.{index}"] = held.hidden
         if held.share is not None:
             tensors[f"share.{index}"] = held.share
     reading = session.state.reading
@@ -80,6 +82,8 @@ def restore(
             held.store = _store(tensors, f"layers.{index}.", reading.lengths, devices[index])
             queries = tensors.get(f"queries.{index}")
             held.queries = None if queries is None else queries.to(devices[index])
+            hidden = tensors.get(f"hidden.{index}")
+            held.hidden = None if hidden is None else hidden.to(devices[index])
             held.share = tensors.get(f"share.{index}")
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise CacheFileError(

@@ -12,7 +12,7 @@ from typing import Any
 from kvtrim.budgets import Keep
 from kvtrim.cache.attend import require_known
 from kvtrim.cache.store import LayerStore
-from kvtrim.engine.call import Call, attended, last_queries, stored, writable
+from kvtrim.engine.call import Call, attended, last_hidden, last_queries, stored, writable
 from kvtrim.engine.cutting import CARRIED, Cutting
 from kvtrim.engine.holding import remark
 from kvtrim.engine.narrowing import Narrowing
@@ -299,9 +299,11 @@ class Session:
             self.known.setdefault(index, store.column(CARRIED).clone())
         if plan.after or plan.again:
             last = last_queries(held.queries, call.queries, self._now, plan.lookback)
+            hidden = call.hidden if self.method.policy.reads_hidden else None
+            hidden = last_hidden(held.hidden, hidden, self._now, plan.lookback)
             if plan.after:
-                self._cuts.cut(index, call, store, shown, last)
-            held.queries = last.clone() if plan.lookback and plan.again else None
+                self._cuts.cut(index, call, store, shown, last, hidden=hidden)
+            held.remember(last, hidden, plan.lookback if plan.again else 0)
         store.settle()
         if plan.observe and not plan.carry:
             store.drop_column(CARRIED)

@@ -108,7 +108,8 @@ def _hand_over(
         return None
     rotate = cache.rotations[number] if cache.rotations else None
     attending = cache.session.steps or cache.session
-    return args, {**kwargs, HANDLE: (attending, number, output, rotate)}
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return args, {**kwargs, HANDLE: (attending, number, output, rotate, hidden)}
 
 
 _attached: "WeakKeyDictionary[PreTrainedModel, Attachment]" = WeakKeyDictionary()

@@ -22,7 +22,7 @@ NAME = "kvtrim"
 """Name of both functions in the registries; holds no word that transformers looks for."""
 
 HANDLE = "kvtrim_cache"
-"""Keyword under which the attention pre-hook passes (session, number, projection, rotation)."""
+"""Keyword of the attention pre-hook: (session, number, projection, rotation, hidden states)."""
 
 _KNOWN_KEYWORDS = {"position_ids", "use_cache", "sliding_window", "output_attentions", "is_causal"}
 
@@ -84,8 +84,8 @@ def attention(
             f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which kvtrim "
             "does not implement"
         )
-    session, index, output, rotate = handle
-    call = Call(query, key, value, scale, softcap, output.weight, output.factor, rotate)
+    session, index, output, rotate, hidden = handle
+    call = Call(query, key, value, scale, softcap, output.weight, output.factor, rotate, hidden)
     out = session.attend(index, call)
     return out.transpose(1, 2).contiguous(), None
 

@@ -160,7 +160,8 @@ def _filtered(
     output = OutputProjection(module, parts.query_heads)
 
     def ask(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
-        return args, {**kwargs, HANDLE: (found, layer, output, None)}
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return args, {**kwargs, HANDLE: (found, layer, output, None, hidden)}
 
     hook = module.register_forward_pre_hook(ask, with_kwargs=True)
     try:

@@ -7,6 +7,7 @@ policy observes in the prompt or in its probe does not depend on the budget and 
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ class Recording:
 
         Raises:
             UsageError: a method whose deeper layers read a part of the prompt, so that its own
-                prefill is another one; and as `kvtrim.Cache`.
+                prefill is another one, or that reads hidden states where none were recorded;
+                and as `kvtrim.Cache`.
         """
         settings = {"spans": self.spans, **settings}
         other = self.full.copy_stock(Cache(self.model, method, keep, **settings))
@@ -53,6 +55,11 @@ class Recording:
             raise UsageError(
                 f"{method} changes the prefill itself and needs one of its own: read the prompt "
                 "into a kvtrim.Cache"
+            )
+        if other.method.policy.reads_hidden and any(call.hidden is None for call in self.calls):
+            raise UsageError(
+                f"{method} reads hidden states, and this pass was recorded without them; "
+                "use record(..., hidden=True)"
             )
         which = (other.method.policy, other.method.granularity, words)
         other.session.known = self._known.setdefault(which, {})
@@ -84,9 +91,7 @@ class Recording:
         rows = self.ids.shape[0]
         other.session.begin_probe(0, None, [Probed(0, 0, 0)] * rows, last=True)
         for index, call in enumerate(self.calls):
-            queries, keys, values = (x[:, :, :0] for x in (call.queries, call.keys, call.values))
-            part = replace(call, queries=queries, keys=keys, values=values)
-            other.session.absorb(index, part)
+            other.session.absorb(index, call.without_tokens())
         other.session.end()
 
 
@@ -95,12 +100,21 @@ def record(
     ids: Int[Tensor, "B n"],
     spans: Given | Sequence[Given] | None = None,
     words: Words | None = None,
+    hidden: bool = True,
 ) -> Recording:
-    """Read a prompt without padding, once, and keep what its layers were handed."""
+    """Read a prompt without padding, once, and keep what its layers were handed.
+
+    Args:
+        hidden: keep what their attention received, too, for methods that read it.
+    """
     cache, calls = Cache(model, "full"), {}
-    cache.session.tap = calls.__setitem__
+    cache.session.tap = calls.__setitem__ if hidden else partial(_without_hidden, calls)
     with torch.no_grad(), attach(model):
         logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
     cache.session.tap = None
     handed = [calls[index] for index in sorted(calls)]
     return Recording(model, ids, logits, cache, handed, spans, words)
+
+
+def _without_hidden(calls: dict[int, Call], index: int, call: Call) -> None:
+    calls[index] = replace(call, hidden=None)

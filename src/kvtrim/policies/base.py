@@ -32,6 +32,11 @@ class Policy(ABC):
     probes: ClassVar[bool] = False
     """It scores what `observe` saw in a probe that is read once the prompt is complete."""
 
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether it needs `layer.hidden`: what the attention receives for each query's token."""
+        return False
+
     chunk: int = 0
     """Tokens of the prompt that one pass of its probe is about."""
 

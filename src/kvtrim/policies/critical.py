@@ -35,6 +35,10 @@ class Critical(Policy):
     def sinks(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.base.sinks
 
+    @property
+    def reads_hidden(self) -> bool:
+        return self.base.reads_hidden
+
     def lookback(self) -> int:
         return self.base.lookback()
 

@@ -5,6 +5,7 @@ Rule:  once the prompt is read, the model is asked to repeat it, chunk by chunk,
        repetition, over the sinks, the chunk and the repetition itself.
 Paper: Kim et al. 2025, https://arxiv.org/abs/2505.23416.
 Code:  NVIDIA/kvpress@8bb29b9, presses/kvzip_press.py; snu-mllab/KVzip.
+       KVzip+ is the flag `kvzip_plus_normalization` there; called the best of that repository.
 Ours:  what is evicted is freed per layer and head (kvpress masks it); scores are fp32; queries are
        taken in blocks. `kvtrim.Cache` needs a tokenizer for the words of the request.
 """
@@ -14,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from kvtrim import ops
+from kvtrim import ops, projections
 from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
 from kvtrim.types import Float, LayerView, Scores, Tensor
@@ -24,11 +25,16 @@ from kvtrim.types import Float, LayerView, Scores, Tensor
 class KVzip(Policy):
     chunk: int = 2048  # tokens repeated at a time
     sinks: int = 4
+    plus: bool = False  # KVzip+: attention times |value W_O|, over |hidden state| of the query
     probes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.chunk < 1:
             raise UsageError(f"a chunk has at least one token, got chunk={self.chunk}")
+
+    @property
+    def reads_hidden(self) -> bool:
+        return self.plus
 
     def lookback(self) -> int:
         return 0  # `observe` has seen every query of the probe
@@ -42,14 +48,20 @@ class KVzip(Policy):
         slots = torch.cat(
             [torch.arange(self.sinks), torch.arange(begin, stop), torch.arange(end, end + own)]
         )
-        most = ops.column_max(ops.narrowed(layer, slots))[
-            ..., self.sinks : self.sinks + stop - begin
-        ]
+        part = ops.narrowed(layer, slots)
+        most = ops.column_max(part, self._counted(layer))
+        if self.plus:
+            most = most * projections.projected_norms(part)
+        most = most[..., self.sinks : self.sinks + stop - begin]
         most = ops.reduce_group(most, layer.keys.shape[1], "max")
         found = layer.carried.clone()
         found[..., begin:stop] = found[..., begin:stop].maximum(most)
         found[..., : layer.probed.prefix] = torch.inf
         return found
+
+    def _counted(self, layer: LayerView) -> Float[Tensor, "B Q"] | None:
+        """What each query's attention is multiplied by."""
+        return 1 / ops.length_of(ops.hidden(layer).float()) if self.plus else None
 
     def score(self, layer: LayerView) -> Scores:
         """What the probe saw, [B, K, S]."""

@@ -20,8 +20,13 @@ class LaProx(WindowPolicy):
     kernel: int = 7  # width of the average pooling, odd
     pool_on: Literal["attn", "score"] = "attn"  # pool the attention norms, or the whole score
     gqa: Literal["prod", "attn", "rss", "block"] = "prod"  # how a group's query heads are joined
-    norm: Literal["sum", "none", "out"] = "sum"  # divide by the layer's sum, nothing, |output|
+    norm: Literal["sum", "none", "out", "resid"] = "sum"  # divide by the layer's sum, nothing,
+    # |the window's output|, or |what the layer receives for the window| (Frobenius)
     sinks: int = 0
+
+    @property
+    def reads_hidden(self) -> bool:
+        return self.norm == "resid"
 
     def score(self, layer: LayerView) -> Scores:
         """Queries [B, H, W, D], keys and values [B, K, S, D], W_O to scores [B, K, S - W]."""
@@ -30,9 +35,12 @@ class LaProx(WindowPolicy):
             scores = ops.pool(scores, self.kernel, "avg")
         if self.norm == "sum":
             return scores / scores.sum(dim=(1, 2), keepdim=True).clamp(min=1e-30)
-        return (
-            scores / projections.output_norm(layer, self.window) if self.norm == "out" else scores
-        )
+        if self.norm == "out":
+            return scores / projections.output_norm(layer, self.window)
+        if self.norm == "resid":
+            received = ops.hidden(layer)[:, -self.window :].float()
+            return scores / received.norm(dim=(1, 2))[:, None, None]
+        return scores
 
     def _join(self, layer: LayerView, weights: Float[Tensor, "B H W N"]) -> Scores:
         kv_heads, candidates = layer.keys.shape[1], weights.shape[-1]

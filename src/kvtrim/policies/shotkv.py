@@ -16,7 +16,7 @@ Ours:  each layer ranks by itself (the body of v4), not all together; the budget
        prompt, and the same share of what was generated so far.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from kvtrim import ops
@@ -51,7 +51,7 @@ class ShotKV(Policy):
         votes = layer.carried
         if not self.observes(layer.decoding):
             last = 1 if layer.decoding else min(self.window, layer.keys.shape[2])
-            layer = replace(layer, queries=layer.queries[:, :, -last:])
+            layer = ops.newest(layer, last)
             votes = ops.column_sums(layer, own=self.self_attention or layer.decoding)
         if votes is None:
             raise TypeError("ShotKV scores what it observed; call observe first")

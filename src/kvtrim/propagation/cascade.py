@@ -14,7 +14,7 @@ Code:  mutonix/pyramidinfer@61ac641, models/modeling_llama_pyramidinfer.py.
 Ours:  attention of the recent rows is computed in blocks, never n x n.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from math import cos, pi
 
@@ -81,7 +81,7 @@ class Cascade(Propagation):
         if count >= context:
             return None
         weights = torch.linspace(1, self.weight, recent, device=view.keys.device)
-        asked = replace(view, queries=view.queries[:, :, -recent:])
+        asked = ops.newest(view, recent)
         sums = ops.column_sums(asked, weights.expand(view.keys.shape[0], -1))[..., :context]
         scores = sums.mean(dim=1, keepdim=True)
         sinks = min(self.sinks, count)

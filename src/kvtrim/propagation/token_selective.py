@@ -14,6 +14,7 @@ Ours:  any policy may score; padding and batches; a prompt that fits into the bu
 
 from dataclasses import dataclass, replace
 
+from kvtrim import ops
 from kvtrim.budgets.base import everyone
 from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
@@ -54,8 +55,7 @@ class TokenSelective(Propagation):
         count = max(1, at.amount(self.tokens, slots) - recent - sinks)
         if recent + sinks + count >= slots:
             return None
-        queries = view.queries[:, :, max(0, view.queries.shape[2] - scorer.lookback()) :]
-        scores = scorer.score(replace(view, queries=queries)).sum(dim=1, keepdim=True)
+        scores = scorer.score(ops.newest(view, scorer.lookback())).sum(dim=1, keepdim=True)
         return select(scores, everyone(count, scores), slots, sinks=sinks, recent=recent).slots[
             :, 0
         ]
