@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "src" / "kvtrim"
 ARROWS = {
     "errors": [],
     "version": [],
-    "files": [],
+    "files": ["errors"],
     "statistics": ["errors"],
     "types": [],
     "spans": ["types", "errors"],
@@ -39,7 +39,7 @@ ARROWS = {
     "answers": ["hf", "prompts"],
     "tasks": ["documents", "files"],
     "bench": ["answers", "tasks", "statistics", "report"],
-    "report": ["statistics"],
+    "report": ["statistics", "files"],
     "analysis": ["errors", "files"],
     "harness": ["answers"],
     "cli": ["bench", "catalog", "report", "analysis", "harness"],

@@ -7,6 +7,7 @@ KvtrimError
 ├── ModelError                          a model that cannot be loaded or attached
 │   ├── UnsupportedModelError           an architecture kvtrim was never tested on
 │   └── NotAttachedError                a kvtrim cache used on a model without `kvtrim.attach`
+├── FileError (also an OSError)         a file that cannot be read or written, or is damaged
 └── CacheError                          a cache that cannot do what was asked
     └── CacheFileError                  a saved cache that is damaged or belongs to another model
 """
@@ -47,6 +48,27 @@ class UnsupportedModelError(ModelError):
 
 class NotAttachedError(ModelError):
     """A kvtrim cache reached a model that kvtrim is not attached to."""
+
+
+class FileError(KvtrimError, OSError):
+    """A file that cannot be read or written: no room, no permission, damaged, not a file.
+
+    Args:
+        doing: "read" or "write".
+        path: of the file.
+        reason: what the system said, or what is wrong with it.
+    """
+
+    def __init__(self, doing: str, path: object, reason: OSError | str):
+        super().__init__()
+        if isinstance(reason, OSError):
+            self.errno, self.strerror = reason.errno, reason.strerror or str(reason)
+        else:
+            self.strerror = reason
+        self.message = f"cannot {doing} {path}: {self.strerror}"
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class CacheError(KvtrimError):

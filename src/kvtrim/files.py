@@ -1,17 +1,41 @@
-"""Writing files so that nobody ever meets half of one."""
+"""Reading and writing files so that nobody meets half of one, or anything but a file.
 
+Whatever a disk, a mode or somebody's editor does to them is a `FileError`, which says which file.
+"""
+
+import errno
+import glob
+import json
 import os
+import re
+import shutil
+import stat
 import tempfile
+import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from kvtrim.errors import FileError
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: leftovers of a writer that was killed stay
+    fcntl = None
+
+_MOST = 0o666  # the mode of a new file, before the umask
+_DEEPEST = 100  # lists and objects in one another; nothing of ours has ten
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells half of a surrogate pair
+
+# Writing
 
 
 def replace(path: Path, content: bytes) -> None:
     """Write a file; an older file is replaced only once the new one is complete.
 
     Raises:
-        OSError: the folder cannot be written to.
+        FileError: as `replacing`.
     """
     with replacing(path) as partial:
         partial.write_bytes(content)
@@ -21,14 +45,296 @@ def replace(path: Path, content: bytes) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write to instead, which takes the other's place if the block succeeds.
 
+    A new file has the mode that the umask leaves, one that is replaced keeps its own; a link stays
+    and leads to the new file. While it is written nobody else can read it. What a killed writer
+    left behind is removed when the same file is written again.
+
     Raises:
-        OSError: the folder cannot be written to.
+        FileError: the folder cannot be written to, the disk is full, or something lies there that
+            is not a file.
     """
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
+    with told("write", path):
+        target = _target(path)
+        mode = _mode(target)
+        _sweep(target)
+        folder, lock = _workplace(target)
+        try:
+            partial = folder / target.name
+            yield partial
+            _settle(partial, mode)
+            os.replace(partial, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+def extend(path: Path, content: bytes) -> None:
+    """Write to the end of a file and through to the disk: all of it, or nothing.
+
+    Raises:
+        FileError: the disk is full, or the file cannot be written to; it is as it was before.
+    """
+    with told("write", path):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, _MOST)
+        try:
+            before = os.fstat(file).st_size
+            try:
+                rest = memoryview(content)
+                while rest:
+                    rest = rest[os.write(file, rest) :]
+                os.fsync(file)
+            except BaseException:
+                os.ftruncate(file, before)
+                raise
+        finally:
+            os.close(file)
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cut off the end of a file.
+
+    Raises:
+        FileError: it cannot be written to.
+    """
+    with told("write", path):
+        os.truncate(path, size)
+
+
+def make_folder(path: Path, parents: bool = False) -> None:
+    """A folder that things can be written into, if it is not there yet.
+
+    Raises:
+        FileError: its place is closed, missing, or taken by a file; or it is closed itself.
+    """
+    with told("write", path):
+        path.mkdir(exist_ok=True, parents=parents)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, "the folder is not writable")
+
+
+def require_replaceable(path: Path) -> None:
+    """Refuse what `replacing` would refuse, before anything was computed.
+
+    Raises:
+        FileError: no such folder, one that is closed, or something there that is not a file.
+    """
+    with told("write", path):
+        target = _target(path)
+        _mode(target)
+        if not target.parent.is_dir():
+            raise OSError(errno.ENOENT, f"there is no folder {target.parent}")
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, f"the folder {target.parent} is not writable")
+
+
+@contextmanager
+def told(doing: str, path: Path | str) -> Iterator[None]:
+    """What the system says of a file, as a `FileError` that names it."""
     try:
-        yield Path(partial)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
+        yield
+    except FileError:
+        raise
+    except OSError as error:
+        raise FileError(doing, path, error) from error
+
+
+# Reading
+
+
+def text_of(path: Path) -> str:
+    """What stands in a file.
+
+    Raises:
+        FileError: it cannot be read, or is no text.
+    """
+    with told("read", path):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe might never end
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        content = path.read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise FileError("read", path, f"it is not UTF-8 text ({error})") from None
+
+
+def json_of(path: Path) -> Any:
+    """The JSON in a file.
+
+    Raises:
+        FileError: it cannot be read, or is no JSON.
+    """
+    text = text_of(path)
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise FileError("read", path, f"it is not JSON ({error})") from None
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FileError: it cannot be read, or is no JSON object.
+    """
+    found = json_of(path)
+    if not isinstance(found, dict):
+        raise FileError("read", path, "it holds no JSON object")
+    return found
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects in a file of one a line, numbered from 1; without a half line at its end.
+
+    Raises:
+        FileError: it cannot be read, or a line is no JSON object; the message names the line.
+    """
+    whole, _, _ = text_of(path).rpartition("\n")
+    for number, line in enumerate(whole.split("\n") if whole else [], start=1):
+        try:
+            found = parse(line)
+        except ValueError as error:
+            raise FileError("read", f"{path}:{number}", f"this is not JSON ({error})") from None
+        if not isinstance(found, dict):
+            raise FileError("read", f"{path}:{number}", "this is no JSON object")
+        yield number, found
+
+
+def toml_of(path: Path) -> dict[str, Any]:
+    """The TOML in a file.
+
+    Raises:
+        FileError: it cannot be read, or is no TOML.
+    """
+    text = text_of(path)
+    try:
+        found = tomllib.loads(text)
+        _require_shallow(found)
+    except RecursionError:
+        raise FileError("read", path, "it is nested too deep") from None
+    except ValueError as error:
+        raise FileError("read", path, f"it is no TOML ({error})") from None
+    return found
+
+
+def parse(text: str) -> Any:
+    """JSON that anybody may have touched: whatever is wrong with it is a `ValueError`.
+
+    Raises:
+        ValueError: no JSON, nested too deep, a number too long, or half of a surrogate pair,
+            which JSON can spell and no file can hold.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    _require_shallow(found)
+    if _HALF.search(text):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise ValueError(f"half of a surrogate pair, {half}, is no text") from None
+    return found
+
+
+def _require_shallow(found: Any) -> None:
+    level = [found]
+    for _ in range(_DEEPEST):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [each for one in inner for each in one if isinstance(each, dict | list)]
+        if not level:
+            return
+    raise ValueError("it is nested too deep")
+
+
+# What happens beside a file while it is written
+
+
+def _target(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _mode(target: Path) -> int:
+    """The mode that a file there is to have.
+
+    Raises:
+        OSError: something else lies there.
+    """
+    try:
+        there = os.lstat(target).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return _MOST & ~_umask()
+    if stat.S_ISDIR(there):
+        raise OSError(errno.EISDIR, "it is a folder")
+    if not stat.S_ISREG(there):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return stat.S_IMODE(there)
+
+
+def _umask() -> int:
+    """Linux says it without changing it, which other threads would notice."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
+    before = os.umask(0o077)
+    os.umask(before)
+    return before
+
+
+def _settle(partial: Path, mode: int) -> None:
+    """Everything on the disk, under the mode that it is to have."""
+    file = os.open(partial, os.O_RDWR)
+    try:
+        os.fsync(file)
     finally:
-        Path(partial).unlink(missing_ok=True)
+        os.close(file)
+    os.chmod(partial, mode)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name[:48]}.partial-"
+
+
+def _workplace(target: Path) -> tuple[Path, int | None]:
+    """A folder beside the file that belongs to this process as long as the lock is open."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        try:
+            lock = _locked(folder)
+        except BlockingIOError:  # somebody takes it for a leftover
+            continue
+        except OSError:
+            if folder.exists():  # the file system has no locks
+                return folder, None
+            continue
+        if lock is None or folder.exists():
+            return folder, lock
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """The folder opened and locked; None where there are no locks.
+
+    Raises:
+        OSError: it is gone, the file system has no locks, or (`BlockingIOError`) somebody has it.
+    """
+    if fcntl is None:
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed writers of this file left behind."""
+    for folder in target.parent.glob(f"{glob.escape(_prefix(target))}*"):
+        with suppress(OSError):
+            lock = _locked(folder)
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)

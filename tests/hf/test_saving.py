@@ -1,7 +1,9 @@
 """A saved cache goes on as if it had never left memory, and a wrong or damaged file is refused."""
 
+import hashlib
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -163,12 +165,117 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(llama, tmp_path, monke
         raise OSError("disk full")
 
     monkeypatch.setattr(archive, "save_file", fails)
-    with pytest.raises(CacheFileError, match="disk full"):
+    with pytest.raises(CacheFileError, match=r"cannot write .*x\.kv: disk full"):
         filled(llama).save(path)
     assert path.read_text() == "precious"
     assert os.listdir(tmp_path) == ["x.kv"]
     with pytest.raises(CacheFileError, match="cannot write"):
         filled(llama).save(tmp_path / "nowhere" / "x.kv")
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """A module with a method of its own, which leaves a trace when it is imported."""
+    trace = tmp_path / "imported"
+    lines = [
+        f"open({str(trace)!r}, 'w').close()",
+        "import kvtrim",
+        "MINE = kvtrim.METHODS['snapkv']",
+    ]
+    (tmp_path / "outside_method.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "outside_method:MINE", trace
+    sys.modules.pop("outside_method", None)
+
+
+def test_a_file_never_decides_what_is_imported(saved, tmp_path, outside):
+    model, path = saved
+    name, trace = outside
+    tensors, record = archive.read(path)
+    archive.write(tmp_path / "y.kv", tensors, record | {"method": name})
+    with pytest.raises(CacheFileError, match="does not decide what is imported: pass method="):
+        kvtrim.load_cache(tmp_path / "y.kv", model)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("place", ["policy", "budget", "unit", "schedule", "propagation", "table"])
+def test_no_setting_of_a_file_imports_anything(saved, tmp_path, outside, place):
+    model, path = saved
+    name, trace = outside
+    tensors, record = archive.read(path)
+    archive.write(tmp_path / "y.kv", tensors, record | {"settings": {place: name}})
+    with pytest.raises(kvtrim.KvtrimError):
+        kvtrim.load_cache(tmp_path / "y.kv", model)
+    assert not trace.exists()
+
+
+def test_the_caller_names_a_method_of_their_own(llama, tmp_path, outside):
+    name, _ = outside
+    cache = kvtrim.Cache(llama, name, 24, window=8)
+    with torch.no_grad(), kvtrim.attach(llama):
+        llama(models.prompt(48), past_key_values=cache)
+    cache.save(tmp_path / "x.kv")
+    with pytest.raises(CacheFileError, match="pass method='outside_method:MINE'"):
+        kvtrim.load_cache(tmp_path / "x.kv", llama)
+    with pytest.raises(CacheFileError, match="made with the method 'outside_method:MINE', not"):
+        kvtrim.load_cache(tmp_path / "x.kv", llama, method="knorm")
+    for method in (name, kvtrim.METHODS["snapkv"]):
+        loaded = kvtrim.load_cache(tmp_path / "x.kv", llama, method=method)
+        assert torch.equal(go_on(llama, loaded), go_on(llama, cache.copy()))
+
+
+def test_a_file_of_version_0_1_is_refused_with_the_remedy(llama, tmp_path):
+    record = {"format": 1, "versions": {"kvtrim": "0.1.0"}, "method": "snapkv"}
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.kv", {"kvtrim": json.dumps(record)})
+    with pytest.raises(CacheFileError, match=r"kvtrim 0\.1\.0 in format 1.*compress the document"):
+        kvtrim.load_cache(tmp_path / "x.kv", llama)
+
+
+def swollen(path, tensors, record):
+    """A file of 20 GiB, nearly all of it a hole, that lists its tensors truly."""
+    count = 5 * 2**30
+    header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
+    name = max((n for n in header if n.endswith("keys")), key=lambda n: header[n]["data_offsets"])
+    table = {key: [str(t.dtype), list(t.shape)] for key, t in tensors.items()}
+    grown = 0
+    for key in sorted(header.keys() - {"__metadata__"}, key=lambda n: header[n]["data_offsets"]):
+        start, end = (at + grown for at in header[key]["data_offsets"])
+        if key == name:
+            header[key] |= {"dtype": "F32", "shape": [count // 8, 8]}
+            table[key] = ["torch.float32", [count // 8, 8]]
+            grown += 4 * count - (end - start)
+            end = start + 4 * count
+        header[key]["data_offsets"] = [start, end]
+    text = json.dumps(record | {"tensors": table}, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    header["__metadata__"] |= {"kvtrim": text, "record_sha256": digest}
+    raw = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(
+            8 + len(raw) + max(v["data_offsets"][1] for v in header.values() if "shape" in v)
+        )
+
+
+def test_a_file_is_known_to_be_too_large_before_it_is_read(saved, tmp_path, monkeypatch):
+    model, path = saved
+    big = tmp_path / "big.kv"
+    big.write_bytes(path.read_bytes())
+    swollen(big, *archive.read(path))
+    assert big.stat().st_size > 20 * 2**30
+    monkeypatch.setattr(archive.Archive, "read", lambda _: pytest.fail("it was read"))
+    with pytest.raises(CacheFileError, match="holds what no cache of this model does: layers"):
+        kvtrim.load_cache(big, model)
+    os.truncate(big, 2**36)  # its header no longer fits
+    with pytest.raises(CacheFileError, match="no cache file"):
+        kvtrim.load_cache(big, model)
+
+
+def test_a_file_larger_than_memory_is_not_read(saved, monkeypatch):
+    model, path = saved
+    monkeypatch.setattr(archive, "_memory", lambda: 1000)
+    with pytest.raises(CacheFileError, match="GiB of memory"):
+        kvtrim.load_cache(path, model)
 
 
 def test_an_empty_cache_and_a_nameless_method_cannot_be_saved(llama, tmp_path):

@@ -51,7 +51,8 @@ def ask(
     loaded, tokenizer = options.load(model, device, dtype, threads)
     from kvtrim.hf.saving import load_cache
 
-    context = text if cache is None else load_cache(cache, loaded, tokenizer)
+    own = method if ":" in method else None  # which a file names, and only the caller may
+    context = text if cache is None else load_cache(cache, loaded, tokenizer, own)
     how = dict(
         max_new_tokens=max_new_tokens,
         protocol=protocol,

@@ -1,14 +1,19 @@
 """A session as tensors and a JSON record, and back."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from kvtrim.cache.runs import starts_of
 from kvtrim.cache.store import LayerStore
 from kvtrim.engine.session import Session
 from kvtrim.errors import CacheError, CacheFileError
-from kvtrim.spans import fitted, per_prompt
-from kvtrim.types import Tensor
+from kvtrim.spans import fitted, per_prompt, require_within
+from kvtrim.types import Counts, Tensor
+
+_KV = ("keys", "values")
 
 
 def export(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -66,29 +71,88 @@ def restore(
         CacheFileError: the parts contradict each other.
     """
     try:
+        _require_record(record, len(session.state.layers))
         reading = session.state.reading
         reading.seen, reading.lengths = record["seen"], record["lengths"]
-        reading.real = tensors.get("real")
+        reading.real = _real(tensors.get("real"), record)
         session.prompt_tokens = record["prompt_tokens"]
         session.state.cut_at, session.state.since_cut = record["cut_at"], record["since_cut"]
         session.state.probed = record["probed"]
         session.state.keeps = [(entries, asked) for entries, asked in record["keeps"]]
-        session.state.settled = [(tokens, held) for tokens, held in record.get("settled", [])]
+        session.state.settled = [(tokens, held) for tokens, held in record["settled"]]
         session.state.spans = fitted(per_prompt(record["spans"]), len(reading.lengths))
+        require_within(session.state.spans, [reading.seen] * len(reading.lengths))
         session.state.generated = [(start, share) for start, share in record["generated"]]
-        session.state.closed_up = record.get("closed_up", [])
+        session.state.closed_up = record["closed_up"]
         for index, held in enumerate(session.state.layers):
             held.full_entry = record["full_entries"][index]
             held.store = _store(tensors, f"layers.{index}.", reading.lengths, devices[index])
-            queries = tensors.get(f"queries.{index}")
+            queries = _of_rows(tensors.get(f"queries.{index}"), 4, reading.lengths)
             held.queries = None if queries is None else queries.to(devices[index])
-            hidden = tensors.get(f"hidden.{index}")
+            hidden = _of_rows(tensors.get(f"hidden.{index}"), 3, reading.lengths)
             held.hidden = None if hidden is None else hidden.to(devices[index])
-            held.share = tensors.get(f"share.{index}")
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            held.share = _of_rows(tensors.get(f"share.{index}"), 2, reading.lengths)
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CacheFileError(
-            f"the saved cache is incomplete or inconsistent: {error!r}"
+            f"the saved cache is incomplete or inconsistent: {error or type(error).__name__}"
         ) from error
+
+
+def _require(right: bool, what: str) -> None:
+    if not right:
+        raise ValueError(f"{what} cannot be")
+
+
+def _whole(value: Any, least: int = 0, most: int | None = None) -> bool:
+    return type(value) is int and least <= value and (most is None or value <= most)
+
+
+def _real_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _require_record(record: dict[str, Any], layers: int) -> None:
+    """Refuse numbers that no session comes to."""
+    seen, lengths = record["seen"], record["lengths"]
+    _require(_whole(seen, 1), f"seen={seen!r}")
+    _require(isinstance(lengths, list) and bool(lengths), f"lengths={lengths!r}")
+    _require(all(_whole(length, 0, seen) for length in lengths), f"lengths={lengths!r}")
+    prompt = record["prompt_tokens"]
+    _require(prompt is None or _whole(prompt, 1), f"prompt_tokens={prompt!r}")
+    for name in ("cut_at", "since_cut"):
+        _require(_whole(record[name], 0, seen), f"{name}={record[name]!r}")
+    _require(isinstance(record["probed"], bool), "probed")
+    own: dict[str, Callable[[Any], bool]] = {
+        "keeps": lambda each: _whole(each[0]) and _real_number(each[1]) and each[1] >= 0,
+        "settled": lambda each: _whole(each[0]) and _real_number(each[1]) and each[1] >= 0,
+        "generated": lambda each: _whole(each[0], 0, seen) and 0 <= each[1] <= 1,
+        "closed_up": lambda each: _whole(each, 0, seen),
+    }
+    for name, right in own.items():
+        given = record[name]
+        fits = isinstance(given, list) and len(given) in (0, len(lengths))
+        _require(fits and all(right(each) for each in given), f"{name}={given!r}")
+    entries = record["full_entries"]
+    fits = isinstance(entries, list) and len(entries) == layers
+    _require(fits and all(_whole(each) for each in entries), f"full_entries={entries!r}")
+
+
+def _real(real: Tensor | None, record: dict[str, Any]) -> Tensor | None:
+    """Which columns hold tokens; must agree with how many each prompt has."""
+    lengths, seen = record["lengths"], record["seen"]
+    if real is None:
+        alike = bool(record["closed_up"]) or all(length == seen for length in lengths)
+        _require(alike, f"seen={seen} with lengths={lengths}")
+        return None
+    fits = real.dtype == torch.bool and list(real.shape) == [len(lengths), seen]
+    _require(fits and real.sum(-1).tolist() == lengths, "real")
+    return real
+
+
+def _of_rows(tensor: Tensor | None, dimensions: int, lengths: list[int]) -> Tensor | None:
+    if tensor is not None:
+        _require(tensor.ndim == dimensions and tensor.shape[0] == len(lengths), "queries or share")
+    return tensor
 
 
 def _store(
@@ -96,14 +160,33 @@ def _store(
 ) -> LayerStore:
     length = tensors[prefix + "length"]
     names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
-    buffers = {name: tensors[prefix + name].to(device) for name in names if name != "length"}
-    total, positions = int(length.sum()), buffers["positions"]
-    if bool((length < 0).any()) or any(buffer.shape[0] != total for buffer in buffers.values()):
+    buffers = {name: tensors[prefix + name] for name in names if name != "length"}
+    positions, heads = buffers["positions"], length.shape[-1]
+    if length.dtype != torch.int64 or length.ndim != 2 or bool((length < 0).any()):
+        raise ValueError(f"{prefix}length is no table of counts")
+    if any(buffer.shape[0] != int(length.sum()) for buffer in buffers.values()):
         raise ValueError(f"{prefix}length does not match its entries")
     if length.shape[0] != len(lengths) or buffers["keys"].ndim != 2 or buffers["values"].ndim != 2:
         raise ValueError(
             f"{prefix}keys and values do not have the shape of {len(lengths)} prompts"
         )
-    if total and not 0 <= int(positions.min()) <= int(positions.max()) < max(lengths):
-        raise ValueError(f"{prefix}positions point outside of the prompt")
-    return LayerStore.packed(buffers, length)
+    if any(buffer.ndim != 1 for name, buffer in buffers.items() if name not in _KV):
+        raise ValueError(f"{prefix}columns are no columns")
+    if positions.dtype != torch.int32 or not all(buffers[n].is_floating_point() for n in _KV):
+        raise ValueError(f"{prefix}entries are of another kind of number")
+    _require_positions(positions, length, lengths, prefix)
+    _require(heads > 0, f"{prefix}length without heads")
+    return LayerStore.packed({name: each.to(device) for name, each in buffers.items()}, length)
+
+
+def _require_positions(positions: Tensor, length: Counts, lengths: list[int], prefix: str) -> None:
+    """Ascending in every head, each once, and inside the prompt."""
+    if not positions.numel():
+        return
+    first = starts_of(length).flatten()[length.flatten() > 0]
+    rising = positions[1:] > positions[:-1]
+    rising[first[1:] - 1] = True  # from one head's last to the next one's first
+    last = torch.tensor(lengths)[:, None].expand_as(length).flatten()
+    ends = torch.repeat_interleave(last, length.flatten())
+    if not bool(rising.all()) or int(positions.min()) < 0 or bool((positions >= ends).any()):
+        raise ValueError(f"{prefix}positions point outside of the prompt, or are out of order")

@@ -9,15 +9,16 @@ import transformers
 from transformers import PreTrainedModel
 
 from kvtrim.budgets import Keep
-from kvtrim.cache import archive
+from kvtrim.cache import archive as archives
 from kvtrim.engine import persist
 from kvtrim.errors import CacheError, CacheFileError
-from kvtrim.hf import fingerprint
+from kvtrim.hf import fingerprint, shapes
 from kvtrim.hf.architectures import layout
 from kvtrim.hf.cache import Cache
+from kvtrim.methods import METHODS, Method
 from kvtrim.version import VERSION
 
-_FORMAT = 1
+_SHOWN = 4  # differences that a message lists
 
 
 def save(cache: Cache, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
@@ -41,46 +42,59 @@ def save(cache: Cache, path: str | os.PathLike[str], tokenizer: Any = None) -> N
     if cache.token_ids is not None:
         tensors["token_ids"] = cache.token_ids
     record = {
-        "format": _FORMAT,
         "versions": {
             "kvtrim": VERSION,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "model": fingerprint.of_model(model),
+        "model": fingerprint.complete(model),
         "tokenizer": None if tokenizer is None else fingerprint.of_tokenizer(tokenizer),
         "keep": [cache.keep.kind, cache.keep.amount],
         "prompt": cache.prompt,
         "session": state,
         **_request(cache),
     }
-    archive.write(path, tensors, record)
+    archives.write(path, tensors, record)
 
 
 def load_cache(
-    path: str | os.PathLike[str], model: PreTrainedModel, tokenizer: Any = None
+    path: str | os.PathLike[str],
+    model: PreTrainedModel,
+    tokenizer: Any = None,
+    method: str | Method | None = None,
 ) -> Cache:
     """A saved cache, for the model that filled it.
 
+    Args:
+        path: the file.
+        model: with exactly the weights and the configuration of the model that filled it.
+        tokenizer: if given, and one was given to `save`, it must be the same.
+        method: needed where a method of your own made the cache: the same `module:NAME`, or the
+            `Method`. A file never decides what is imported.
+
     Raises:
         CacheFileError: no such file; truncated, altered or inconsistent; of another model, number
-            format, RoPE or tokenizer; or written by a newer kvtrim.
+            format, RoPE, tokenizer or method; or of another version of the format.
     """
-    tensors, record = archive.read(path)
-    if record.get("format") != _FORMAT:
-        raise CacheFileError(
-            f"{path} has format {record.get('format')}, this kvtrim {VERSION} reads {_FORMAT}; "
-            "use the version that wrote it or compress the document again"
-        )
+    archive = archives.opened(path)
+    record = archive.record
+    _require_fields(path, record)
     _require_same(path, record, model, tokenizer)
-    kind, amount = record["keep"]
-    settings = {name: _tuples(value) for name, value in record["settings"].items()}
-    prompt = record["session"].get("prompt_tokens")
-    cache = Cache(model, record["method"], Keep(kind, amount), prompt_tokens=prompt, **settings)
+    cache = Cache(
+        model,
+        _method(path, record["method"], method),
+        _keep(path, record["keep"]),
+        prompt_tokens=record["session"].get("prompt_tokens"),
+        **{name: _tuples(value) for name, value in record["settings"].items()},
+    )
+    cache.request = (record["method"] if method is None else method, record["settings"])
+    strange = shapes.strange(cache, archive.shapes, record["session"])
+    if strange:
+        raise CacheFileError(f"{path} holds what no cache of this model does: {strange}")
+    tensors = archive.read()
     devices = [next(layout(model, True).attention[i].parameters()).device for i in cache.managed]
     persist.restore(cache.session, tensors, record["session"], devices)
-    ids = tensors.get("token_ids")
-    cache.token_ids = None if ids is None else ids.to(model.device)
+    cache.token_ids = _token_ids(path, tensors.get("token_ids"), cache)
     cache.prompt = record["prompt"]
     for index, layer in enumerate(cache.stock_layers()):
         keys, values = (
@@ -91,13 +105,82 @@ def load_cache(
     return cache
 
 
+def _require_fields(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
+    """Refuse a record whose parts are not what `save` writes."""
+    kinds = {
+        **dict.fromkeys(("model", "session", "settings", "prompt", "versions"), dict),
+        "method": str,
+        "keep": list,
+    }
+    prompt = record.get("prompt")
+    for name, kind in kinds.items():
+        if not isinstance(record.get(name), kind):
+            raise CacheFileError(
+                f"{path} has no {name} in its record; compress the document again"
+            )
+    allowed = {"chat": (bool, type(None)), "system": (str, type(None))}
+    for name, value in (prompt or {}).items():
+        if not isinstance(value, allowed.get(name, ())):
+            raise CacheFileError(f"{path} says how its prompt was built in a way nobody writes")
+
+
+def _keep(path: str | os.PathLike[str], given: list[Any]) -> Keep:
+    try:
+        kind, amount = given
+        whole = {"tokens": str(int(amount)), "share": float(amount), "bytes": f"{int(amount)}B"}
+        asked = Keep.parse(whole[kind])
+        return Keep(asked.kind, float(amount))
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        raise CacheFileError(f"{path} holds the budget {given!r}, which is none") from error
+
+
+def _method(path: str | os.PathLike[str], named: str, given: str | Method | None) -> str | Method:
+    """The method to go on with: a name of kvtrim's own, or what the caller names.
+
+    Raises:
+        CacheFileError: it takes the caller to name it, or the caller names another.
+    """
+    if isinstance(given, Method):
+        return given
+    if given is not None and given != named:
+        raise CacheFileError(f"{path} was made with the method {named!r}, not {given!r}")
+    if given is None and named not in METHODS:
+        raise CacheFileError(
+            f"{path} was made with the method {named!r}, which does not come with kvtrim, and a "
+            f"file does not decide what is imported: pass method={named!r} to load_cache "
+            f"(--method {named})"
+        )
+    return named
+
+
+def _token_ids(
+    path: str | os.PathLike[str], ids: torch.Tensor | None, cache: Cache
+) -> torch.Tensor | None:
+    if ids is None or cache.model is None:
+        return None
+    embeddings: Any = cache.model.get_input_embeddings()
+    words = embeddings.weight.shape[0]
+    fits = ids.dtype == torch.int64 and list(ids.shape) == [
+        len(cache.session.state.reading.lengths),
+        cache.seen,
+    ]
+    if not fits or int(ids.min()) < 0 or int(ids.max()) >= words:
+        raise CacheFileError(f"{path} holds tokens that are none of this model's")
+    return ids.to(cache.model.device)
+
+
 def _require_same(
     path: str | os.PathLike[str], record: dict[str, Any], model: PreTrainedModel, tokenizer: Any
 ) -> None:
-    found = fingerprint.differences(record["model"], fingerprint.of_model(model))
+    library = record["versions"].get("transformers")
+    found = fingerprint.differences(
+        record["model"], fingerprint.complete(model), library == transformers.__version__
+    )
     if found:
-        raise CacheFileError(f"{path} was made with another model: {'; '.join(found)}")
-    if tokenizer is not None and record["tokenizer"] not in (
+        shown = "; ".join(found[:_SHOWN])
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise CacheFileError(f"{path} was made with another model: {shown}{more}")
+    if tokenizer is not None and record.get("tokenizer") not in (
         None,
         fingerprint.of_tokenizer(tokenizer),
     ):
@@ -119,4 +202,4 @@ def _request(cache: Cache) -> dict[str, Any]:
 
 def _tuples(value: Any) -> Any:
     """JSON has lists only; parameters are tuples."""
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
