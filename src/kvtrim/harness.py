@@ -30,6 +30,7 @@ import torch
 from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.keyword import passing
 from kvtrim.hf.load import load
 from kvtrim.settings import split
 from kvtrim.version import VERSION
@@ -130,9 +131,7 @@ class KvtrimLM(HFLM):
         """Read tokens into a cache; gives the logits [n, vocab] of the last (0: of all)."""
         given = torch.tensor([list(ids)], device=self.model.device)
         with torch.no_grad():
-            return self.model(input_ids=given, past_key_values=cache, logits_to_keep=last).logits[
-                0
-            ]
+            return self.model(input_ids=given, **passing(cache), logits_to_keep=last).logits[0]
 
     # Log-likelihood
 
@@ -220,7 +219,7 @@ class KvtrimLM(HFLM):
                 max_length=max_length,
                 stopping_criteria=stopping,
                 pad_token_id=self.tokenizer.pad_token_id,
-                past_key_values=cache,
+                **passing(cache),
                 **options,
             )
 

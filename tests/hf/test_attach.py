@@ -21,6 +21,7 @@ import models
 from kvtrim.errors import UnsupportedModelError
 from kvtrim.hf.architectures import SUPPORTED, layout
 from kvtrim.hf.attach import is_attached
+from kvtrim.hf.keyword import passing
 
 
 def state(model):
@@ -174,3 +175,12 @@ def test_an_attached_model_can_be_copied(llama):
     with kvtrim.attach(llama):
         other = copy.deepcopy(llama)
     assert other is not llama
+
+
+@pytest.mark.parametrize("called", ["model", "decoder"])
+@pytest.mark.parametrize("keyword", [passing, lambda cache: {"past_key_values": cache}])
+def test_a_cache_is_found_by_the_name_that_transformers_has_or_had_for_it(llama, keyword, called):
+    cache, call = kvtrim.Cache(llama, "full"), llama if called == "model" else llama.get_decoder()
+    with torch.no_grad(), kvtrim.attach(llama):
+        call(input_ids=models.prompt(20), **keyword(cache))
+    assert cache.seen == 20 and cache.entries()[0].tolist() == [[20, 20]]

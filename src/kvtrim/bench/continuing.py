@@ -11,6 +11,7 @@ import torch
 
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.joining import join, positions
+from kvtrim.hf.keyword import passing
 from kvtrim.types import Float, Int, Tensor
 
 _LOGITS = 1 << 26  # numbers that one pass over an answer may give: rows x tokens x vocabulary
@@ -175,9 +176,7 @@ def _fed(model: Any, cache: Cache, ids: Int[Tensor, "R Q"], keep: int) -> Float[
     """Logits of the last `keep` of these tokens (0: of all of them)."""
     at = positions(cache, ids.shape[1]).to(ids.device)
     with torch.no_grad():
-        return model(
-            input_ids=ids, position_ids=at, past_key_values=cache, logits_to_keep=keep
-        ).logits
+        return model(input_ids=ids, position_ids=at, **passing(cache), logits_to_keep=keep).logits
 
 
 def _predictions(model: Any, branch: Branch, gold: Int[Tensor, " T"]) -> Iterator[Tensor]:

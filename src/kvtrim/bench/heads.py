@@ -34,6 +34,7 @@ from kvtrim.errors import ModelError, UsageError
 from kvtrim.hf import fingerprint
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.keyword import passing
 from kvtrim.hf.running import read
 from kvtrim.tasks import haystack, scorers
 from kvtrim.types import Float, Int, LayerView, Tensor
@@ -202,7 +203,7 @@ def answering(
     for _ in range(most):
         fed = torch.tensor([[token]], device=model.device)
         with torch.no_grad():
-            logits = model(input_ids=fed, past_key_values=cache, logits_to_keep=1).logits
+            logits = model(input_ids=fed, **passing(cache), logits_to_keep=1).logits
         token = int(logits[0, -1].argmax())
         yield token, [_attention(cache, index, calls[index]) for index in sorted(calls)]
 

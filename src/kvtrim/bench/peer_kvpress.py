@@ -17,6 +17,7 @@ import torch
 from kvtrim.bench.subjects import Candidate, Subject
 from kvtrim.budgets import Keep
 from kvtrim.errors import UsageError
+from kvtrim.hf.keyword import passing
 from kvtrim.hf.running import plain_cache
 from kvtrim.types import Tensor
 
@@ -70,7 +71,7 @@ class KVPress(Candidate):
             at = torch.arange(seen, seen + ids.shape[1], device=ids.device)
             own = {"position_ids": at.expand(len(ids), -1), "cache_position": at}
             with press(model) if seen == 0 else nullcontext():
-                out = model(input_ids=ids, past_key_values=cache, logits_to_keep=1, **own)
+                out = model(input_ids=ids, **passing(cache), logits_to_keep=1, **own)
             seen += ids.shape[1]
             return out.logits
 

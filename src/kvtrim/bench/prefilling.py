@@ -12,6 +12,7 @@ from kvtrim.bench.outcomes import Failure, attempted
 from kvtrim.bench.samples import Input
 from kvtrim.bench.subjects import Candidate
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.keyword import passing
 from kvtrim.hf.replay import Recording, record
 from kvtrim.hf.running import mean_entries, synchronize
 from kvtrim.prompts import repeat_words
@@ -94,7 +95,7 @@ class Prefill:
         )
         cache.words = self._words
         with torch.no_grad():
-            out = self._model(input_ids=self._ids, past_key_values=cache, logits_to_keep=1)
+            out = self._model(input_ids=self._ids, **passing(cache), logits_to_keep=1)
         times = {"prefill_s": self._now() - start, "evict_s": None}
         return Ready(cell, cache, out.logits[0, -1], held(cache), times)
 

@@ -9,6 +9,7 @@ from kvtrim import ops
 from kvtrim.budgets import Keep
 from kvtrim.engine.call import Call
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.keyword import passing
 from kvtrim.settings import find
 from kvtrim.types import Float, Int, LayerView, Tensor
 
@@ -106,7 +107,7 @@ def _final(model: Any, ids: Int[Tensor, "1 n"], cache: Cache) -> Final:
     hook = model.get_decoder().register_forward_hook(keep)
     try:
         with torch.no_grad():
-            logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+            logits = model(input_ids=ids, **passing(cache), logits_to_keep=1).logits
     finally:
         hook.remove()
     return Final(states[0], logits[0, -1].double().cpu())

@@ -31,6 +31,7 @@ from kvtrim.bench.subjects import Candidate
 from kvtrim.errors import UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.keyword import passing
 from kvtrim.hf.replay import Recording, record
 from kvtrim.hf.running import generate, synchronize
 from kvtrim.prompts import (
@@ -199,7 +200,7 @@ class _Prompt:
             keep = len(self._answer) - (0 if self._lead else 1)
             given = torch.tensor([follow], device=self._model.device)
             with torch.no_grad():
-                out = self._model(input_ids=given, past_key_values=cache, logits_to_keep=keep)
+                out = self._model(input_ids=given, **passing(cache), logits_to_keep=keep)
             found.append(out.logits[0])
         judged = torch.cat(found)[self._skip :]
         return judged.float().log_softmax(dim=-1) if len(judged) else None
@@ -243,7 +244,7 @@ class _Prompt:
         )
         cache.words = self._recording.words or cache.words
         with torch.no_grad():
-            out = self._model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+            out = self._model(input_ids=ids, **passing(cache), logits_to_keep=1)
         return cache, out.logits[:, -1]
 
 

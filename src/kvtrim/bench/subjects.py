@@ -10,6 +10,7 @@ from kvtrim.errors import UnknownNameError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.decoding import LEAST, stepping, why_plain
+from kvtrim.hf.keyword import passing
 from kvtrim.hf.running import mean_entries, plain_cache, stored_bytes
 from kvtrim.settings import find, split
 from kvtrim.types import Tensor
@@ -88,7 +89,7 @@ def feeding(model: Any, cache: Any) -> Feed:
     """Passes over the model that fill a cache."""
 
     def feed(ids: Tensor) -> Tensor:
-        return model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+        return model(input_ids=ids, **passing(cache), logits_to_keep=1).logits
 
     return feed
 

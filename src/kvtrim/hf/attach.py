@@ -14,6 +14,7 @@ from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf.architectures import OutputProjection, layout
 from kvtrim.hf.attention import HANDLE, NAME, register
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.keyword import cache_in
 from kvtrim.hf.narrowing import Hooked, PartOfMLP, left_block, narrowed, restarted
 from kvtrim.hf.probing import probe
 
@@ -55,7 +56,7 @@ class Attachment:
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Hooked | None:
         """Decoder pre-hook: tell the cache what is coming, which may choose a part of it."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if not isinstance(cache, Cache) or cache.session.probing:
             return None
         model = self._model()
@@ -80,7 +81,7 @@ class Attachment:
     ) -> None:
         """Decoder post-hook: every layer has attended; a probe is read right after the prompt."""
         left_block()
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if isinstance(cache, Cache):
             probing = cache.session.probing
             cache.end_pass()
@@ -103,7 +104,7 @@ def _hand_over(
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Attention pre-hook: put what the layer needs of the cache among the keywords."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     if not isinstance(cache, Cache):
         return None
     rotate = cache.rotations[number] if cache.rotations else None

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.keyword import passing
 from kvtrim.types import Tensor
 
 _TOKENS, _STEPS = 96, 8
@@ -53,9 +54,9 @@ def check_model(model: Any) -> list[Finding]:
 def _logits(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """Logits of a prompt and of single tokens after it."""
     with torch.no_grad():
-        parts = [model(ids[:, :_TOKENS], past_key_values=cache).logits]
+        parts = [model(ids[:, :_TOKENS], **passing(cache)).logits]
         for at in range(_TOKENS, ids.shape[1]):
-            parts.append(model(ids[:, at : at + 1], past_key_values=cache).logits)
+            parts.append(model(ids[:, at : at + 1], **passing(cache)).logits)
     return torch.cat(parts, dim=1).float()
 
 

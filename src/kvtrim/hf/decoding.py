@@ -13,6 +13,7 @@ import torch
 
 from kvtrim.engine.graph import Stepper, Steps, obstacle
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.keyword import cache_in, passing
 from kvtrim.hf.rotary import changes_with_length
 from kvtrim.kernels.available import WIDEST
 from kvtrim.types import Int, Tensor
@@ -63,7 +64,7 @@ def stepping(model: Any, cache: Cache, room: int) -> Iterator[Stepper]:
     """
 
     def forward(ids: Int[Tensor, "B 1"], positions: Int[Tensor, "B 1"]) -> Tensor:
-        asked = {"position_ids": positions, "past_key_values": cache, "logits_to_keep": 1}
+        asked = {"position_ids": positions, **passing(cache), "logits_to_keep": 1}
         return model(input_ids=ids, **asked).logits[:, -1]
 
     with torch.no_grad():
@@ -92,7 +93,7 @@ class Captured:
         **model_kwargs: Any,
     ) -> Int[Tensor, "B m"]:
         """Continue every row until its stopping criteria hold, as transformers' `_sample` does."""
-        cache: Cache = model_kwargs["past_key_values"]
+        cache: Any = cache_in(model_kwargs)
         choose = _Choice(logits_processor, generation_config, stopping_criteria)
         unfinished = torch.ones_like(input_ids[:, 0])
         room = generation_config.max_length - input_ids.shape[1]
@@ -122,7 +123,8 @@ class Captured:
 
 def _read(model: Any, input_ids: Int[Tensor, "B n"], kwargs: dict[str, Any]) -> Tensor:
     """Feed the part of the prompt that the cache has not read; the next token's logits."""
-    seen = kwargs["past_key_values"].get_seq_length()
+    cache: Any = cache_in(kwargs)
+    seen = cache.get_seq_length()
     inputs = model.prepare_inputs_for_generation(
         input_ids,
         next_sequence_length=input_ids.shape[1] - seen,

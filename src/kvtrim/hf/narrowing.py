@@ -16,6 +16,7 @@ from kvtrim.engine.narrowing import Narrowing
 from kvtrim.hf.architectures import OutputProjection, layout
 from kvtrim.hf.attention import HANDLE
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.keyword import cache_in
 from kvtrim.types import Int, Tensor
 
 Hooked = tuple[tuple[Any, ...], dict[str, Any]]
@@ -38,7 +39,7 @@ def left_block() -> None:
 
 def narrowed(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
     """What decoder layer `number` reads instead, if a part of the prompt goes on to it."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     left_block()
     if not isinstance(cache, Cache):
         return None
@@ -157,6 +158,7 @@ def _filtered(
     """Run the first layers on everything, storing nothing, and ask the filter layer."""
     parts = layout(model, allow_untested=True)
     module, found = parts.attention[layer], _Filter(cache, layer)
+    others = {k: v for k, v in kwargs.items() if v is not cache and k != "use_cache"}
     output = OutputProjection(module, parts.query_heads)
 
     def ask(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
@@ -165,7 +167,7 @@ def _filtered(
 
     hook = module.register_forward_pre_hook(ask, with_kwargs=True)
     try:
-        parts.decoder(**{**kwargs, "past_key_values": None, "use_cache": False})
+        parts.decoder(**others, use_cache=False)
     except _Filtered:
         pass
     finally:

@@ -7,6 +7,7 @@ import torch
 from kvtrim.engine.probe import Step, repetition
 from kvtrim.errors import UsageError
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.keyword import passing
 from kvtrim.types import Bool, Int, Probed, Tensor
 
 
@@ -59,7 +60,7 @@ def _read(
             input_ids=ids.to(device),
             attention_mask=_whole(real, mask).to(device),
             position_ids=positions.to(device),
-            past_key_values=cache,
+            **passing(cache),
             use_cache=True,
         )
 

@@ -17,6 +17,7 @@ from kvtrim.engine.call import Call
 from kvtrim.errors import UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.keyword import passing
 from kvtrim.hf.probing import probe
 from kvtrim.methods import Method
 from kvtrim.prompts import Words
@@ -110,7 +111,7 @@ def record(
     cache, calls = Cache(model, "full"), {}
     cache.session.tap = calls.__setitem__ if hidden else partial(_without_hidden, calls)
     with torch.no_grad(), attach(model):
-        logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=ids, **passing(cache), logits_to_keep=1).logits[:, -1]
     cache.session.tap = None
     handed = [calls[index] for index in sorted(calls)]
     return Recording(model, ids, logits, cache, handed, spans, words)

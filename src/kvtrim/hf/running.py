@@ -13,6 +13,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.decoding import Captured, why_plain
+from kvtrim.hf.keyword import cache_in, passing
 from kvtrim.types import Int, Tensor
 
 Progress = Callable[[str, int, int], None]
@@ -64,14 +65,16 @@ def watched(model: Any, tokens: int, progress: Progress | None) -> Iterator[None
 
     def begun(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal columns, before
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is not None and kwargs.get("past_key_values") is not None and ids.shape[1] > 1:
-            columns, before = ids.shape[1], kwargs["past_key_values"].get_seq_length()
+        ids, cache = kwargs.get("input_ids", args[0] if args else None), cache_in(kwargs)
+        ids = kwargs.get("inputs_embeds") if ids is None else ids
+        if ids is not None and cache is not None and ids.shape[1] > 1:
+            columns, before = ids.shape[1], cache.get_seq_length()
 
     def ended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         nonlocal base, columns, shown
-        if kwargs.get("past_key_values") is not None and columns:
-            base, columns = base + kwargs["past_key_values"].get_seq_length() - before, 0
+        cache = cache_in(kwargs)
+        if cache is not None and columns:
+            base, columns = base + cache.get_seq_length() - before, 0
             if base > shown:  # a part stood for all of these
                 shown = min(tokens, base)
                 progress("reading", shown, tokens)
@@ -105,7 +108,7 @@ def read(
     """Read tokens into a cache, at most `chunk` of them at a time; the logits are not wanted."""
     with torch.no_grad(), watched(model, ids.shape[1], progress):
         for part in ids.split(chunk or ids.shape[1], dim=1):
-            model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+            model(input_ids=part, **passing(cache), logits_to_keep=1)
 
 
 def generate(
@@ -149,7 +152,7 @@ def generate(
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **passing(cache),
             max_new_tokens=max_new_tokens,
             stopping_criteria=criteria,
             custom_generate=loop,
