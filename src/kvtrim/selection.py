@@ -8,6 +8,7 @@ Equal scores: the lower slot wins (`units.py`). Survivors are in ascending order
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from kvtrim.types import Bool, Counts, Float, Int, Kept, Scores, Tensor
 from kvtrim.units import Token, Unit
@@ -48,7 +49,11 @@ def select(
     unit = unit or Token()
     lengths = slots if isinstance(slots, torch.Tensor) else torch.full(counts.shape, slots)
     if unit.window_competes:
-        scores, counts, recent = _raise_window(scores, recent), counts + recent, 0
+        scores, counts = _raise_window(scores, lengths, recent), counts + recent
+        if second is not None:
+            raised = _raise_window(second.scores, lengths, recent)
+            second = SecondStage(second.first + recent, raised)
+        recent = 0
     width = int(lengths.max())
     ends = (lengths - recent).clamp(min=0)  # per head, candidates are the slots first <= j < end
     first = min(sinks, width)
@@ -88,10 +93,13 @@ def _chosen(
     return stay | unit.choose(others, counts - stay.sum(dim=-1).cpu(), members)
 
 
-def _raise_window(scores: Scores, recent: int) -> Float[Tensor, "B K S"]:
-    """Give the recent window a score above every other (kvpress)."""
+def _raise_window(scores: Scores, lengths: Counts, recent: int) -> Float[Tensor, "B K S"]:
+    """Give each head's recent window a score above every other (kvpress)."""
+    slot, width = torch.arange(int(lengths.max())), scores.shape[-1]
+    window = (slot >= lengths[..., None] - recent).to(scores.device)
     top = scores.amax(dim=(1, 2), keepdim=True) + 1
-    return torch.cat([scores, top.expand(*scores.shape[:2], recent)], dim=-1)
+    padded = F.pad(scores, (0, max(0, len(slot) - width)))[..., : len(slot)]
+    return torch.where(window, top, padded)
 
 
 def kept_from_mask(stay: Bool[Tensor, "B K S"]) -> Kept:

@@ -98,31 +98,34 @@ class Chunk(Unit):
     ) -> Bool[Tensor, "B K N"]:
         """See `Unit.choose`."""
         width = scores.shape[-1]
-        if self.shared:
-            scores = scores.sum(dim=1, keepdim=True).expand_as(scores)
+        if self.shared:  # slots that a head does not have count nothing
+            absent = scores.isneginf()
+            shared = scores.masked_fill(absent, 0).sum(dim=1, keepdim=True)
+            scores = shared.expand_as(scores).masked_fill(absent, -torch.inf)
         entries = counts.to(scores.device)[..., None]  # [B, K, 1]
+        there = (~scores.isneginf()).sum(dim=-1, keepdim=True)  # slots that a head has
         order = _rank(self._runs(scores))  # [B, K, C]
         whole = entries // self.chunk
         if self.window_competes:  # kvpress counts runs, not tokens
-            whole = (order.shape[-1] * entries // max(width, 1)).clamp(min=1)
+            runs = -(-there // self.chunk)
+            whole = (runs * entries // there.clamp(min=1)).clamp(min=1)
         room = torch.where(order < whole, self.chunk, 0)
         if self.fill == "partial":
             room = torch.where(order == whole, entries % self.chunk, room)
         inside = torch.arange(self.chunk, device=scores.device)
         stay = (inside < room[..., None]).flatten(-2)[..., :width]
-        too_small = (whole < 1) & (entries < width)
+        too_small = (whole < 1) & (entries < there)
         stay = torch.where(too_small, Token().choose(scores, counts), stay)
-        return stay | (entries >= width)
+        return stay | (entries >= there)
 
     def _runs(self, scores: Scores) -> Float[Tensor, "B K C"]:
-        """Score of each run: [B, K, N] to [B, K, C]."""
+        """Score of each run, over the slots that a head has: [B, K, N] to [B, K, C]."""
         pad = -scores.shape[-1] % self.chunk
-        runs = F.pad(scores, (0, pad)).unflatten(-1, (-1, self.chunk)).sum(dim=-1)
-        if self.reduce == "sum":
-            return runs
-        sizes = torch.full_like(runs[0, 0], self.chunk)
-        sizes[-1:] -= pad
-        return runs / sizes
+        runs = F.pad(scores, (0, pad), value=-torch.inf).unflatten(-1, (-1, self.chunk))
+        absent = runs.isneginf()
+        sums, sizes = runs.masked_fill(absent, 0).sum(dim=-1), (~absent).sum(dim=-1)
+        values = sums if self.reduce == "sum" else sums / sizes.clamp(min=1)
+        return values.masked_fill(sizes == 0, -torch.inf)
 
 
 @dataclass(frozen=True)

@@ -63,4 +63,4 @@ class _Pool(Ledger):
         if safe == 0:
             return scores
         ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        return scores.masked_fill(ranks < safe, torch.inf)
+        return scores.masked_fill((ranks < safe) & ~scores.isneginf(), torch.inf)

@@ -66,7 +66,7 @@ class PerHead(Budget):
         if self.rule == "floor":  # kvpress: the best of each head are safe before any other
             safe = max(0, int(self.floor * room.keep) - room.protected)
             ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            scores = scores.masked_fill(ranks < safe, torch.inf)
+            scores = scores.masked_fill((ranks < safe) & ~scores.isneginf(), torch.inf)
         elif self.normalize:
             scores = self._weighed(scores, base)
         order = scores.flatten(1).argsort(dim=-1, descending=True, stable=True)
@@ -87,12 +87,18 @@ class PerHead(Budget):
         return torch.where(base >= room.candidates, base, caps)
 
     def _weighed(self, scores: Scores, base: Counts) -> Scores:
-        if not self.normalize:
-            return scores
+        """Scores times the share of their head's that its best `base` entries hold.
+
+        Slots that a head does not have (-inf) count nothing and stay last.
+        """
+        absent = scores.isneginf()
         ordered = scores.sort(dim=-1, descending=True).values
+        ordered = ordered.masked_fill(ordered.isneginf(), 0)
         inside = torch.arange(scores.shape[-1]) < base[..., None]
         top = (ordered * inside.to(scores.device)).sum(dim=-1, keepdim=True)
-        return scores * top / ordered.sum(dim=-1, keepdim=True)
+        whole = ordered.sum(dim=-1, keepdim=True)
+        share = torch.where(whole == 0, 1, top / torch.where(whole == 0, 1, whole))
+        return (scores.masked_fill(absent, 0) * share).masked_fill(absent, -torch.inf)
 
 
 class _Heads(Ledger):

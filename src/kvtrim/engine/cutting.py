@@ -1,6 +1,8 @@
 """What one pass evicts: each layer as the policy sees it, and the cuts that follow."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from kvtrim.budgets import Keep
 from kvtrim.cache.store import LayerStore
@@ -27,6 +29,7 @@ class Cutting:
     now: Pass  # as the layer at hand sees it
     prompt: bool  # the pass reads the prompt
     coming: int = 0  # columns of the prompt that later passes bring
+    due: Sequence[bool] | None = None  # prompts that are cut in this pass; all if not said
     probed: list[Probed] | None = None  # the pass probes these parts of each prompt
     known: dict[int, Tensor] | None = None  # what `observe` found in an equal pass, by layer
     narrowing: Narrowing | None = None  # what the layer at hand and those above it read
@@ -42,7 +45,7 @@ class Cutting:
         if self.known is not None and index in self.known:
             store.set_column(CARRIED, self.known[index])
             return
-        for rows in self.now.groups():
+        for rows in self._groups(self.now):
             queries = real_queries(call.queries, self.now, rows)
             if queries.shape[2]:
                 hidden = self._hidden(call, rows)
@@ -53,7 +56,7 @@ class Cutting:
     def propagate(self, index: int, call: Call, shown: LayerStore) -> Narrowing | None:
         """Choose the tokens that the layers above this one read; None if all of them do."""
         chosen, policy = [], self.method.policy
-        for rows, cutter in self._cutters_for(call, 0):
+        for rows, cutter in self._cutters_for(call, ahead=False):
             prompt, slots = self.whole.lengths()[rows.start], None
             if prompt > cutter.keep:
                 queries = real_queries(call.queries, self.now, rows)
@@ -76,27 +79,28 @@ class Cutting:
         store: LayerStore,
         shown: LayerStore,
         last: Tensor,
-        coming: int = 0,
+        ahead: bool = False,
         hidden: Tensor | None = None,
     ) -> None:
-        """Evict from one layer what exceeds its budget, leaving room for `coming` tokens.
+        """Evict from one layer what exceeds its budget.
 
         Args:
             store, shown: what the layer holds, and the same as this pass's queries see it.
             last: the last queries, as many as the policy looks back to.
+            ahead: the new tokens are still to come: leave room for them.
             hidden: what the attention received for them, where the policy reads it.
         """
         competing = self.method.budget.model_wide
         if competing:
             store.add_column(SCORE)
         parts = []
-        for rows, cutter in self._cutters_for(call, coming):
+        for rows, cutter in self._cutters_for(call, ahead):
             own, part = None if hidden is None else hidden[rows], self._part(shown, rows)
             view = self._view(index, call, part, last[rows], rows, cutter.keep, own)
             parts.append((rows, cutter.choose(view, self.state.layers[index].share_of(rows))))
             if cutter.scored is not None:
                 self._part(store, rows).set_column(SCORE, cutter.scored)
-        self._retain(store, merge(parts, store.length), coming)
+        self._retain(store, merge(parts, store.length), ahead)
         if competing:
             store.settle()
             self._cut_again(index)
@@ -120,30 +124,51 @@ class Cutting:
             for rows, cutter in self._cutters:
                 held.settle_share(rows, self.now.rows, cutter.dealt, layer)
 
-    def _retain(self, store: LayerStore, kept: Kept | None, coming: int = 0) -> None:
+    def _retain(self, store: LayerStore, kept: Kept | None, ahead: bool = False) -> None:
         if kept is not None:
             store.retain(kept)
-            new = 0 if coming or self.probed else self.whole.columns
+            new = 0 if ahead or self.probed else self.whole.columns
             self.state.cut_at = self.state.reading.seen + new
 
-    def _cutters_for(self, call: Call, coming: int) -> Cutters:
+    def _cutters_for(self, call: Call, ahead: bool) -> Cutters:
         if not self._cutters:
-            self._cutters = self._new_cutters(call, coming)
+            self._cutters = self._new_cutters(call, ahead)
         return self._cutters
 
-    def _new_cutters(self, call: Call, coming: int) -> Cutters:
+    def _new_cutters(self, call: Call, ahead: bool) -> Cutters:
+        due = self.due or [True] * self.now.rows
+        groups = [rows for rows in self._groups(self.whole) if due[rows.start]]
         if not self.prompt and self.method.schedule.region == "generated":
-            return trimmers(self.method, self.state, self.now)
+            return trimmers(self.method, self.state, self.now, groups)
         if self.prompt or self.probed:
             entry = len(self.state.layers) * call.keys.shape[1] * call.entry_bytes * self.now.rows
             lengths = [length + self.coming for length in self._lengths(self.whole)]
             self.state.keeps = [self._budget(length, entry) for length in lengths]
         cutters, read = [], self._lengths(self.whole)
-        for rows in self.whole.groups():
-            keep, asked = self.state.keeps[rows.start]
-            tokens = read[rows.start]
-            cutters.append((rows, Evictor(self.method, max(1, keep - coming), asked, tokens)))
+        for rows in groups:
+            (keep, asked), tokens = self.state.keeps[rows.start], read[rows.start]
+            room = max(1, keep - (tokens - self.whole.first[rows.start])) if ahead else keep
+            cutters.append((rows, Evictor(self.method, room, asked, tokens)))
         return cutters
+
+    def _groups(self, of: Pass) -> list[slice]:
+        """Prompts that are seen together: those alike in all that scores and cuts depend on.
+
+        The others are seen alone, so that a prompt keeps in any batch what it keeps alone.
+        """
+        together = of.groups()
+        if len(together) > 1 or self._alike:
+            return together
+        return [slice(row, row + 1) for row in range(of.rows)]
+
+    @cached_property
+    def _alike(self) -> bool:
+        """Prompts of one length have the same budget, schedule, and entries in every head."""
+        state = self.state
+        listed = (state.keeps, state.generated, self.due or [])
+        if any(one != each[0] for each in listed for one in each):
+            return False
+        return all(bool((store.length == store.length[:1]).all()) for store in state.stores())
 
     def _budget(self, length: int, entry_bytes: int) -> tuple[int, float]:
         """Entries per head for a prompt of this length, and the same before rounding."""

@@ -134,11 +134,15 @@ class Evictor(Cutter):
 
 
 def merge(parts: Sequence[tuple[slice, Kept | None]], held: Counts) -> Kept | None:
-    """What a batch keeps, from what its groups of prompts keep; None if every slot stays."""
+    """What a batch keeps, from what its groups of prompts keep; None if every slot stays.
+
+    All slots of prompts in no group stay.
+    """
     if all(kept is None for _, kept in parts):
         return None
-    if len(parts) == 1:
-        return parts[0][1]
+    rows, kept = parts[0]
+    if rows.stop - rows.start == held.shape[0]:
+        return kept
     counts = held.clone()
     for rows, kept in parts:
         if kept is not None:

@@ -1,5 +1,6 @@
 """Evicting among the generated tokens alone: what was kept of the prompt stays for good."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -41,15 +42,12 @@ class Trimmer(Cutter):
         return None if torch.equal(kept.counts, held) else kept
 
 
-def trimmers(method: Method, state: State, now: Pass) -> Cutters:
-    """One for each group of prompts whose generated tokens began at the same place."""
+def trimmers(method: Method, state: State, now: Pass, groups: Sequence[slice]) -> Cutters:
+    """One for each group of prompts, whose generated tokens began at the same place."""
     found: list[tuple[slice, Cutter]] = []
     lengths = now.lengths()
-    for rows in now.groups():
-        alike = len(set(state.generated[rows])) == 1
-        alone = [slice(row, row + 1) for row in range(rows.start, rows.stop)]
-        for part in [rows] if alike else alone:
-            start, share = state.generated[part.start]
-            keep = max(1, ceil(share * (lengths[part.start] - start) - 1e-6))
-            found.append((part, Trimmer(method, start, keep)))
+    for rows in groups:
+        start, share = state.generated[rows.start]
+        keep = max(1, ceil(share * (lengths[rows.start] - start) - 1e-6))
+        found.append((rows, Trimmer(method, start, keep)))
     return found

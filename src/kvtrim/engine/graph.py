@@ -124,7 +124,6 @@ class Steps:
         reading = self.session.state.reading
         if self.taken:
             reading.record(Pass(self.taken, list(reading.lengths), None))
-            self.session.state.since_cut += self.taken
         with writable():
             for store in self.stores:
                 store.grow(self.taken)

@@ -47,7 +47,7 @@ def export(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "lengths": reading.lengths,
         "prompt_tokens": session.prompt_tokens,
         "cut_at": session.state.cut_at,
-        "since_cut": session.state.since_cut,
+        "due_at": session.state.due_at,
         "keeps": session.state.keeps,
         "settled": session.state.settled,
         "probed": session.state.probed,
@@ -76,7 +76,7 @@ def restore(
         reading.seen, reading.lengths = record["seen"], record["lengths"]
         reading.real = _real(tensors.get("real"), record)
         session.prompt_tokens = record["prompt_tokens"]
-        session.state.cut_at, session.state.since_cut = record["cut_at"], record["since_cut"]
+        session.state.cut_at, session.state.due_at = record["cut_at"], list(record["due_at"])
         session.state.probed = record["probed"]
         session.state.keeps = [(entries, asked) for entries, asked in record["keeps"]]
         session.state.settled = [(tokens, held) for tokens, held in record["settled"]]

@@ -15,10 +15,12 @@ class Plan:
 
     before: bool = False  # evict ahead of the new tokens
     after: bool = False  # evict once they have attended
+    due: Sequence[bool] = ()  # from which prompts, where that is not all of them
     observe: bool = False  # the policy updates its running statistic
     again: bool = False  # what is held now will be scored by a later pass
     carry: bool = False  # and the policy's statistic will be needed then
-    closes: bool = False  # what is read is not generated, where the schedule tells them apart
+    closes: Sequence[bool] = ()  # prompts whose tokens read are not generated, where the
+    # schedule tells them apart
     propagate: bool = False  # a part of the prompt goes on to deeper layers
     coming: int = 0  # columns of the prompt that later passes bring
     lookback: int = 0  # how many of the last queries the policy reads
@@ -59,20 +61,22 @@ def planned(
         )
     if propagate:
         _require_reachable(method, keep, lengths, len(state.layers))
-    given = prompt or columns > 1 or state.reading.seen < state.expected
-    closes = given and schedule.region == "generated"
     coming = max(0, (prompt_tokens or 1) - state.reading.seen - columns) if prompt else 0
+    before_it = state.reading.lengths or [0] * len(lengths)
+    new = [length - before for length, before in zip(lengths, before_it, strict=True)]
+    closes = _closing(method, state, prompt, new)
     if prompt:
-        cut = schedule.chunks or not coming
+        due = [not coming or (schedule.chunks and count > 0) for count in new]
     else:
-        cut = schedule.every is not None and state.since_cut + columns >= schedule.every
-        cut = cut and not closes
+        due = _due(method, state, lengths, closes)
+    cut = any(due)
     more = coming > 0
     again = schedule.every is not None or more
     before = cut and schedule.ahead and not prompt
     return Plan(
         before=before,
         after=cut and not before,
+        due=due,
         observe=policy.observes(not prompt) and (cut or again),
         again=again,
         carry=again and policy.observes(not more),
@@ -81,6 +85,30 @@ def planned(
         coming=coming,
         lookback=policy.lookback(),
     )
+
+
+def _closing(method: Method, state: State, prompt: bool, new: Sequence[int]) -> list[bool]:
+    """For each prompt whether what it reads now was handed over, not generated."""
+    if method.schedule.region != "generated":
+        return [False] * len(new)
+    handed = state.reading.seen < state.expected
+    return [prompt or count > 1 or (handed and count > 0) for count in new]
+
+
+def _due(
+    method: Method, state: State, lengths: Sequence[int], closes: Sequence[bool]
+) -> list[bool]:
+    """For each prompt, complete before, whether its schedule evicts in this pass.
+
+    A prompt's own tokens count, so that padding beside other prompts changes nothing.
+    """
+    every = method.schedule.every
+    if every is None:
+        return [False] * len(lengths)
+    return [
+        length - since >= every and not closed
+        for length, since, closed in zip(lengths, state.due_at, closes, strict=True)
+    ]
 
 
 def _require_reachable(method: Method, keep: Keep, lengths: Sequence[int], layers: int) -> None:

@@ -90,7 +90,13 @@ class Session:
         )
         self.state.name(self.spans, now, complete=self.in_prompt and not self._plan.coming)
         self._cutting = Cutting(
-            self.method, self.keep, self.state, now, self.in_prompt, self._plan.coming
+            self.method,
+            self.keep,
+            self.state,
+            now,
+            self.in_prompt,
+            self._plan.coming,
+            self._plan.due,
         )
         self._cutting.known = self.known
 
@@ -137,10 +143,9 @@ class Session:
 
     def end(self) -> None:
         """All layers have attended."""
-        cut = self._plan.before or self._plan.after
         if self._plan.probe:
-            self.state.probed, self._cutting = cut, None
-            if cut:
+            self.state.probed, self._cutting = self._plan.after, None
+            if self._plan.after:
                 self.state.settle()
             return
         prompt = self.in_prompt
@@ -149,10 +154,7 @@ class Session:
         self.state.reading.record(self._cuts.whole)
         if prompt and not self._plan.coming:
             self.state.settle()
-        if self._plan.closes:
-            self.state.close(self.method.schedule.share)
-        fresh = cut or self._plan.closes
-        self.state.since_cut = 0 if fresh else self.state.since_cut + self._cuts.whole.columns
+        self.state.schedule(self._plan.due, self._plan.closes, self.method.schedule.share)
         self._cutting = None
 
     @property
@@ -263,7 +265,7 @@ class Session:
             call = call.per_query_head()
         if self._plan.before and held.store is not None:
             none = call.queries[:, :, :0]
-            self._cuts.cut(index, call, held.store, held.store, none, coming=now.columns)
+            self._cuts.cut(index, call, held.store, held.store, none, ahead=True)
         held.store = stored(held.store, call, now)
         return call, held.store
 

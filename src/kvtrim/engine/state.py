@@ -1,6 +1,7 @@
 """What a generation has come to: what was read, what each layer holds, and how to go back."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,8 +27,8 @@ class State:
     layers, once it was complete."""
     cut_at: int = 0
     """Columns read when entries were last evicted; none of those can be taken back."""
-    since_cut: int = 0
-    """Columns read since a cut was last due."""
+    due_at: list[int] = field(default_factory=list)
+    """For each prompt its tokens when a cut was last due."""
     probed: bool = False
     """The prompts were probed, if the policy does that, and cut."""
     spans: list[Spans] = field(default_factory=list)
@@ -86,6 +87,7 @@ class State:
         """Drop the entries of every prompt that stand at its length or later."""
         pairs = zip(self.generated, lengths, strict=False)
         self.generated = [(min(start, length), share) for (start, share), length in pairs]
+        self.due_at = [min(pair) for pair in zip(self.due_at, lengths, strict=False)]
         for store in self.stores():
             store.forget_from(lengths)
 
@@ -96,14 +98,32 @@ class State:
         held = torch.stack([store.length.sum(dim=-1) for _, store in layers]).sum(dim=0) / heads
         self.settled = list(zip(self.reading.lengths, held.tolist(), strict=True))
 
-    def close(self, share: float | None) -> None:
-        """What was read so far is not generated; what follows is."""
-        lengths = self.reading.lengths
-        shares = [own for _, own in self.generated] or [
-            min(1.0, asked / length) if share is None else share
-            for (_, asked), length in zip(self.keeps, lengths, strict=False)
+    def schedule(self, due: Sequence[bool], closes: Sequence[bool], share: float | None) -> None:
+        """A pass was read: remember which prompts were cut, and what of them is not generated.
+
+        Args:
+            due: prompts from which it evicted; none of them if empty.
+            closes: prompts whose tokens so far are not generated, what follows is; likewise.
+            share: of the generated tokens, that stays; None: the prompt's own.
+        """
+        lengths, none = self.reading.lengths, [False] * len(self.reading.lengths)
+        due, closes, before = due or none, closes or none, self.due_at or [0] * len(none)
+        self.due_at = [
+            length if cut or closed else at
+            for length, at, cut, closed in zip(lengths, before, due, closes, strict=True)
         ]
-        self.generated = list(zip(lengths, shares, strict=False))
+        if any(closes):
+            shares = [own for _, own in self.generated] or [
+                min(1.0, asked / length) if share is None else share
+                for (_, asked), length in zip(self.keeps, lengths, strict=False)
+            ]
+            starts = [start for start, _ in self.generated] or lengths
+            self.generated = [
+                (length if closed else start, own)
+                for closed, length, start, own in zip(
+                    closes, lengths, starts, shares, strict=False
+                )
+            ]
 
     def name(self, spans: list[Spans], now: Pass, complete: bool) -> None:
         """Give each prompt its named parts when it begins; check them once it is complete.
@@ -119,10 +139,10 @@ class State:
     def select_rows(self, rows: Int[Tensor, " R"]) -> None:
         """Keep these prompts in this order; one may occur several times (beam search)."""
         self.reading.select(rows)
-        self.keeps, self.settled, self.spans, self.generated, self.closed_up = (
-            [given[row] for row in rows.tolist()] if given else []
-            for given in (self.keeps, self.settled, self.spans, self.generated, self.closed_up)
-        )
+        own = ("keeps", "settled", "due_at", "spans", "generated", "closed_up")
+        for name in own:
+            given = getattr(self, name)
+            setattr(self, name, [given[row] for row in rows.tolist()] if given else [])
         for held in self.layers:
             held.store = None if held.store is None else held.store.select_rows(rows)
             if held.queries is not None:

@@ -42,13 +42,16 @@ def probe(decoder: Any, cache: Cache) -> None:
 def _read(
     decoder: Any, cache: Cache, now: list[Step | None], real: Bool[Tensor, "B seen"], last: bool
 ) -> None:
-    """One pass: a step of each prompt's probe, padded on the left."""
+    """One pass: a step of each prompt's probe, padded behind.
+
+    Padding between a prompt and its probe would take the prompt's room in windows that slide.
+    """
     device, lengths = decoder.device, cache.session.state.reading.lengths
     width = max(len(step.ids) for step in now if step is not None)
     ids, mask, positions = torch.zeros(3, len(now), width, dtype=torch.int64)
     for row, step in enumerate(now):
         count = 0 if step is None else len(step.ids)
-        part = slice(width - count, width)
+        part = slice(0, count)
         ids[row, part] = torch.tensor([] if step is None else step.ids, dtype=torch.int64)
         mask[row, part] = 1
         positions[row, part] = lengths[row] + torch.arange(count)

@@ -13,6 +13,8 @@ Ours:  the same series without n x n matrices, fp64; ties rank by slot; KV heads
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from kvtrim import markov, ops
 from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
@@ -45,7 +47,17 @@ class CircuitKV(Policy):
         if self.surface == "own":
             every = lengths.repeat_interleave(weights.shape[1] // heads, dim=1)
             return ops.reduce_group(markov.alone(weights, every, self.sinks), heads, "mean")
-        walks = 1 if layer.lengths is None else heads
+        if layer.lengths is None:
+            return self._walked(weights, lengths, 1)
+        alike = (layer.lengths == layer.lengths[:, :1]).all(dim=1).tolist()
+        parts = zip(weights.split(1), lengths.split(1), alike, strict=True)
+        return torch.cat([self._walked(*own, 1 if one else heads) for *own, one in parts])
+
+    def _walked(
+        self, weights: Float[Tensor, "B H W S"], lengths: Int[Tensor, "B K"], walks: int
+    ) -> Scores:
+        """Scores from one walk for all heads, or one for each."""
+        heads = lengths.shape[1]
         weights, held = weights.unflatten(1, (walks, -1)), lengths[:, :walks].flatten()
         best = markov.ranks(self.visits(weights.flatten(0, 1), held), held).amax(dim=1)
         return best.unflatten(0, (-1, walks)).expand(-1, heads, -1)
