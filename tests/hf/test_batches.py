@@ -114,7 +114,8 @@ def test_a_walk_is_shared_by_heads_of_one_length_whatever_the_other_prompts_hold
 
 
 def test_a_window_that_competes_is_each_heads_own():
-    scores, lengths = torch.rand(1, 2, 16), torch.tensor([[20, 12]])
+    scores, lengths = torch.ones(1, 2, 16), torch.tensor([[20, 12]])
+    scores[0, 1, 8:12] = 0
     unit = Chunk(chunk=4, window_competes=True)
     kept = select(scores, torch.tensor([[4, 4]]), lengths, recent=4, unit=unit)
     assert set(range(16, 20)) <= set(kept.slots[0, 0].tolist())

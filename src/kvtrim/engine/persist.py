@@ -119,18 +119,19 @@ def _require_record(record: dict[str, Any], layers: int) -> None:
     _require(all(_whole(length, 0, seen) for length in lengths), f"lengths={lengths!r}")
     prompt = record["prompt_tokens"]
     _require(prompt is None or _whole(prompt, 1), f"prompt_tokens={prompt!r}")
-    for name in ("cut_at", "since_cut"):
-        _require(_whole(record[name], 0, seen), f"{name}={record[name]!r}")
+    _require(_whole(record["cut_at"], 0, seen), f"cut_at={record['cut_at']!r}")
     _require(isinstance(record["probed"], bool), "probed")
     own: dict[str, Callable[[Any], bool]] = {
         "keeps": lambda each: _whole(each[0]) and _real_number(each[1]) and each[1] >= 0,
         "settled": lambda each: _whole(each[0]) and _real_number(each[1]) and each[1] >= 0,
         "generated": lambda each: _whole(each[0], 0, seen) and 0 <= each[1] <= 1,
         "closed_up": lambda each: _whole(each, 0, seen),
+        "due_at": lambda each: _whole(each, 0, seen),
     }
     for name, right in own.items():
         given = record[name]
-        fits = isinstance(given, list) and len(given) in (0, len(lengths))
+        few = () if name == "due_at" else (0,)
+        fits = isinstance(given, list) and len(given) in (*few, len(lengths))
         _require(fits and all(right(each) for each in given), f"{name}={given!r}")
     entries = record["full_entries"]
     fits = isinstance(entries, list) and len(entries) == layers

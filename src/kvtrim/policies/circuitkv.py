@@ -51,7 +51,7 @@ class CircuitKV(Policy):
             return self._walked(weights, lengths, 1)
         alike = (layer.lengths == layer.lengths[:, :1]).all(dim=1).tolist()
         parts = zip(weights.split(1), lengths.split(1), alike, strict=True)
-        return torch.cat([self._walked(*own, 1 if one else heads) for *own, one in parts])
+        return torch.cat([self._walked(w, held, 1 if one else heads) for w, held, one in parts])
 
     def _walked(
         self, weights: Float[Tensor, "B H W S"], lengths: Int[Tensor, "B K"], walks: int
