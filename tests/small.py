@@ -5,6 +5,10 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
+
+from kvtrim import echo_tables
+from kvtrim.echo_tables import EchoTable
 from kvtrim.settings import find, parameters
 
 WINDOW = 8
@@ -26,10 +30,23 @@ def small(name, layers=3, heads=6, alike=0):
 
 
 def table(name, layers=3, heads=6, alike=0):
-    """A table of head scores, for methods that need one."""
+    """A table of head scores, or of echo's maps, for methods that need one."""
+    if "policy.table" in parameters(find(name)):
+        return {"table": str(_maps(layers, alike))}
     if "budget.table" not in parameters(find(name)):
         return {}
     return {"table": str(_written(layers, heads, heads // alike if alike else heads))}
+
+
+@cache
+def _maps(layers, alike, kv_heads=2, width=48):
+    draw = torch.Generator().manual_seed(layers)
+    weight = torch.randn(layers, 1 if alike else kv_heads, width, generator=draw) / 8
+    bias = torch.randn(layers, 1 if alike else kv_heads, generator=draw)
+    table = EchoTable(weight.expand(-1, kv_heads, -1), bias.expand(-1, kv_heads))
+    path = Path(tempfile.mkdtemp(prefix="kvtrim-test-")) / f"{layers}-{alike}.safetensors"
+    echo_tables.write(path, table, {})
+    return path
 
 
 @cache

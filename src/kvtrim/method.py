@@ -75,7 +75,7 @@ class Method:
         """Refuse parts that choose over the whole prompt, and can only do so at its end."""
         parts = {
             f"policy={type(self.policy).__name__}": self.policy.probes,
-            f"budget={type(self.budget).__name__}": self.budget.model_wide,
+            f"budget={type(self.budget).__name__}": self.budget.model_wide and self.budget.settles,
             f"propagation={type(self.propagation).__name__}": self.propagation.narrows,
             f"unit={type(self.unit).__name__}": not self.unit.single,
             f"reuse={self.reuse}": self.reuse > 1,
@@ -85,7 +85,8 @@ class Method:
             raise UsageError(
                 f"chunks=true evicts before the prompt is complete, and {', '.join(whole)} needs "
                 "all of it: leave chunks out (a prompt may still be read in chunks and is cut at "
-                "its end), or take snapkv, knorm, keydiff, curdkv, h2o, tova or streaming-llm"
+                "its end), or take echo, snapkv, knorm, keydiff, curdkv, h2o, tova or "
+                "streaming-llm"
             )
 
     @property
@@ -110,7 +111,8 @@ class Method:
     def fitted(self, target: Target) -> "Method":
         """This method, made ready for one model.
 
-        Errors as `Budget.fitted` and `Propagation.fitted`.
+        Errors as `fitted` of policy, budget and propagation.
         """
+        policy = self.policy.fitted(target)
         budget, propagation = self.budget.fitted(target), self.propagation.fitted(target)
-        return replace(self, budget=budget, propagation=propagation)
+        return replace(self, policy=policy, budget=budget, propagation=propagation)

@@ -20,6 +20,7 @@ from kvtrim.policies.cake import Cake
 from kvtrim.policies.circuitkv import CircuitKV
 from kvtrim.policies.critical import Critical
 from kvtrim.policies.curdkv import CurDKV
+from kvtrim.policies.echo import Echo
 from kvtrim.policies.full import Full
 from kvtrim.policies.h2o import H2O
 from kvtrim.policies.keydiff import KeyDiff
@@ -187,6 +188,15 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "layer": {"budget": "per-head", "floor": 0.0},
                 "uniform": {"budget": "uniform"},
             },
+        ),
+        "echo": Method(
+            Echo(),
+            budget=Global(anew=True),
+            source="arXiv 2601.07891",
+            use="Many questions on one context, none of them known, at the price of one prefill.",
+            cost="A product with the hidden states; the table is fitted once per model "
+            "(`kvtrim calibrate echo`).",
+            presets={"uniform": {"budget": "uniform"}, "stream": {"chunks": True, "every": 64}},
         ),
         "kvzip-plus": Method(
             KVzip(plus=True),

@@ -116,12 +116,14 @@ class Room:
 
 @dataclass(frozen=True)
 class Target:
-    """The model that a method is about to be used on, as far as a budget may care."""
+    """The model that a method is about to be used on, as far as its parts may care."""
 
     name: str  # what messages call it
     layers: int  # how many layers kvtrim manages
     heads: int  # query heads of each
     identity: Callable[[], str | None]  # hash of its weights; None where there are none
+    kv_heads: int | None = None  # where known
+    width: int | None = None  # of its hidden states, where known
 
 
 @dataclass(frozen=True)

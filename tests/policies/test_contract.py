@@ -37,7 +37,13 @@ def output(layers=2):
 
 
 def kept(name, q, k, v, keep=24):
-    return kvtrim.select(method(name), q, k, v, keep=keep, output=output(len(q)))
+    given = {"output": output(len(q)), "hidden": hidden(len(q))}
+    return kvtrim.select(method(name), q, k, v, keep=keep, **given)
+
+
+def hidden(layers=2, tokens=N):
+    """What each layer's attention receives: [L, n, M]."""
+    return torch.randn(layers, tokens, 48, generator=torch.Generator().manual_seed(3))
 
 
 def as_lists(selected):
@@ -136,6 +142,9 @@ def test_a_prompt_scores_the_same_alone_and_in_a_batch(name):
 
     def score(rows):
         seen = view(rows)
+        if policy.foresees:
+            states = hidden(3)[rows]
+            seen = dataclasses.replace(seen, carried=policy.foresee(1, states))
         if policy.carries:
             seen = dataclasses.replace(seen, carried=policy.observe(seen))
         return policy.score(seen)
@@ -180,4 +189,5 @@ def test_every_preset_can_be_built_and_selects(name):
         chosen = find(name, preset=preset, **table(name, layers=2))
         keep = 80
         q, k, v = (t.repeat(1, 1, 3, 1) for t in qkv())
-        assert kvtrim.select(chosen, q, k, v, keep=keep, output=output())
+        given = {"output": output(), "hidden": hidden(tokens=3 * N)}
+        assert kvtrim.select(chosen, q, k, v, keep=keep, **given)

@@ -35,6 +35,16 @@ class Budget(ABC):
     """Nothing is ever evicted."""
 
     @property
+    def selective(self) -> bool:
+        """Entries may have to go even where everything fits into the budget."""
+        return False
+
+    @property
+    def settles(self) -> bool:
+        """Later cuts go by what each head won at the prompt; else they are dealt out anew."""
+        return True
+
+    @property
     def holds_more(self) -> str:
         """Why this may deal out clearly more than `keep`, for the user; empty if it does not."""
         return ""

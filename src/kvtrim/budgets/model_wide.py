@@ -13,26 +13,37 @@ import torch
 
 from kvtrim.budgets.base import Ledger, ModelWide
 from kvtrim.errors import UsageError
-from kvtrim.types import Counts, Float, Int, Room, Scores, Tensor
+from kvtrim.types import Bool, Counts, Float, Int, Room, Scores, Tensor
 
 
 @dataclass(frozen=True)
 class Global(ModelWide):
     floor: float = 0.0  # the share of `keep` that every head gets whatever its scores
+    threshold: float | None = None  # entries that score less go, even if there is room for them
+    anew: bool = False  # cuts after the first are dealt anew, not by what each head won; for
+    # scores that mean the same at every cut
 
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= 1:
             raise UsageError(f"floor is a share between 0 and 1, got {self.floor}")
 
+    @property
+    def selective(self) -> bool:
+        return self.threshold is not None
+
+    @property
+    def settles(self) -> bool:
+        return not self.anew
+
     def open(self) -> Ledger:
-        return _Pool(self.floor)
+        return _Pool(self.floor, -torch.inf if self.threshold is None else self.threshold)
 
 
 class _Pool(Ledger):
     """The best entries so far, best first, as score and owner (layer and head in one number)."""
 
-    def __init__(self, floor: float):
-        self.floor = floor
+    def __init__(self, floor: float, threshold: float):
+        self.floor, self.threshold = floor, threshold
         self.scores: Float[Tensor, "B E"] | None = None
         self.owners: Int[Tensor, "B E"] | None = None
         self.layers = 0
@@ -50,11 +61,14 @@ class _Pool(Ledger):
         entries = room.layers * heads * room.free
         best = new.argsort(dim=1, descending=True, stable=True)[:, :entries]
         self.scores, self.owners = new.gather(1, best), owners.gather(1, best)
-        return self._dealt(self.owners, batch, heads)
+        worth = (self.scores >= self.threshold) & ~self.scores.isneginf()
+        return self._dealt(self.owners, worth, batch, heads)
 
-    def _dealt(self, owners: Int[Tensor, "B E"], batch: int, heads: int) -> list[Counts]:
+    def _dealt(
+        self, owners: Int[Tensor, "B E"], worth: Bool[Tensor, "B E"], batch: int, heads: int
+    ) -> list[Counts]:
         won = torch.zeros(batch, self.layers * heads, dtype=torch.int64, device=owners.device)
-        won.scatter_add_(1, owners, torch.ones_like(owners))
+        won.scatter_add_(1, owners, worth.long())
         return list(won.cpu().unflatten(1, (self.layers, heads)).unbind(1))
 
     @staticmethod

@@ -9,9 +9,11 @@ from kvtrim.cli import options, output
 from kvtrim.errors import UsageError
 
 if TYPE_CHECKING:
+    from kvtrim.bench.echo import Fitted
     from kvtrim.bench.heads import Measured
 
 SCORES = ("reason", "copy")
+TARGETS = ("kvzip", "kvzip-plus")
 PUZZLES = ("two-step", "one-step", "contrast")
 
 group = typer.Typer(
@@ -57,6 +59,24 @@ Texts = Annotated[
         help="Your own prompts, one a line (\\n is a line break). Default: generated ones.",
     ),
 ]
+
+
+Maps = Annotated[
+    Path, typer.Option("--out", "-o", help="The table; its record and a PNG go beside it.")
+]
+Foretold = Annotated[
+    str, typer.Option("--target", help="Whose scores are foretold: kvzip or kvzip-plus.")
+]
+Reading = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--texts",
+        help="A text file to fit on; repeat for several. Default: Python's documentation and "
+        "modules, made records, and texts that the model writes itself.",
+    ),
+]
+Amount = Annotated[int, typer.Option("--tokens", min=128, help="Tokens to read in all.")]
+Piece = Annotated[int, typer.Option("--length", min=64, help="Tokens of one text at most.")]
 
 
 @group.callback()
@@ -202,4 +222,68 @@ def _print_curve(out: Path, picture: Path | None, found: dict[str, Any]) -> None
     use = f"use it: --method fastkv --set layer={found['layer']}"
     where = f"{out}" if picture is None else f"{out}, {picture}"
     for line in (f"* {found['rule']} ({found['limit']:.3g})", where, use):
+        output.out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@group.command("echo")
+def echo(
+    out: Maps = Path("echo.safetensors"),
+    target: Foretold = "kvzip",
+    texts: Reading = None,
+    tokens: Amount = 20_000,
+    length: Piece = 1200,
+    seed: Seed = 0,
+    chat: options.Chat = None,
+    model: options.Model = "smollm2",
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Fit the map by which echo foretells a probe's scores: a table, its record and a plot."""
+    options.require_choice("--target", target, TARGETS)
+    options.require_writable(out)
+    if out.suffix != ".safetensors":
+        raise UsageError(f"{out}: an echo table is a safetensors file, so call it that")
+    given = {path.name: options.read_text(str(path)) for path in texts or []}
+    loaded, tokenizer = options.load(model, device, dtype, threads)
+    from kvtrim import echo_tables
+    from kvtrim.analysis import echo_plot
+    from kvtrim.bench import echo as bench
+    from kvtrim.bench import echo_texts
+
+    plan = bench.Plan(target, tokens, length, seed, chat)  # pyright: ignore[reportArgumentType]
+    with output.progress() as report:
+        if not given:
+            own = echo_texts.own(loaded, tokenizer, length, seed, report)
+            given = echo_texts.mixed(own, echo_texts.made(length, seed))
+        fitted = bench.fit(loaded, tokenizer, plan, given, report)
+    written = bench.written(loaded, tokenizer, model, plan, fitted)
+    echo_tables.write(out, fitted.table, written)
+    picture: Path | None = out.with_suffix(".png")
+    try:
+        echo_plot.draw(written, out.with_suffix(".png"))
+    except UsageError as error:
+        picture = None
+        output.err.print(f"{out} is written; no plot: {error}", markup=False, highlight=False)
+    if json:
+        beside = {"file": str(out), "record": str(echo_tables.record_path(out))}
+        output.print_json(beside | {"plot": None if picture is None else str(picture)} | written)
+    else:
+        _print_fit(out, picture, fitted, written)
+
+
+def _print_fit(out: Path, picture: Path | None, fitted: "Fitted", written: dict[str, Any]) -> None:
+    explained = fitted.explained
+    rows = [
+        [str(layer), *(f"{x:.2f}" for x in own)] for layer, own in enumerate(explained.tolist())
+    ]
+    heads = [(f"head {number}", "right") for number in range(explained.shape[1])]
+    output.table("R^2 on held-out texts", [("layer", "right"), *heads], rows)
+    where = f"{out}" if picture is None else f"{out}, {picture}"
+    summary = (
+        f"{written['read']:,} tokens of {len(fitted.texts)} texts, ridge {fitted.ridge:g}, mean "
+        f"R^2 {float(explained.mean()):.3f}"
+    )
+    for line in (summary, where, f"use it: --method echo --set table={out}"):
         output.out.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,6 @@
 """One layer in one pass: what the model hands over, what is held, and how the two are joined."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -111,20 +111,29 @@ class Held:
         return sum(part.nbytes for part in parts if part is not None)
 
 
-def stored(store: LayerStore | None, call: Call, now: Pass) -> LayerStore:
-    """The store with this pass's real tokens added; a whole prompt is borrowed, not copied."""
+def stored(
+    store: LayerStore | None, call: Call, now: Pass, columns: Mapping[str, Tensor] | None = None
+) -> LayerStore:
+    """The store with this pass's real tokens added; a whole prompt is borrowed, not copied.
+
+    Args:
+        columns: numbers [B, K, Q] that go with the new entries, by name.
+    """
+    own = columns or {}
     keys, values, device = call.keys, call.values, call.keys.device
     if now.real is None:
-        new = {"keys": keys, "values": values, "positions": now.positions(device)}
+        new = {"keys": keys, "values": values, "positions": now.positions(device), **own}
         if store is None:
             return LayerStore.borrow(new)
         store.append(new)
         return store
     store = store or LayerStore.empty(keys, values)
-    for row, columns in enumerate(now.real):
+    for name in own:
+        store.add_column(name)
+    for row, real in enumerate(now.real):
         positions = now.row_positions(row, device)
-        part = slice(row, row + 1)
-        new = {"keys": keys[part, :, columns], "values": values[part, :, columns]}
+        part, given = slice(row, row + 1), {"keys": keys, "values": values, **own}
+        new = {name: tensor[part, :, real] for name, tensor in given.items()}
         store.append_row(row, {**new, "positions": positions})
     return store
 

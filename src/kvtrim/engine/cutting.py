@@ -12,8 +12,9 @@ from kvtrim.engine.generated import trimmers
 from kvtrim.engine.narrowing import Narrowing, narrowed
 from kvtrim.engine.reading import Pass
 from kvtrim.engine.state import State
+from kvtrim.errors import UsageError
 from kvtrim.methods import Method
-from kvtrim.types import Kept, LayerView, Probed, Tensor
+from kvtrim.types import Float, Kept, LayerView, Probed, Tensor
 
 CARRIED = "carried"  # the store's column for a policy's running statistic
 SCORE = "score"  # and for scores, while layers compete for one budget
@@ -52,6 +53,17 @@ class Cutting:
                 part = self._part(shown, rows)
                 view = self._view(index, call, part, queries, rows, keep=0, hidden=hidden)
                 self._part(store, rows).set_column(CARRIED, self.method.policy.observe(view))
+
+    def foreseen(self, index: int, call: Call) -> Float[Tensor, "B K Q"]:
+        """What the policy says of a layer's new tokens, padding included, for every head stored.
+
+        Raises:
+            UsageError: their hidden states were not handed over.
+        """
+        if call.hidden is None:
+            raise UsageError("this method reads hidden states; pass hidden=[states, ...]")
+        own = self.method.policy.foresee(index, call.hidden)
+        return own.repeat_interleave(call.keys.shape[1] // own.shape[1], dim=1)
 
     def propagate(self, index: int, call: Call, shown: LayerStore) -> Narrowing | None:
         """Choose the tokens that the layers above this one read; None if all of them do."""
@@ -97,7 +109,8 @@ class Cutting:
         for rows, cutter in self._cutters_for(call, ahead):
             own, part = None if hidden is None else hidden[rows], self._part(shown, rows)
             view = self._view(index, call, part, last[rows], rows, cutter.keep, own)
-            parts.append((rows, cutter.choose(view, self.state.layers[index].share_of(rows))))
+            won = self.state.layers[index].share_of(rows) if self.method.budget.settles else None
+            parts.append((rows, cutter.choose(view, won)))
             if cutter.scored is not None:
                 self._part(store, rows).set_column(SCORE, cutter.scored)
         self._retain(store, merge(parts, store.length), ahead)
@@ -145,10 +158,11 @@ class Cutting:
             lengths = [length + self.coming for length in self._lengths(self.whole)]
             self.state.keeps = [self._budget(length, entry) for length in lengths]
         cutters, read = [], self._lengths(self.whole)
+        decoding = not (self.prompt or self.probed)
         for rows in groups:
             (keep, asked), tokens = self.state.keeps[rows.start], read[rows.start]
             room = max(1, keep - (tokens - self.whole.first[rows.start])) if ahead else keep
-            cutters.append((rows, Evictor(self.method, room, asked, tokens)))
+            cutters.append((rows, Evictor(self.method, room, asked, tokens, decoding)))
         return cutters
 
     def _groups(self, of: Pass) -> list[slice]:

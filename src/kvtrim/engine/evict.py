@@ -51,6 +51,7 @@ class Evictor(Cutter):
     keep: int  # entries per head, protected slots included
     asked: float  # the same before rounding
     tokens: int  # of the prompt so far; a layer may have read a part of it
+    decoding: bool = False  # the prompt is over
     scored: Scores | None = None
     dealt: Sequence[Counts] = ()
     _ledger: Ledger | None = None
@@ -61,7 +62,8 @@ class Evictor(Cutter):
         method = self.method
         self.scored = None
         read = self.tokens if method.budget.model_wide else view.tokens  # all layers compete
-        if method.budget.unlimited or view.index in method.skip_layers or read <= self.keep:
+        fits = read <= self.keep and not method.budget.selective
+        if method.budget.unlimited or view.index in method.skip_layers or fits:
             return None
         leader = view.index - view.index % method.reuse
         if self._leader[0] != leader:
@@ -83,7 +85,9 @@ class Evictor(Cutter):
         return select(scores[..., :candidates], counts, held, sinks=sinks, recent=recent)
 
     def _protected(self) -> tuple[int, int]:
-        return self.method.policy.sinks, self.method.policy.recent(self.keep)
+        policy = self.method.policy
+        newest = min(policy.local, (self.keep - policy.sinks) // 2) if self.decoding else 0
+        return policy.sinks, max(policy.recent(self.keep), newest)
 
     def _select(self, view: LayerView, share: Counts | None) -> Kept | None:
         policy, slots = self.method.policy, view.keys.shape[2]

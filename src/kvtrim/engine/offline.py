@@ -64,8 +64,12 @@ def select(
             "give the same number"
         )
     layers = len(stacks[0])
-    target = Target("the given queries", layers, stacks[0][0].shape[0], lambda: None)
-    chosen = find(method, **settings).fitted(target)
+    chosen = find(method, **settings)
+    states = _states(hidden, stacks, chosen.policy.reads_hidden)
+    heads, kv_heads = stacks[0][0].shape[0], stacks[1][0].shape[0]
+    width = states[0].shape[-1] if states else None
+    target = Target("the given queries", layers, heads, lambda: None, kv_heads, width)
+    chosen = chosen.fitted(target)
     if chosen.policy.probes:
         raise UsageError(
             "this method reads its prompt a second time and so needs a model: use "
@@ -73,7 +77,6 @@ def select(
         )
     for index, (q, k, v) in enumerate(zip(*stacks, strict=True)):
         _require_fitting(index, q, k, v)
-    states = _states(hidden, stacks, chosen.policy.reads_hidden)
     session = Session(chosen, Keep.parse(keep), layers, spans=spans)
     session.begin(rows=1, columns=stacks[0][0].shape[1])
     _filter(session, stacks)

@@ -17,6 +17,7 @@ class Plan:
     after: bool = False  # evict once they have attended
     due: Sequence[bool] = ()  # from which prompts, where that is not all of them
     observe: bool = False  # the policy updates its running statistic
+    foresee: bool = False  # it scores the new tokens once and for all
     again: bool = False  # what is held now will be scored by a later pass
     carry: bool = False  # and the policy's statistic will be needed then
     closes: Sequence[bool] = ()  # prompts whose tokens read are not generated, where the
@@ -79,7 +80,8 @@ def planned(
         due=due,
         observe=policy.observes(not prompt) and (cut or again),
         again=again,
-        carry=again and policy.observes(not more),
+        foresee=policy.foresees and (cut or again),
+        carry=again and (policy.observes(not more) or policy.foresees),
         closes=closes,
         propagate=propagate,
         coming=coming,

@@ -169,7 +169,8 @@ class Session:
         if not self.method.policy.probes or self.in_prompt or state.probed or self.under_way:
             return False
         lengths, entry = state.reading.lengths, state.entry_bytes
-        return any(self.keep.asked(length, entry) < length for length in lengths)
+        fits = all(self.keep.asked(length, entry) >= length for length in lengths)
+        return self.method.budget.selective or not fits
 
     @property
     def remark(self) -> str | None:
@@ -266,7 +267,8 @@ class Session:
         if self._plan.before and held.store is not None:
             none = call.queries[:, :, :0]
             self._cuts.cut(index, call, held.store, held.store, none, ahead=True)
-        held.store = stored(held.store, call, now)
+        own = {CARRIED: self._cuts.foreseen(index, call)} if self._plan.foresee else {}
+        held.store = stored(held.store, call, now, own)
         return call, held.store
 
     def _shown(self, call: Call, store: LayerStore) -> LayerStore:
@@ -307,7 +309,7 @@ class Session:
                 self._cuts.cut(index, call, store, shown, last, hidden=hidden)
             held.remember(last, hidden, plan.lookback if plan.again else 0)
         store.settle()
-        if plan.observe and not plan.carry:
+        if (plan.observe or plan.foresee) and not plan.carry:
             store.drop_column(CARRIED)
         if plan.probe and plan.after:
             store.cut_back(store.length)

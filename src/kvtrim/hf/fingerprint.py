@@ -85,7 +85,8 @@ def target(model: PreTrainedModel, layers: int) -> Target:
     """What a budget is told of a model of which kvtrim manages so many layers."""
     config = model.config.get_text_config(decoder=True)
     name = model.config.name_or_path or f"this {config.model_type} model"
-    return Target(name, layers, config.num_attention_heads, lambda: identity(model))
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    return Target(name, layers, heads, lambda: identity(model), kv_heads, width=config.hidden_size)
 
 
 def identity(model: PreTrainedModel) -> str:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from kvtrim.errors import UsageError
-from kvtrim.types import Counts, Float, LayerView, Scores, Tensor
+from kvtrim.types import Counts, Float, LayerView, Scores, Target, Tensor
 
 
 class Policy(ABC):
@@ -39,6 +39,29 @@ class Policy(ABC):
 
     chunk: int = 0
     """Tokens of the prompt that one pass of its probe is about."""
+
+    foresees: ClassVar[bool] = False
+    """It scores each token once, when that is read and by its hidden state alone: `foresee`."""
+
+    local: int = 0
+    """So many of the newest tokens stay at every cut after the prompt, or half of the budget."""
+
+    def fitted(self, target: Target) -> "Policy":
+        """This policy, made ready for one model.
+
+        Raises:
+            UsageError: it cannot serve that model.
+        """
+        return self
+
+    def foresee(self, index: int, hidden: Float[Tensor, "B Q M"]) -> Float[Tensor, "B K Q"]:
+        """What new tokens are worth to a layer (if `foresees`): `layer.carried` of `score`.
+
+        Args:
+            index: the layer, as in `LayerView`.
+            hidden: what its attention receives for each token.
+        """
+        raise TypeError(f"{type(self).__name__} does not score a token by its hidden state")
 
     def observes(self, decoding: bool) -> bool:
         """Whether `observe` is wanted for passes over the prompt, or (`decoding`) after it."""
