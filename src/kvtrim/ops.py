@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from kvtrim.errors import UsageError
 from kvtrim.kernels.available import FORMATS, WIDEST, obstacle
 from kvtrim.spans import unit_numbers
-from kvtrim.types import Bool, Counts, Float, Int, LayerView, Tensor
+from kvtrim.types import Bool, Counts, Float, Int, LayerView, Noted, Tensor
 
 Pool = Literal["none", "avg", "max"]
 Reduce = Literal["sum", "mean", "max"]
 Weights = Bool[Tensor, "B Q"] | Float[Tensor, "B Q"]
 """What each query counts for: a weight, or yes and no."""
 
-_ROWS_AT_ONCE = 256  # queries per block of `column_sums`: bounds its memory to H * 256 * S floats
+_ELEMENTS = {"cuda": 2**26, "cpu": 2**20}
+"""Weights in a block: what fills a GPU, and what the caches behind a processor's thread hold."""
 
 
 def attention(layer: LayerView, last: int | None = None) -> Float[Tensor, "B H W S"]:
@@ -68,6 +69,13 @@ def column_max(layer: LayerView, observers: Weights | None = None) -> Float[Tens
 
     Memory and `observers` as above.
     """
+    if _has_kernel(layer):
+        from kvtrim.kernels import columns
+
+        weights = None if observers is None else observers.to(layer.keys.device)
+        return columns.largest(
+            layer.queries, layer.keys, layer.scale, layer.softcap, layer.lengths, weights
+        )
     most = layer.keys.new_zeros(*layer.queries.shape[:2], layer.keys.shape[2], dtype=torch.float32)
     for weights in _blocks(layer, observers):
         seen = most[..., : weights.shape[-1]]
@@ -79,14 +87,22 @@ def _blocks(
     layer: LayerView, observers: Weights | None = None, own: bool = True
 ) -> Iterator[Float[Tensor, "B H W V"]]:
     """Attention weights of all queries at hand (or the observers), a block of them at a time."""
-    keys, total = layer.keys.float(), layer.queries.shape[2]
-    for first in range(0, total, _ROWS_AT_ONCE):
-        queries = layer.queries[:, :, first : first + _ROWS_AT_ONCE]
-        voting = None if observers is None else observers[:, first : first + _ROWS_AT_ONCE]
+    keys, total, step = layer.keys.float(), layer.queries.shape[2], _rows_at_once(layer)
+    for first in range(0, total, step):
+        queries = layer.queries[:, :, first : first + step]
+        voting = None if observers is None else observers[:, first : first + step]
         if voting is not None and not bool(voting.any()):
             continue
         weights = _weights(layer, queries, keys, total - first - queries.shape[2], own)
         yield weights if voting is None else weights * voting[:, None, :, None]
+
+
+def _rows_at_once(layer: LayerView) -> int:
+    """Queries in a block of weights."""
+    kind = "cuda" if layer.keys.is_cuda else "cpu"
+    most = _ELEMENTS[kind] * (1 if kind == "cuda" else torch.get_num_threads())
+    slots = layer.queries.shape[0] * layer.queries.shape[1] * layer.keys.shape[2]
+    return max(16, most // max(1, slots))
 
 
 def queries_in(layer: LayerView, part: str) -> Bool[Tensor, "B Q"]:
@@ -251,6 +267,19 @@ def cleared(
 def _behind(layer: LayerView, slots: int, window: int) -> Bool[Tensor, "B K S"]:
     """Which of the first slots belong to a head's window or hold nothing."""
     return torch.arange(slots, device=layer.keys.device) >= (lengths(layer) - window)[..., None]
+
+
+def largest(layer: LayerView, noted: Noted) -> Float[Tensor, "B H N"]:
+    """Largest weight of some slots in a softmax over them and the queries' own.
+
+    Taken from attention where that noted it, else by a product of its own.
+    """
+    if layer.received is not None:
+        return layer.received
+    held = layer.keys.shape[2]
+    own = torch.arange(held - layer.queries.shape[2], held)
+    part = narrowed(layer, torch.cat([noted.slots, own]))
+    return column_max(part, noted.weights)[..., : len(noted.slots)]
 
 
 def narrowed(layer: LayerView, slots: Int[Tensor, " N"]) -> LayerView:

@@ -33,6 +33,7 @@ __all__ = [
     "Int",
     "Kept",
     "LayerView",
+    "Noted",
     "Probed",
     "Room",
     "Scores",
@@ -61,6 +62,14 @@ class Probed:
 
 
 @dataclass(frozen=True)
+class Noted:
+    """What attention may note on its way: the largest weight that some slots receive."""
+
+    slots: Int[Tensor, " N"]  # before the queries' own; a softmax over both is noted
+    weights: Float[Tensor, "B Q"] | None = None  # what each query's attention is multiplied by
+
+
+@dataclass(frozen=True)
 class LayerView:
     """One layer as a policy sees it: the slots it holds and the last queries that looked at them.
 
@@ -81,6 +90,7 @@ class LayerView:
     softcap: float | None = None  # Gemma 2 squashes logits: cap * tanh(logit / cap)
     lengths: Counts | None = None  # slots per KV head where they differ
     carried: Float[Tensor, "B K S"] | None = None  # the policy's running statistic, see `observe`
+    received: Float[Tensor, "B H N"] | None = None  # what attention noted, see `Policy.compared`
     decoding: bool = False  # the prompt is over
     probed: Probed | None = None  # the queries are a probe's, and this is what it is about
     hidden: Float[Tensor, "B Q M"] | None = None  # what the layer's attention received for each

@@ -5,8 +5,10 @@ import torch
 
 import kvtrim
 import models
+from kvtrim.engine.cutting import Cutting
 from kvtrim.engine.probe import repetition
 from kvtrim.hf.replay import record
+from kvtrim.kernels import explicit
 from kvtrim.prompts import Words, frame, repeat_words
 
 SINKS, CHUNK, KEEP, N = 4, 16, 14, 40
@@ -196,3 +198,31 @@ def test_plus_weighs_attention_by_value_and_query(llama):
     with torch.no_grad(), kvtrim.attach(llama):
         llama(ids, past_key_values=plain)
     assert models.positions(cache) != models.positions(plain)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("method", ["kvzip", "kvzip-plus"])
+def test_scores_from_the_probes_own_attention_keep_what_a_second_product_keeps(
+    name, method, monkeypatch
+):
+    model, noting, calls = models.tiny(name), explicit.largest, []
+    monkeypatch.setattr(explicit, "largest", lambda *a: calls.append(1) or noting(*a))
+    ids = torch.cat([models.prompt(150, seed=2), models.prompt(150, seed=3)])
+    mask = torch.ones_like(ids)
+    mask[1, :37] = 0
+
+    def kept():
+        cache = kvtrim.Cache(model, method, 40, chunk=48)
+        with torch.no_grad(), kvtrim.attach(model):
+            model(ids, attention_mask=mask, past_key_values=cache)
+            logits = model(ids[:, -1:], past_key_values=cache).logits
+        return [models.positions(cache, row) for row in range(2)], logits
+
+    fast, logits = kept()
+    assert calls
+    calls.clear()
+    observe = Cutting.observe
+    monkeypatch.setattr(Cutting, "observe", lambda self, *given: observe(self, *given[:4]))
+    slow, want = kept()
+    assert fast == slow and not calls
+    torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-5)

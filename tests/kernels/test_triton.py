@@ -120,7 +120,7 @@ def test_emitted_probabilities_are_what_slots_received(softcap):
 
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(st.data())
-def test_column_sums_equal_those_of_the_whole_matrix(data):
+def test_sums_and_maxima_of_columns_equal_those_of_the_whole_matrix(data):
     draw = data.draw
     slots = draw(st.sampled_from([1, 40, 90, 150]))
     count = min(slots, draw(st.sampled_from([1, 7, 33, 150])))
@@ -144,6 +144,9 @@ def test_column_sums_equal_those_of_the_whole_matrix(data):
         lengths=lengths,
     )
     want = ops.column_sums(layer, None if weights is None else weights.cpu(), own)
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-5)
+    got = columns.largest(queries, keys, 0.2, softcap, lengths, weights)
+    want = ops.column_max(layer, None if weights is None else weights.cpu())
     torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-5)
 
 
@@ -198,6 +201,7 @@ def test_the_kernels_compile_for_a_gpu():
         "received",
         "merge",
         "normalisers",
+        "columns",
         "columns",
         "append",
     ]

@@ -39,6 +39,10 @@ class Call:
         """What one entry of one head takes, its position included."""
         return self.kv_bytes + torch.int32.itemsize
 
+    def no_output(self) -> Float[Tensor, "B H Q E"]:
+        """Zeros in the shape of attention's output."""
+        return self.queries.new_zeros(*self.queries.shape[:3], self.values.shape[-1])
+
     def row(self, number: int) -> "Call":
         """One prompt's part of it."""
         part = slice(number, number + 1)
@@ -149,7 +153,7 @@ def attended(
         return _attended_in_part(store, call, narrowing)
     if now.real is None:
         return attend(call.queries, store, call.scale, call.softcap, impl)
-    out = call.queries.new_zeros(*call.queries.shape[:3], call.values.shape[-1])
+    out = call.no_output()
     for row, columns in enumerate(now.real):
         if len(columns):
             own = call.queries[row : row + 1, :, columns]
@@ -163,7 +167,7 @@ def _attended_in_part(
 ) -> Float[Tensor, "B H Q E"]:
     """The tokens that go on, at a layer from which nothing was evicted yet."""
     held, _ = store.dense()
-    out = call.queries.new_zeros(*call.queries.shape[:3], call.values.shape[-1])
+    out = call.no_output()
     for row, slots in enumerate(narrowing.slots):
         real, columns = narrowing.now.real, narrowing.step[row]
         columns = (columns if real is None else columns[real[row]]).to(call.queries.device)

@@ -1,7 +1,7 @@
 """What one pass evicts: each layer as the policy sees it, and the cuts that follow."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from kvtrim.budgets import Keep
@@ -13,6 +13,7 @@ from kvtrim.engine.narrowing import Narrowing, narrowed
 from kvtrim.engine.reading import Pass
 from kvtrim.engine.state import State
 from kvtrim.errors import UsageError
+from kvtrim.kernels import explicit
 from kvtrim.methods import Method
 from kvtrim.types import Float, Kept, LayerView, Probed, Tensor
 
@@ -40,19 +41,39 @@ class Cutting:
     def __post_init__(self) -> None:
         self.whole = self.now
 
-    def observe(self, index: int, call: Call, store: LayerStore, shown: LayerStore) -> None:
-        """Let the policy update its running statistic with this pass's queries."""
+    def observe(
+        self, index: int, call: Call, store: LayerStore, shown: LayerStore, attend: bool = False
+    ) -> Float[Tensor, "B H Q E"] | None:
+        """Let the policy update its running statistic with this pass's queries.
+
+        Args:
+            attend: attention may be worked out on the way, if the policy knows what to note.
+
+        Returns:
+            The output of attention, if it was worked out; zeros for padding.
+        """
         store.add_column(CARRIED)
         if self.known is not None and index in self.known:
             store.set_column(CARRIED, self.known[index])
-            return
+            return None
+        policy, out = self.method.policy, call.no_output() if attend else None
         for rows in self._groups(self.now):
             queries = real_queries(call.queries, self.now, rows)
             if queries.shape[2]:
                 hidden = self._hidden(call, rows)
                 part = self._part(shown, rows)
                 view = self._view(index, call, part, queries, rows, keep=0, hidden=hidden)
-                self._part(store, rows).set_column(CARRIED, self.method.policy.observe(view))
+                noted = policy.compared(view) if out is not None else None
+                if out is not None and noted is not None and view.lengths is None:
+                    given = queries, view.keys, view.values, noted, view.scale, view.softcap
+                    mixed, most = explicit.largest(*given)
+                    columns = slice(None) if self.now.real is None else self.now.real[rows.start]
+                    out[rows, :, columns] = mixed
+                    view = replace(view, received=most)
+                else:
+                    out = None
+                self._part(store, rows).set_column(CARRIED, policy.observe(view))
+        return out
 
     def foreseen(self, index: int, call: Call) -> Float[Tensor, "B K Q"]:
         """What the policy says of a layer's new tokens, padding included, for every head stored.

@@ -126,8 +126,10 @@ class Session:
         with writable():
             call, store = self._stored(index, call)
             shown = self._shown(call, store)
-            narrowing = self._looked_at(index, call, store, shown)
-            out = attended(shown, call, self._now, self.impl, narrowing)
+            out = self._observed(index, call, store, shown, attend=True)
+            narrowing = self._looked_at(index, call, shown)
+            if out is None:
+                out = attended(shown, call, self._now, self.impl, narrowing)
             self._settled(index, call, store, shown)
             if narrowing is not None:
                 self._cuts.narrow(narrowing)
@@ -138,7 +140,8 @@ class Session:
         with writable():
             call, store = self._stored(index, call)
             shown = self._shown(call, store)
-            self._looked_at(index, call, store, shown)
+            self._observed(index, call, store, shown, attend=False)
+            self._looked_at(index, call, shown)
             self._settled(index, call, store, shown)
 
     def end(self) -> None:
@@ -278,16 +281,21 @@ class Session:
             return store
         return rolled(store, call, [length - 1 for length in self._now.lengths()])
 
-    def _looked_at(
-        self, index: int, call: Call, store: LayerStore, shown: LayerStore
-    ) -> Narrowing | None:
-        """Before a layer's new tokens attend: observe, and choose those that go on, if due.
+    def _observed(
+        self, index: int, call: Call, store: LayerStore, shown: LayerStore, attend: bool
+    ) -> Float[Tensor, "B H Q E"] | None:
+        """Let the policy observe, if due; attention's output, if that came out on the way."""
+        if not self._plan.observe:
+            return None
+        free = self._plan.probe and self.impl in ("auto", "sdpa") and not call.queries.is_cuda
+        return self._cuts.observe(index, call, store, shown, attend and free)
+
+    def _looked_at(self, index: int, call: Call, shown: LayerStore) -> Narrowing | None:
+        """Before a layer's new tokens attend: choose those that go on, if due.
 
         Those alone need attention: of the others nothing is asked above.
         """
         propagation = self.method.propagation
-        if self._plan.observe:
-            self._cuts.observe(index, call, store, shown)
         if not self._plan.propagate or propagation.restarts:
             return None
         if not propagation.chooses(index, len(self.state.layers)):

@@ -1,7 +1,7 @@
-"""Attention that slots received, added up over queries, in Triton: n x n never exists.
+"""Attention that slots received from all queries, its sum or its largest: n x n never exists.
 
-Two passes over blocks: each query's normaliser first, then each slot's sum. Memory is one number
-per query and head and one per slot and head.
+Two passes over blocks in Triton: each query's normaliser first, then what each slot received.
+Memory is one number per query and head and one per slot and head.
 """
 
 from typing import Any
@@ -15,6 +15,18 @@ from kvtrim.types import Counts, Float, Tensor
 programs: Any = columns  # Triton's compiler knows their types, a type checker does not
 
 
+def largest(
+    queries: Float[Tensor, "B H Q D"],
+    keys: Float[Tensor, "B K S D"],
+    scale: float,
+    softcap: float | None = None,
+    length: Counts | None = None,
+    weights: Float[Tensor, "B Q"] | None = None,
+) -> Float[Tensor, "B H S"]:
+    """Largest attention of any of the queries to each slot; arguments and errors as of `sums`."""
+    return sums(queries, keys, scale, softcap, length, weights, add=False)
+
+
 def sums(
     queries: Float[Tensor, "B H Q D"],
     keys: Float[Tensor, "B K S D"],
@@ -23,6 +35,7 @@ def sums(
     length: Counts | None = None,
     weights: Float[Tensor, "B Q"] | None = None,
     own: bool = True,
+    add: bool = True,
 ) -> Float[Tensor, "B H S"]:
     """Softmax attention of the newest Q queries of each head to each slot, added up, fp32.
 
@@ -30,6 +43,7 @@ def sums(
         length: slots of each KV head, where they differ; what is behind them gets 0.
         weights: what each query counts for; 1 by default.
         own: what a query pays to its own slot counts too.
+        add: add up; else take the largest, each query's times its weight.
 
     Raises:
         UsageError: Triton is missing, or the tensors are on a CPU and its interpreter is off.
@@ -60,8 +74,6 @@ def sums(
     with on(device):
         programs.normalisers[grid](queries, keys, held, lse, scale, cap, *given, **fixed)
         grid = (-(-slots // fixed["BLOCK_N"]), rows * heads)
-        counted = counted.contiguous()
-        programs.columns[grid](
-            queries, keys, held, lse, counted, out, scale, cap, *given, slots, OWN=own, **fixed
-        )
+        seen = queries, keys, held, lse, counted.contiguous(), out, scale, cap
+        programs.columns[grid](*seen, *given, slots, OWN=own, ADD=add, **fixed)
     return out

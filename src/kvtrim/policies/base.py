@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from kvtrim.errors import UsageError
-from kvtrim.types import Counts, Float, LayerView, Scores, Target, Tensor
+from kvtrim.types import Counts, Float, LayerView, Noted, Scores, Target, Tensor
 
 
 class Policy(ABC):
@@ -74,6 +74,13 @@ class Policy(ABC):
     def recent(self, keep: int) -> int:
         """How many of the newest slots are kept whatever their score, out of `keep`."""
         return 0
+
+    def compared(self, layer: LayerView) -> Noted | None:
+        """What `observe` wants to know of a probe's attention, which may note it on its way.
+
+        Where it could, `layer.received` holds it: the largest weight of each of these slots.
+        """
+        return None
 
     def observe(self, layer: LayerView) -> Float[Tensor, "B K S"]:
         """Update the running statistic of every slot from this pass's queries (if `carries`).

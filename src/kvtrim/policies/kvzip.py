@@ -18,7 +18,7 @@ import torch
 from kvtrim import ops, projections
 from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
-from kvtrim.types import Float, LayerView, Scores, Tensor
+from kvtrim.types import Float, LayerView, Noted, Probed, Scores, Tensor
 
 
 @dataclass(frozen=True)
@@ -39,29 +39,32 @@ class KVzip(Policy):
     def lookback(self) -> int:
         return 0  # `observe` has seen every query of the probe
 
+    def compared(self, layer: LayerView) -> Noted | None:
+        """The sinks and the chunk that is repeated."""
+        if layer.probed is None:
+            return None
+        slots = torch.cat([torch.arange(self.sinks), torch.arange(*self._chunk(layer.probed))])
+        weights = 1 / ops.length_of(ops.hidden(layer).float()) if self.plus else None
+        return Noted(slots, weights)
+
     def observe(self, layer: LayerView) -> Float[Tensor, "B K S"]:
         """Largest attention so far: probe queries [B, H, Q, D], keys [B, K, S, D] to [B, K, S]."""
-        if layer.probed is None or layer.carried is None:
+        noted, probed = self.compared(layer), layer.probed
+        if noted is None or probed is None or layer.carried is None:
             raise TypeError("KVzip observes a probe")
-        start, stop, own = layer.probed.start, layer.probed.stop, layer.queries.shape[2]
-        begin, end = max(start, self.sinks), layer.keys.shape[2] - own
-        slots = torch.cat(
-            [torch.arange(self.sinks), torch.arange(begin, stop), torch.arange(end, end + own)]
-        )
-        part = ops.narrowed(layer, slots)
-        most = ops.column_max(part, self._counted(layer))
+        (begin, stop), most = self._chunk(probed), ops.largest(layer, noted)
         if self.plus:
-            most = most * projections.projected_norms(part)
-        most = most[..., self.sinks : self.sinks + stop - begin]
+            most = most * projections.projected_norms(ops.narrowed(layer, noted.slots))
+        most = most[..., self.sinks :]
         most = ops.reduce_group(most, layer.keys.shape[1], "max")
         found = layer.carried.clone()
         found[..., begin:stop] = found[..., begin:stop].maximum(most)
-        found[..., : layer.probed.prefix] = torch.inf
+        found[..., : probed.prefix] = torch.inf
         return found
 
-    def _counted(self, layer: LayerView) -> Float[Tensor, "B Q"] | None:
-        """What each query's attention is multiplied by."""
-        return 1 / ops.length_of(ops.hidden(layer).float()) if self.plus else None
+    def _chunk(self, probed: Probed) -> tuple[int, int]:
+        """Where the chunk begins, sinks left out, and where it ends."""
+        return max(probed.start, self.sinks), probed.stop
 
     def score(self, layer: LayerView) -> Scores:
         """What the probe saw, [B, K, S]."""

@@ -82,9 +82,13 @@ def columns(
     BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr,
     OWN: tl.constexpr,
+    ADD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What some slots received from the queries of one head, each query counted by its weight."""
+    """What some slots received from the queries of one head, added up or at most.
+
+    Each query counts by its weight.
+    """
     prompt, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     kv_head = head // GROUP
     held = tl.load(length + prompt * (heads // GROUP) + kv_head).to(tl.int32)
@@ -108,5 +112,9 @@ def columns(
         counted = tl.load(weights + prompt.to(tl.int64) * count + m, mask=m < count, other=0.0)
         seen = held - count + m + (1 if OWN else 0)
         seeing = logits(q, key, slots, seen, held, scale, cap, CAPPED, PRECISION)
-        received += tl.sum(tl.exp2(seeing - norm[:, None]) * counted[:, None], 0)
+        given = tl.exp2(seeing - norm[:, None]) * counted[:, None]
+        if ADD:
+            received += tl.sum(given, 0)
+        else:
+            received = tl.maximum(received, tl.max(given, 0))
     tl.store(out + tl.program_id(1).to(tl.int64) * width + slots, received, mask=slots < width)
