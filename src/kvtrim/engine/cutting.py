@@ -36,6 +36,7 @@ class Cutting:
     known: dict[int, Tensor] | None = None  # what `observe` found in an equal pass, by layer
     narrowing: Narrowing | None = None  # what the layer at hand and those above it read
     whole: Pass = field(init=False)  # as the model was handed it
+    attended: set[int] = field(default_factory=set)  # layers that have stored what is new
     _cutters: Cutters = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -67,6 +67,7 @@ class Session:
         self.state = State.empty(layers)
         self._plan = Plan()
         self._cutting: Cutting | None = None  # of the pass under way
+        self._announced = False  # a probe's pass has begun here, the model has yet to begin it
         if keep.kind == "tokens" and not method.budget.unlimited:
             protected = method.policy.sinks + method.policy.recent(int(keep.amount))
             keep.entries(prompt=protected + 1, protected=protected, entry_bytes=1)
@@ -117,7 +118,12 @@ class Session:
         now = self.state.reading.plan(len(probed), columns, mask)
         self._plan = Plan(after=last, observe=True, again=not last, carry=not last, probe=True)
         self._cutting = Cutting(self.method, self.keep, self.state, now, False, probed=probed)
-        self._cutting.known = self.known
+        self._cutting.known, self._announced = self.known, True
+
+    def announced(self) -> bool:
+        """Whether the pass that the model begins is the one of `begin_probe`; true once."""
+        announced, self._announced = self._announced and self._cutting is not None, False
+        return announced
 
     def attend(self, index: int, call: Call) -> Float[Tensor, "B H Q E"]:
         """One layer's attention over everything held and new tokens; then evict what is due."""
@@ -145,7 +151,18 @@ class Session:
             self._settled(index, call, store, shown)
 
     def end(self) -> None:
-        """All layers have attended."""
+        """All layers have attended.
+
+        Raises:
+            CacheError: some did so elsewhere.
+        """
+        missing = len(self.state.layers) - len(self._cuts.attended)
+        if missing:
+            raise CacheError(
+                f"{missing} of {len(self.state.layers)} layers did not attend through kvtrim, so "
+                "this cache does not hold what was read; do not change the model's attention "
+                "while kvtrim is attached, and rewind to a mark or start a new cache"
+            )
         if self._plan.probe:
             self.state.probed, self._cutting = self._plan.after, None
             if self._plan.after:
@@ -196,11 +213,15 @@ class Session:
 
     def rewind(self, mark: Mark) -> None:
         """Return to a marked state, also after an interrupted pass."""
-        self.state, self._cutting = mark.restored(), None
+        self.state, self._cutting, self._announced = mark.restored(), None, False
 
     def reset(self) -> None:
         """Forget everything that was read."""
-        self.state, self._cutting = State.empty(len(self.state.layers)), None
+        self.state, self._cutting, self._announced = (
+            State.empty(len(self.state.layers)),
+            None,
+            False,
+        )
 
     def copy(self) -> "Session":
         """An independent session in the same state."""
@@ -264,6 +285,7 @@ class Session:
     def _stored(self, index: int, call: Call) -> tuple[Call, LayerStore]:
         """Take in a layer's new entries, making room first where that is due."""
         now, held = self._now, self.state.layers[index]
+        self._cuts.attended.add(index)
         held.full_entry = call.keys.shape[1] * call.kv_bytes
         if self.method.granularity == "query":
             call = call.per_query_head()

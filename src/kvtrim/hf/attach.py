@@ -1,32 +1,52 @@
-"""Attaching to a model: attention by name, hooks that find the cache; detaching undoes all."""
+"""Attaching to a model: attention by name, hooks that find the cache; detaching undoes all.
 
+A model may be used from several threads, and whoever uses it attaches for as long as that takes.
+So attachments are counted, and nothing about a pass lives on a module that all passes share.
+
+A hook that comes or goes while another thread is in a pass may be called once without keywords,
+which torch looks up apart. That is a pass of somebody who is not attached: nothing is to be done.
+"""
+
+import copy
 import inspect
-from dataclasses import dataclass
+import threading
 from functools import partial
-from typing import Any
-from weakref import WeakKeyDictionary, ref
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedModel
 
 from kvtrim.engine.graph import Steps
 from kvtrim.errors import CacheError, UsageError
-from kvtrim.hf.architectures import OutputProjection, layout
-from kvtrim.hf.attention import HANDLE, NAME, register
+from kvtrim.hf.architectures import Layout, OutputProjection, layout
+from kvtrim.hf.attention import HANDLE, NAME, managing, register, stock
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.keyword import cache_in
-from kvtrim.hf.narrowing import Hooked, PartOfMLP, left_block, narrowed, restarted
+from kvtrim.hf.managed import Handed
+from kvtrim.hf.narrowing import (
+    Hooked,
+    PartOfMLP,
+    filtering,
+    is_filtering,
+    left_block,
+    narrowed,
+    restarted,
+)
 from kvtrim.hf.probing import probe
+
+_changing = threading.RLock()
 
 
 class Attachment:
-    """kvtrim on one model."""
+    """kvtrim on one decoder, for as long as one of those who asked for it needs it."""
 
-    def __init__(self, model: PreTrainedModel, allow_untested: bool):
-        self.layout = layout(model, allow_untested)
-        self._model = ref(model)
-        self._before = _implementations(model)
+    def __init__(self, model: PreTrainedModel, parts: Layout):
+        self.layout = parts
+        self.open: list[Attached] = []
+        self._configs = _configs(model)
         register()
+        for config in self._configs:
+            stock.take(config)
         model.set_attn_implementation(NAME)
         decoder = self.layout.decoder
         self._hooks = [
@@ -43,30 +63,53 @@ class Attachment:
             hand_over = partial(_hand_over, number, output)
             self._hooks.append(module.register_forward_pre_hook(hand_over, with_kwargs=True))
 
-    def detach(self) -> None:
-        """Leave the model as it was. Doing it twice does nothing."""
-        model = self._model()
+    def release(self, one: "Attached") -> None:
+        """One of those who asked needs it no more; with the last the model is as it was."""
+        self.open.remove(one)
+        if self.open:
+            return
         for hook in self._hooks:
             hook.remove()
-        if model is not None and _attached.get(model) is self:
-            del _attached[model]
-            _restore(model, self._before)
+        for config in self._configs:
+            stock.give_back(config)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
+        """A copy of an attached model, hooks included, is attached: one `detach` undoes it."""
+        other = memo[id(self)] = object.__new__(type(self))
+        with _changing:
+            copied = {name: copy.deepcopy(each, memo) for name, each in vars(self).items()}
+            vars(other).update(copied, open=[])
+            other.open = [Attached(other)]
+            for mine, theirs in zip(self._configs, other._configs, strict=True):
+                if theirs is not mine:
+                    stock.take(theirs, like=mine)
+        return other
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UsageError(
+            "a model cannot be pickled while kvtrim is attached to it; call kvtrim.detach(model) "
+            "first, and kvtrim.attach on what is loaded (copy.deepcopy works as it is)"
+        )
 
     def _begin(
-        self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> Hooked | None:
         """Decoder pre-hook: tell the cache what is coming, which may choose a part of it."""
-        cache = cache_in(kwargs)
-        if not isinstance(cache, Cache) or cache.session.probing:
+        if kwargs is None:
             return None
-        model = self._model()
-        if model is None or cache.model is not model:
+        managing.cache = is_filtering()
+        kwargs = _by_name(decoder, args, kwargs)
+        cache = cache_in(kwargs)
+        if not isinstance(cache, Cache):
+            return None
+        if cache.decoder is not decoder:
             raise CacheError(
                 "this cache was made for another model; make one with kvtrim.Cache(model, ...)"
             )
-        if args:
-            names = inspect.signature(type(decoder).forward).parameters
-            kwargs = {**dict(zip([*names][1:], args, strict=False)), **kwargs}
+        _require_implementation(self.layout.attention[self.layout.managed[0]])
+        if cache.session.announced():
+            managing.cache = True
+            return None
         ids = kwargs.get("input_ids")
         embeds = ids if ids is not None else kwargs["inputs_embeds"]
         mask = kwargs.get("attention_mask")
@@ -74,14 +117,19 @@ class Attachment:
             raise UsageError("a kvtrim cache needs the 2-D attention mask [batch, tokens] or none")
         cache.begin_pass(embeds.shape[0], embeds.shape[1], mask, ids)
         captured = isinstance(cache.session.steps, Steps)  # which know their tokens' positions
-        return None if captured else restarted(model, cache, kwargs)
+        part = None if captured else restarted(self.layout, cache, kwargs)
+        managing.cache = True
+        return part
 
     def _end(
-        self, decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+        self, decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None
     ) -> None:
         """Decoder post-hook: every layer has attended; a probe is read right after the prompt."""
+        if not isinstance(kwargs, dict):
+            return
         left_block()
-        cache = cache_in(kwargs)
+        managing.cache = False
+        cache = cache_in(_by_name(decoder, args, kwargs))
         if isinstance(cache, Cache):
             probing = cache.session.probing
             cache.end_pass()
@@ -89,11 +137,24 @@ class Attachment:
                 probe(decoder, cache)
 
 
+def _by_name(
+    decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """All arguments of a decoder by their names."""
+    if not args:
+        return kwargs
+    names = inspect.signature(type(decoder).forward).parameters
+    return {**dict(zip([*names][1:], args, strict=False)), **kwargs}
+
+
 def _narrow(
-    number: int, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    number: int,
+    block: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
 ) -> Hooked | None:
     """Decoder layer pre-hook: hand it the part of the prompt that goes on to it."""
-    return narrowed(number, args, kwargs)
+    return None if kwargs is None else narrowed(number, args, kwargs)
 
 
 def _hand_over(
@@ -101,75 +162,101 @@ def _hand_over(
     output: OutputProjection,
     module: torch.nn.Module,
     args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    kwargs: dict[str, Any] | None = None,
+) -> Hooked | None:
     """Attention pre-hook: put what the layer needs of the cache among the keywords."""
-    cache = cache_in(kwargs)
-    if not isinstance(cache, Cache):
+    if kwargs is None:
         return None
-    rotate = cache.rotations[number] if cache.rotations else None
-    attending = cache.session.steps or cache.session
+    cache = cache_in(kwargs)
+    if isinstance(cache, Cache):
+        _require_implementation(module)
+        rotate = cache.rotations[number] if cache.rotations else None
+        attending = cache.session.steps or cache.session
+        handed = {name: Handed(cache) for name, given in kwargs.items() if given is cache}
+    else:
+        attending, rotate, handed = filtering(number, cache), None, {}
+        if attending is None:
+            return None
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    return args, {**kwargs, HANDLE: (attending, number, output, rotate, hidden)}
+    return args, {**kwargs, **handed, HANDLE: (attending, number, output, rotate, hidden)}
 
 
-_attached: "WeakKeyDictionary[PreTrainedModel, Attachment]" = WeakKeyDictionary()
+def _require_implementation(module: torch.nn.Module) -> None:
+    """Refuse a model whose attention was changed while kvtrim was attached to it."""
+    now = getattr(getattr(module, "config", None), "_attn_implementation", NAME)
+    if now != NAME:
+        raise CacheError(
+            f"the model's attention implementation was changed to {now!r} while kvtrim was "
+            "attached, so a kvtrim cache cannot work on it; call kvtrim.detach(model), set the "
+            "implementation, and attach again"
+        )
 
 
-@dataclass(frozen=True)
 class Attached:
-    """What `attach` returns. Leaving its `with` block detaches, if that very call attached."""
+    """What `attach` returns. Leaving its `with` block takes this one attachment back."""
 
-    attachment: Attachment
-    first: bool
+    def __init__(self, attachment: Attachment):
+        self.attachment, self.thread, self.block = attachment, threading.get_ident(), False
 
     def __enter__(self) -> "Attached":
+        self.block = True
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.first:
-            self.attachment.detach()
+        with _changing:
+            if self in self.attachment.open:  # else taken back by `detach`
+                self.attachment.release(self)
 
 
 def attach(model: PreTrainedModel, allow_untested: bool = False) -> Attached:
     """Let kvtrim caches work on a model; ordinary caches go on working as before.
 
-    Use it as a call or as a context manager; `with` blocks may be nested.
+    Use it as a call or as a context manager, in as many threads and as often as needed: the model
+    is as it was when every `with` block has ended and every call is undone by `detach`. A deep
+    copy of an attached model is attached too.
 
     Args:
         model: a causal language model of transformers.
-        allow_untested: accept an architecture outside `SUPPORTED`.
+        allow_untested: accept an architecture that the test suite does not prove.
 
     Raises:
         UnsupportedModelError: the architecture is untested or cannot be managed.
     """
-    first = model not in _attached
-    if first:
-        _attached[model] = Attachment(model, allow_untested)
-    return Attached(_attached[model], first)
+    with _changing:
+        attachment = attachment_of(model)
+        if attachment is None:
+            attachment = Attachment(model, layout(model, allow_untested))
+        one = Attached(attachment)
+        attachment.open.append(one)
+        return one
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`: the model's attention and hooks are what they were.
+    """Undo one `attach`: with the last, the model's attention and hooks are what they were.
 
-    Harmless if not attached.
+    Harmless if not attached. The `with` blocks of other threads are left alone.
     """
-    if model in _attached:
-        _attached[model].detach()
+    with _changing:
+        attachment, me = attachment_of(model), threading.get_ident()
+        newest = [] if attachment is None else attachment.open[::-1]
+        mine = [one for one in newest if one.thread == me]
+        for one in (mine or [one for one in newest if not one.block])[:1]:
+            one.attachment.release(one)
 
 
 def is_attached(model: PreTrainedModel) -> bool:
     """Whether kvtrim caches work on this model now."""
-    return model in _attached
+    return attachment_of(model) is not None
 
 
-def _implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
-    """The attention implementation of every configuration in the model."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    return [(config, config._attn_implementation) for config in configs.values()]
+def attachment_of(model: PreTrainedModel) -> Attachment | None:
+    """What is attached to a model, or to another one with the same decoder."""
+    hooks = model.get_decoder()._forward_pre_hooks.values()
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((owner for owner in owners if isinstance(owner, Attachment)), None)
 
 
-def _restore(model: PreTrainedModel, before: list[tuple[Any, str | None]]) -> None:
-    model.set_attn_implementation(before[0][1] or "sdpa")
-    for config, name in before:
-        config._attn_implementation_internal = name
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Every configuration in the model."""
+    found = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    return list(found.values())

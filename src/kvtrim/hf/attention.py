@@ -1,13 +1,17 @@
 """The registered attention and mask functions: kvtrim's for its cache, else the stock ones.
 
-One model may serve a kvtrim cache and an ordinary one in turn, so the mask function cannot know
-what is needed. It returns a promise; only the layers that need the stock mask ever build it.
+An attached model serves ordinary caches by the functions that it had before, mask and attention.
+In a pass over a kvtrim cache the mask function returns a promise: only the layers that slide need
+the stock mask, and only they ever build it.
 """
 
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -27,15 +31,88 @@ HANDLE = "kvtrim_cache"
 _KNOWN_KEYWORDS = {"position_ids", "use_cache", "sliding_window", "output_attentions", "is_causal"}
 
 
+class _Managing(threading.local):
+    """Whether the pass that this thread is in reads into a kvtrim cache."""
+
+    cache = False
+
+
+managing = _Managing()
+
+
+class _Stock:
+    """The attention implementation that each configuration names when nothing is attached."""
+
+    def __init__(self) -> None:
+        # by identity: configurations compare by value, and two models may share one
+        self._names: dict[int, tuple[Callable[[], Any], str | None, int]] = {}
+
+    def take(self, config: Any, like: Any = None) -> None:
+        """One more attachment changes this configuration, which may be a copy of another."""
+        key = id(config)
+        if key not in self._names:
+            name = self.of(config if like is None else like)
+            self._names[key] = ref(config, partial(_forget, self._names, key)), name, 0
+        weak, name, count = self._names[key]
+        self._names[key] = weak, name, count + 1
+
+    def give_back(self, config: Any) -> None:
+        """One less; with the last one it is as it was, unless somebody else has changed it."""
+        weak, name, count = self._names[id(config)]
+        if count > 1:
+            self._names[id(config)] = weak, name, count - 1
+            return
+        del self._names[id(config)]
+        if config._attn_implementation == NAME:
+            config._attn_implementation_internal = name
+
+    def of(self, config: Any) -> str | None:
+        """The name that stood there, or stands there."""
+        known = self._names.get(id(config))
+        return config._attn_implementation if known is None else known[1]
+
+    def attention(self, module: torch.nn.Module) -> Callable[..., Any]:
+        """The function that a module's attention goes through when nothing is attached."""
+        name = self.of(getattr(module, "config", None))
+        if name in (None, NAME):
+            return sdpa_attention_forward  # a copy of a part of an attached model
+        return AttentionInterface().get_interface(name, _eager(module))
+
+    def mask(self, config: Any) -> Callable[..., Any]:
+        """The function that makes its masks."""
+        name, known = self.of(config), AttentionMaskInterface()
+        if name in (None, NAME):
+            return sdpa_mask
+        return known[name] if name in known else _none
+
+
+stock = _Stock()
+
+
+def _forget(names: dict[int, Any], key: int, _: Any) -> None:
+    names.pop(key, None)
+
+
+def _eager(module: torch.nn.Module) -> Any:
+    """The plain attention that stands in the file of a model's own modules."""
+    files = (sys.modules.get(kind.__module__) for kind in type(module).__mro__)
+    found = (getattr(file, "eager_attention_forward", None) for file in files)
+    return next((function for function in found if function is not None), sdpa_attention_forward)
+
+
+def _none(**arguments: Any) -> None:
+    """What transformers makes for attention functions that bring no masks of their own."""
+
+
 @dataclass
 class Mask:
     """The stock mask, made on first use and shared by the layers of one pass."""
 
-    make: Callable[[], Tensor | None]
-    _made: list[Tensor | None] = field(default_factory=list)
+    make: Callable[[], Any]
+    _made: list[Any] = field(default_factory=list)
 
-    def tensor(self) -> Tensor | None:
-        """Boolean [B, 1, Q, S], True = attend; None = plain causal."""
+    def made(self) -> Any:
+        """What the stock attention takes."""
         if not self._made:
             self._made.append(self.make())
         return self._made[0]
@@ -47,9 +124,10 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, mask)
 
 
-def mask(**arguments: Any) -> Mask:
+def mask(**arguments: Any) -> Any:
     """Mask function of transformers' `AttentionMaskInterface`."""
-    return Mask(partial(sdpa_mask, **arguments))
+    make = partial(stock.mask(arguments.get("config")), **arguments)
+    return Mask(make) if managing.cache else make()
 
 
 def attention(
@@ -62,18 +140,16 @@ def attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     **keywords: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Any]:
     """Attention function of transformers' `AttentionInterface`: [B, H, Q, D] to [B, Q, H, D]."""
     handle = keywords.pop(HANDLE, None)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if handle is None:
-        made = attention_mask.tensor() if isinstance(attention_mask, Mask) else attention_mask
-        if softcap is not None:
-            return _capped(query, key, value, made, scale, softcap), None
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, made, dropout, scale, **keywords
+        made = attention_mask.made() if isinstance(attention_mask, Mask) else attention_mask
+        given = {} if softcap is None else {"softcap": softcap}
+        given |= keywords
+        return stock.attention(module)(
+            module, query, key, value, made, dropout=dropout, scaling=scaling, **given
         )
-        return out, None
     if isinstance(attention_mask, Tensor):
         raise UsageError(
             "a kvtrim cache needs the 2-D attention mask [batch, tokens], not a prepared 4-D one"
@@ -85,23 +161,7 @@ def attention(
             "does not implement"
         )
     session, index, output, rotate, hidden = handle
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = Call(query, key, value, scale, softcap, output.weight, output.factor, rotate, hidden)
     out = session.attend(index, call)
     return out.transpose(1, 2).contiguous(), None
-
-
-def _capped(
-    query: Tensor, key: Tensor, value: Tensor, made: Tensor | None, scale: float, softcap: float
-) -> Tensor:
-    """Ordinary attention with squashed logits, which the stock sdpa function refuses."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    logits = softcap * torch.tanh(query @ key.transpose(-1, -2) * scale / softcap)
-    if made is None and query.shape[2] > 1:
-        made = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device)
-        made = made.tril(key.shape[2] - query.shape[2])
-    if made is not None:
-        logits = logits.masked_fill(~made, torch.finfo(logits.dtype).min)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    weights = logits.softmax(dim=-1, dtype=wide).to(value.dtype)
-    return (weights @ value).transpose(1, 2).contiguous()

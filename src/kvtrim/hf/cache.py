@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 from weakref import ref
 
 import torch
@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvtrim.budgets import Keep
 from kvtrim.engine.session import Session
 from kvtrim.engine.state import Mark as SessionMark
-from kvtrim.errors import UsageError
+from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf import fingerprint
 from kvtrim.hf.architectures import layout, require_managed
 from kvtrim.hf.managed import ManagedLayer
@@ -67,6 +67,16 @@ class Cache(TransformersCache):
         spans: Given | Sequence[Given] | None = None,
         **settings: Any,
     ):
+        if not isinstance(model, PreTrainedModel):
+            raise UsageError(
+                f"kvtrim.Cache takes the model it will be used with first, got {model!r:.60}; "
+                'write kvtrim.Cache(model, "snapkv", keep=512)'
+            )
+        if not isinstance(method, (str, Method)):
+            raise UsageError(
+                f"method={method!r:.60} is no name of kvtrim.METHODS and no Method; a budget is "
+                'given as keep: kvtrim.Cache(model, "snapkv", keep=512)'
+            )
         budget, chosen = Keep.parse(keep), find(method, **settings)
         if chosen.schedule.chunks and prompt_tokens is None:
             raise UsageError(
@@ -82,7 +92,7 @@ class Cache(TransformersCache):
         self.request = (method, settings)  # as asked for, to be saved
         self.prompt: dict[str, Any] = {}  # how the prompt was built, for questions asked later
         self.token_ids: Int[Tensor, "B seen"] | None = None  # None too if embeddings were fed
-        self._model = ref(model)
+        self._model, self._decoder = ref(model), ref(model.get_decoder())
         stock = DynamicCache(config=model.config).layers
         own = set(self.managed)
         super().__init__(
@@ -93,6 +103,11 @@ class Cache(TransformersCache):
     def model(self) -> PreTrainedModel | None:
         """The model it was made for, while that exists."""
         return self._model()
+
+    @property
+    def decoder(self) -> torch.nn.Module | None:
+        """The part of that model that reads into it, while that exists."""
+        return self._decoder()
 
     @property
     def method(self) -> Method:
@@ -213,6 +228,15 @@ class Cache(TransformersCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
         return self.copy()
+
+    def __copy__(self) -> "Cache":
+        return self.copy()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise CacheError(
+            "a kvtrim cache cannot be pickled; write it to a file with cache.save(path), read it "
+            "with kvtrim.load_cache(path, model), or copy it with cache.copy()"
+        )
 
     def copy(self) -> "Cache":
         """An independent cache in the same state."""

@@ -10,8 +10,10 @@ from kvtrim.types import Tensor
 
 
 class ManagedLayer(CacheLayerMixin):
-    """Stands for one layer that the session holds; hands new K and V through untouched.
+    """Stands for one layer that the session holds, and takes nothing in itself.
 
+    On an attached model the layer's attention is handed `Handed` in the place of the cache, so a
+    call to `update` comes from a model that kvtrim is not attached to, at whatever moment.
     Cropping, reordering and resetting concern the session as a whole and are done by `Cache`.
     """
 
@@ -33,12 +35,10 @@ class ManagedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if not self.session.under_way:
-            raise NotAttachedError(
-                "a kvtrim cache reached a model that kvtrim is not attached to; call "
-                "kvtrim.attach(model) first, or run inside `with kvtrim.attach(model):`"
-            )
-        return key_states, value_states
+        raise NotAttachedError(
+            "a kvtrim cache reached a model that kvtrim is not attached to; call "
+            "kvtrim.attach(model) first, or run inside `with kvtrim.attach(model):`"
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.session.state.reading.seen + query_length, 0
@@ -48,3 +48,19 @@ class ManagedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+class Handed:
+    """A kvtrim cache as one layer's attention meets it: new K and V go through untouched."""
+
+    def __init__(self, cache: Any):
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The attention function will store them."""
+        return key_states, value_states

@@ -9,12 +9,10 @@ from typing import Any
 from weakref import ref
 
 import torch
-from transformers import PreTrainedModel
 
 from kvtrim.engine.call import Call
 from kvtrim.engine.narrowing import Narrowing
-from kvtrim.hf.architectures import OutputProjection, layout
-from kvtrim.hf.attention import HANDLE
+from kvtrim.hf.architectures import Layout
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.keyword import cache_in
 from kvtrim.types import Int, Tensor
@@ -25,6 +23,7 @@ Hooked = tuple[tuple[Any, ...], dict[str, Any]]
 class _Block(threading.local):
     """What the decoder layer that this thread is in reads from, and what its MLP was spared."""
 
+    filter: "_Filter | None" = None  # asked by the first layers of a pass with no cache
     cache: "ref[Cache] | None" = None
     spared: tuple[Tensor, Tensor] | None = None  # columns that it reads, all that it was given
 
@@ -123,12 +122,23 @@ class _Filter:
         raise _Filtered
 
 
-def restarted(model: PreTrainedModel, cache: Cache, kwargs: dict[str, Any]) -> Hooked | None:
+def filtering(number: int, cache: Any) -> "_Filter | None":
+    """What a managed layer hands its queries and keys to while this thread filters a prompt."""
+    found = _block.filter
+    return found if found is not None and cache is None and found.layer == number else None
+
+
+def is_filtering() -> bool:
+    """Whether the pass that this thread is in asks which part of a prompt to read."""
+    return _block.filter is not None
+
+
+def restarted(parts: Layout, cache: Cache, kwargs: dict[str, Any]) -> Hooked | None:
     """A decoder's arguments, all by name, for the part that its first layers choose."""
     layer = cache.session.filter_layer
     if layer is None:
         return _closed_up(cache, kwargs)
-    found = _filtered(model, cache, layer, kwargs)
+    found = _filtered(parts, cache, layer, kwargs)
     if found is None:
         return None
     kwargs = dict(kwargs)
@@ -152,26 +162,16 @@ def _start(kwargs: dict[str, Any], given: Tensor) -> Int[Tensor, "B 1"]:
     return at.expand(given.shape[0], -1).gather(1, first[:, None])
 
 
-def _filtered(
-    model: PreTrainedModel, cache: Cache, layer: int, kwargs: dict[str, Any]
-) -> Narrowing | None:
+def _filtered(parts: Layout, cache: Cache, layer: int, kwargs: dict[str, Any]) -> Narrowing | None:
     """Run the first layers on everything, storing nothing, and ask the filter layer."""
-    parts = layout(model, allow_untested=True)
-    module, found = parts.attention[layer], _Filter(cache, layer)
     others = {k: v for k, v in kwargs.items() if v is not cache and k != "use_cache"}
-    output = OutputProjection(module, parts.query_heads)
-
-    def ask(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        return args, {**kwargs, HANDLE: (found, layer, output, None, hidden)}
-
-    hook = module.register_forward_pre_hook(ask, with_kwargs=True)
+    found = _block.filter = _Filter(cache, layer)
     try:
         parts.decoder(**others, use_cache=False)
     except _Filtered:
         pass
     finally:
-        hook.remove()
+        _block.filter = None
     return found.narrowing
 
 

@@ -57,15 +57,14 @@ def _read(
         positions[row, part] = lengths[row] + torch.arange(count)
     nothing = Probed(0, 0, 0)
     probed = [nothing if step is None else step.probed for step in now]
+    given = {
+        "input_ids": ids.to(device),
+        "attention_mask": _whole(real, mask).to(device),
+        "position_ids": positions.to(device),
+    }
     cache.session.begin_probe(width, None if bool(mask.all()) else mask, probed, last)
     with torch.no_grad():
-        decoder(
-            input_ids=ids.to(device),
-            attention_mask=_whole(real, mask).to(device),
-            position_ids=positions.to(device),
-            **passing(cache),
-            use_cache=True,
-        )
+        decoder(**given, **passing(cache), use_cache=True)
 
 
 def _whole(real: Bool[Tensor, "B seen"], mask: Int[Tensor, "B m"]) -> Int[Tensor, "B all"]:

@@ -56,32 +56,41 @@ def synchronize(device: torch.device) -> None:
 
 
 @contextmanager
-def watched(model: Any, tokens: int, progress: Progress | None) -> Iterator[None]:
-    """Report how far a prompt of so many tokens has come, layer by layer."""
+def watched(
+    model: Any, cache: TransformersCache, tokens: int, progress: Progress | None
+) -> Iterator[None]:
+    """Report how far a prompt of so many tokens has come into a cache, layer by layer."""
     if progress is None:
         yield
         return
     decoder, base, columns, before, shown = model.get_decoder(), 0, 0, 0, 0
 
-    def begun(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def own(kwargs: Any) -> bool:
+        """Other threads may use the model meanwhile; to them torch may hand no keywords."""
+        return isinstance(kwargs, dict) and cache_in(kwargs) is cache
+
+    def begun(module: Any, args: tuple[Any, ...], kwargs: Any = None) -> None:
         nonlocal columns, before
-        ids, cache = kwargs.get("input_ids", args[0] if args else None), cache_in(kwargs)
+        if not own(kwargs):
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
         ids = kwargs.get("inputs_embeds") if ids is None else ids
-        if ids is not None and cache is not None and ids.shape[1] > 1:
+        if ids is not None and ids.shape[1] > 1:
             columns, before = ids.shape[1], cache.get_seq_length()
 
-    def ended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def ended(module: Any, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
         nonlocal base, columns, shown
-        cache = cache_in(kwargs)
-        if cache is not None and columns:
+        if own(kwargs) and columns:
             base, columns = base + cache.get_seq_length() - before, 0
             if base > shown:  # a part stood for all of these
                 shown = min(tokens, base)
                 progress("reading", shown, tokens)
 
-    def passed(number: int, module: Any, args: tuple[Any, ...], output: Any) -> None:
+    def passed(
+        number: int, module: Any, args: tuple[Any, ...], kwargs: Any, output: Any = None
+    ) -> None:
         nonlocal shown
-        if columns:
+        if own(kwargs) and columns:
             shown = max(shown, min(tokens, base + columns * number // len(decoder.layers)))
             progress("reading", shown, tokens)
 
@@ -90,7 +99,7 @@ def watched(model: Any, tokens: int, progress: Progress | None) -> Iterator[None
         decoder.register_forward_hook(ended, with_kwargs=True),
     ]
     for number, block in enumerate(decoder.layers, start=1):
-        hooks.append(block.register_forward_hook(partial(passed, number)))
+        hooks.append(block.register_forward_hook(partial(passed, number), with_kwargs=True))
     try:
         yield
     finally:
@@ -106,7 +115,7 @@ def read(
     progress: Progress | None = None,
 ) -> None:
     """Read tokens into a cache, at most `chunk` of them at a time; the logits are not wanted."""
-    with torch.no_grad(), watched(model, ids.shape[1], progress):
+    with torch.no_grad(), watched(model, cache, ids.shape[1], progress):
         for part in ids.split(chunk or ids.shape[1], dim=1):
             model(input_ids=part, **passing(cache), logits_to_keep=1)
 
@@ -138,7 +147,7 @@ def generate(
     criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), clock])
     start = time.perf_counter()
     unread = ids[:, cache.get_seq_length() :]
-    with watched(model, unread.shape[1], progress):
+    with watched(model, cache, unread.shape[1], progress):
         if chunk is not None and unread.shape[1] > chunk:
             last = (unread.shape[1] - 1) % chunk + 1
             read(model, unread[:, :-last], cache, chunk)
