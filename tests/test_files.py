@@ -186,6 +186,9 @@ def test_json_that_is_damaged_is_one_clear_error(tmp_path, text):
 
 def test_whole_pairs_and_ordinary_depths_are_read(tmp_path):
     path = tmp_path / "x.json"
+    for text, found in {"5": 5, "null": None, '"a"': "a", "[[[1]]]": [[[1]]]}.items():
+        path.write_text(text)
+        assert files.json_of(path) == found
     path.write_text(r'{"a": ["\ud83d\ude00", "\\ud83d"]}' + "\n")
     assert files.record_of(path) == {"a": ["😀", r"\ud83d"]}
     assert list(files.lines_of(path)) == [(1, {"a": ["😀", r"\ud83d"]})]

@@ -65,7 +65,14 @@ class FileError(KvtrimError, OSError):
             self.errno, self.strerror = reason.errno, reason.strerror or str(reason)
         else:
             self.strerror = reason
+        self.doing, self.path = doing, path
         self.message = f"cannot {doing} {path}: {self.strerror}"
+
+    def with_remedy(self, remedy: str) -> "FileError":
+        """The same with what to do about it."""
+        other = FileError(self.doing, self.path, f"{self.strerror}; {remedy}")
+        other.errno = self.errno
+        return other
 
     def __str__(self) -> str:
         return self.message

@@ -142,18 +142,17 @@ def told(doing: str, path: Path | str) -> Iterator[None]:
 # Reading
 
 
-def text_of(path: Path) -> str:
+def text_of(path: Path, streams: bool = False) -> str:
     """What stands in a file.
+
+    Args:
+        streams: a pipe will do as well, such as a shell makes of `<(command)`.
 
     Raises:
         FileError: it cannot be read, or is no text.
     """
-    with told("read", path):
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe might never end
-            raise OSError(errno.EINVAL, "it is not a regular file")
-        content = path.read_bytes()
     try:
-        return content.decode()
+        return _content(path, streams).decode()
     except UnicodeDecodeError as error:
         raise FileError("read", path, f"it is not UTF-8 text ({error})") from None
 
@@ -189,10 +188,10 @@ def lines_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         FileError: it cannot be read, or a line is no JSON object; the message names the line.
     """
-    whole, _, _ = text_of(path).rpartition("\n")
-    for number, line in enumerate(whole.split("\n") if whole else [], start=1):
+    whole, _, _ = _content(path).rpartition(b"\n")
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
-            found = parse(line)
+            found = parse(line.decode())
         except ValueError as error:
             raise FileError("read", f"{path}:{number}", f"this is not JSON ({error})") from None
         if not isinstance(found, dict):
@@ -206,7 +205,7 @@ def toml_of(path: Path) -> dict[str, Any]:
     Raises:
         FileError: it cannot be read, or is no TOML.
     """
-    text = text_of(path)
+    text = text_of(path, streams=True)
     try:
         found = tomllib.loads(text)
         _require_shallow(found)
@@ -238,14 +237,24 @@ def parse(text: str) -> Any:
     return found
 
 
+def _content(path: Path, streams: bool = False) -> bytes:
+    with told("read", path):
+        kind = os.stat(path).st_mode
+        if stat.S_ISDIR(kind):
+            raise OSError(errno.EISDIR, "it is a folder")
+        if not stat.S_ISREG(kind) and not (streams and stat.S_ISFIFO(kind)):  # may never end
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        return path.read_bytes()
+
+
 def _require_shallow(found: Any) -> None:
-    level = [found]
-    for _ in range(_DEEPEST):
+    level, depth = [[found]], 0
+    while level:
+        if depth > _DEEPEST:
+            raise ValueError("it is nested too deep")
         inner = (one.values() if isinstance(one, dict) else one for one in level)
         level = [each for one in inner for each in one if isinstance(each, dict | list)]
-        if not level:
-            return
-    raise ValueError("it is nested too deep")
+        depth += 1
 
 
 # What happens beside a file while it is written

@@ -109,7 +109,9 @@ def test_another_run_is_refused_and_another_day_is_not(tmp_path):
     folder = tmp_path / "run"
     journal.opened(folder, record)
     later = {**record, "machine": {**record["machine"], "date": "Tuesday", "commit": "b"}}
-    assert journal.opened(folder, later)[1] == record
+    there, known = journal.opened(folder, later)
+    assert known == record
+    there.add({"method": "knorm", "outcome": "ok"})
     other = {"machine": {"threads": 2}, "plan": {"repeats": 5}}
     with pytest.raises(UsageError, match="threads: 1 there, 2 here") as refused:
         journal.opened(folder, other)

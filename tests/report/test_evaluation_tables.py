@@ -5,7 +5,7 @@ import json
 import numpy
 import pytest
 
-from kvtrim.errors import UsageError
+from kvtrim.errors import FileError, UsageError
 from kvtrim.report import evaluation as tables_of
 from kvtrim.report import families, folders, intervals, pictures, published_scores
 from kvtrim.report.chapters import chapters
@@ -228,7 +228,7 @@ def test_a_line_that_was_cut_off_does_not_count_and_a_broken_one_is_named(folder
     path.write_text(path.read_text()[:-20])
     assert len(folders.found([folder])[0][0].lines) == whole - 1
     path.write_text("{]\n" + path.read_text())
-    with pytest.raises(UsageError, match=r"samples\.jsonl:1: this is not JSON"):
+    with pytest.raises(FileError, match=r"samples\.jsonl:1: this is not JSON.*remove it"):
         folders.found([folder])
 
 

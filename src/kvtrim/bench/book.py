@@ -5,17 +5,13 @@ dropped and measured again, so that the files come out as if nothing had happene
 """
 
 import json
-import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from kvtrim.bench.journal import Journal
+from kvtrim.bench.journal import Journal, locked
 from kvtrim.errors import UsageError
-
-INPUTS, SAMPLES, TIMES = "inputs.jsonl", "samples.jsonl", "times.jsonl"
-
-Line = dict[str, Any]
+from kvtrim.records import INPUTS, SAMPLES, TIMES, Line
 
 
 class Book:
@@ -31,7 +27,8 @@ class Book:
 
     def __init__(self, folder: Path, wait: bool = False):
         self._folder = folder
-        self._lock = _locked(folder, wait)
+        self._lock = ExitStack()
+        self._lock.enter_context(locked(folder, wait))
         self._inputs, self._samples, self._times = (
             Journal(folder / name) for name in (INPUTS, SAMPLES, TIMES)
         )
@@ -56,13 +53,15 @@ class Book:
         if self._ends:
             return False
         there = self._samples.lines[self._measured :]
+        asked = self._inputs.lines[self._asked : self._asked + len(inputs)]
+        times = self._times.lines[self._measured : self._measured + len(keys)]
         pairs = list(zip(keys, there, strict=False))
         if any(not key.items() <= line.items() for key, line in pairs):
             raise UsageError(
                 f"{self._folder / SAMPLES} holds other samples than this run has, although it "
                 "was asked for the same; name another folder with --out"
             )
-        if len(there) < len(keys):
+        if len(there) < len(keys) or len(asked) < len(inputs) or len(times) < len(keys):
             self._ends = True
             self._inputs.cut(self._asked)
             self._samples.cut(self._measured)
@@ -88,29 +87,10 @@ class Book:
 
     def close(self) -> None:
         """Let others write."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.close()
 
     def add(self, inputs: Sequence[Line], samples: Sequence[Line], times: Sequence[Line]) -> None:
         """Write down a unit."""
         self._inputs.extend(inputs)
         self._times.extend(times)
         self._samples.extend(samples)
-
-
-def _locked(folder: Path, wait: bool) -> int | None:
-    """A lock that the system takes back when the process ends; None where there are no locks."""
-    try:
-        import fcntl
-    except ImportError:  # not a Unix
-        return None
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(lock)
-        raise UsageError(
-            f"another process is measuring in {folder}; wait for it, or name another folder"
-        ) from None
-    return lock

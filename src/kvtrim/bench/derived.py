@@ -8,25 +8,24 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-from kvtrim.bench.book import INPUTS, SAMPLES
-from kvtrim.bench.journal import RECORD, Journal
+from kvtrim import records
+from kvtrim.bench.journal import Journal
 from kvtrim.bench.outcomes import OK
 from kvtrim.documents import Document
 from kvtrim.errors import UsageError
 from kvtrim.files import replace
+from kvtrim.records import INPUTS, RECORD, SAMPLES, SCORES, Line
 from kvtrim.report.figures import markdown, size
 from kvtrim.statistics import mean, summary
 from kvtrim.tasks import sandbox
 from kvtrim.tasks.base import Sample, Task
 
-SCORES, TABLE, PAGE = "scores.jsonl", "eval.json", "eval.md"
+TABLE, PAGE = "eval.json", "eval.md"
 NEEDS_PERMISSION = "needs --allow-code-execution"
 COLUMNS = [("task", "left"), ("method", "left"), ("keep", "right"), ("samples", "right")]
 COLUMNS += [(name, "right") for name in ("score", "95 %", "loss", "KL", "held", "of full")]
 
-Line = dict[str, Any]
 _KEY = ("task", "sample", "method", "keep", "protocol")
 _ROW = ("task", "method", "keep", "protocol")
 _SINGLE = ("held_bytes", "full_bytes", "entries")
@@ -43,7 +42,7 @@ def derive(folder: Path, tasks: Iterable[Task], allow_code_execution: bool = Fal
     """
     if not (folder / RECORD).is_file():
         raise UsageError(f"{folder} holds no {RECORD}; name the folder of a kvtrim eval")
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    record = records.record(folder / RECORD, records.EVAL)
     inputs, lines = (Journal(folder / name).lines for name in (INPUTS, SAMPLES))
     found = list(scored(inputs, lines, {task.name: task for task in tasks}, allow_code_execution))
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
@@ -76,7 +75,7 @@ def scored(
     Raises:
         UsageError: a task that is not among these.
     """
-    asked = {(one["task"], one["sample"]): one for one in inputs}
+    asked = _by_sample(inputs)
     for line in lines:
         task = tasks.get(line["task"])
         if task is None:
@@ -85,11 +84,37 @@ def scored(
         if outcome == OK and task.runs_code and not allowed:
             outcome = NEEDS_PERMISSION
         elif outcome == OK:
-            given = asked[line["task"], line["sample"]]
+            given = _given(asked, line)
             with sandbox.allowed() if task.runs_code else nullcontext():
                 score = float(task.score(line["answer"], _sample(given)))
         own = {name: line[name] for name in _KEY}
         yield own | {"score": score, "metric": task.metric, "outcome": outcome}
+
+
+def _by_sample(inputs: Sequence[Line]) -> dict[tuple[str, str], Line]:
+    """What was asked, by task and sample.
+
+    Raises:
+        UsageError: two samples of a task have one id, so nothing says whose an answer is.
+    """
+    found: dict[tuple[str, str], Line] = {}
+    for one in inputs:
+        if one != found.setdefault((one["task"], one["sample"]), one):
+            raise UsageError(
+                f"{INPUTS} holds two samples {one['sample']!r} of {one['task']}, whose answers "
+                "cannot be told apart; measure them again into another folder"
+            )
+    return found
+
+
+def _given(asked: Mapping[tuple[str, str], Line], line: Line) -> Line:
+    given = asked.get((line["task"], line["sample"]))
+    if given is None:
+        raise UsageError(
+            f"{INPUTS} lacks sample {line['sample']!r} of {line['task']}, which {SAMPLES} has; "
+            "ask for the same again to measure it once more"
+        )
+    return given
 
 
 def _sample(given: Line) -> Sample:
@@ -113,7 +138,7 @@ def aggregated(
     found: dict[str, list[Line]] = {}
     for line, score in zip(lines, scores, strict=True):
         key = {name: line[name] for name in _ROW}
-        own = groups[line["task"], line["sample"]]
+        own = groups.get((line["task"], line["sample"]), {})
         for group in ({}, own) if own else ({},):
             name = json.dumps(key | {"group": group}, sort_keys=True)
             found.setdefault(name, []).append(line | {"score": score["score"], "group": group})

@@ -5,7 +5,7 @@ asked how likely the right answer is, and then answers for itself (`continuing`)
 the run's journals unit by unit (`book`); scores and tables are made from them by `derived`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -86,9 +86,21 @@ def units(subject: Subject, grid: Grid, rows: Rows) -> list[Unit]:
     found: list[Unit] = []
     for task in grid.tasks:
         request = encoder.request(rows, grid.limit, grid.seed, task.chat)
-        samples = list(islice(_samples(task, request, encoder, grid.fitting), grid.limit))
+        samples = distinct(islice(_samples(task, request, encoder, grid.fitting), grid.limit))
         found += [(task, unit) for unit in grid.units(encoder, samples)]
     return found
+
+
+def distinct(samples: Iterable[Sample]) -> list[Sample]:
+    """Samples with ids of their own: rows that share one are told apart by a number behind it."""
+    found: dict[str, Sample] = {}
+    for sample in samples:
+        own, number = str(sample.id), 1
+        while own in found:
+            number += 1
+            own = f"{sample.id}#{number}"
+        found[own] = replace(sample, id=own)
+    return list(found.values())
 
 
 def _samples(task: Task, request: Request, encoder: Encoder, fitting: bool) -> Iterator[Sample]:

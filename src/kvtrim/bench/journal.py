@@ -6,14 +6,22 @@ the middle does not count, so a run that was killed goes on with the figure that
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kvtrim.errors import UsageError
-from kvtrim.files import replace
+from kvtrim import files, records
+from kvtrim.errors import FileError, UsageError
+from kvtrim.records import RECORD
+from kvtrim.records import SPEED as LINES
 
-RECORD, LINES = "run.json", "speed.jsonl"
+try:
+    import fcntl
+except ImportError:  # not a Unix: two processes in one folder are not noticed
+    fcntl = None
+
+_GO_ON = "make room and ask for the same again: it goes on where it stopped"
 _MAY_DIFFER = ("date", "commit", "dirty", "limits")  # the code itself is compared by its hash
 _SHOWN = 4  # differences that a message lists
 
@@ -21,35 +29,41 @@ Key = dict[str, Any]
 
 
 class Journal:
-    """Lines that were written, and writing more; in memory alone without a file."""
+    """Lines that were written, and writing more; in memory alone without a file.
+
+    Raises:
+        FileError: a line of it is damaged.
+    """
 
     def __init__(self, path: Path | None = None):
         self._path = path
         self.lines: list[dict[str, Any]] = [] if path is None else _whole_lines(path)
 
     def add(self, line: dict[str, Any]) -> None:
-        """Write one line through to the disk."""
+        """Write one line through to the disk. Raises as `extend`."""
         self.extend([line])
 
     def extend(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Write lines through to the disk, in one piece."""
+        """Write lines through to the disk: all of them, or none.
+
+        Raises:
+            FileError: the disk is full, or the file cannot be written to; what was written before
+                is still there.
+        """
+        if self._path is not None:
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            try:
+                files.extend(self._path, text.encode())
+            except FileError as error:
+                raise error.with_remedy(_GO_ON) from error
         self.lines += lines
-        if self._path is None:
-            return
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, text.encode())
-            os.fsync(file)
-        finally:
-            os.close(file)
 
     def cut(self, count: int) -> None:
         """Drop all but the first lines."""
         if self._path is not None and len(self.lines) > count:
-            with self._path.open("rb") as file:
+            with files.told("read", self._path), self._path.open("rb") as file:
                 size = sum(len(next(file)) for _ in range(count))
-            os.truncate(self._path, size)
+            files.truncate(self._path, size)
         del self.lines[count:]
 
     def holds(self, key: Key) -> bool:
@@ -62,11 +76,15 @@ def opened(
 ) -> tuple[Journal, dict[str, Any]]:
     """Begin a run in a folder, or go on with the one that lies there.
 
+    A run that was refused or killed before its first line is none to go on with: what is asked for
+    now takes its place.
+
     Returns:
         The journal `lines`, and the record `name` as it was first written.
 
     Raises:
-        UsageError: the folder holds another run, or cannot be made.
+        UsageError: the folder holds another run, or another process measures there.
+        FileError: it cannot be written to, or what lies there is damaged.
     """
     record = json.loads(json.dumps(record))
     if not folder.parent.is_dir():
@@ -74,15 +92,52 @@ def opened(
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; name a folder")
     path = folder / name
-    if path.exists():
-        record = _same(folder, json.loads(path.read_text(encoding="utf-8")), record)
-    elif (folder / lines).exists():
+    if path.exists() and (_measured(folder, lines) or _holds(path, record)):
+        record = _same(folder, records.record(path), record)
+    elif (folder / lines).exists() and not path.exists():
         raise UsageError(f"{folder} holds {lines} without {name}; name another folder")
     else:
-        folder.mkdir(exist_ok=True)
-        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-        replace(path, text.encode())
+        files.make_folder(folder)
+        with locked(folder):
+            text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+            files.replace(path, text.encode())
     return Journal(folder / lines), record
+
+
+def _holds(path: Path, record: dict[str, Any]) -> bool:
+    with suppress(FileError):
+        return not _differences("", records.record(path), record)
+    return False
+
+
+def _measured(folder: Path, lines: str) -> bool:
+    """Whether there is a line in the folder, or in one of its folders."""
+    with files.told("read", folder):
+        return any(path.stat().st_size for path in folder.rglob(lines))
+
+
+@contextmanager
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """No other process measures in the folder. The system takes the lock back when one ends.
+
+    Raises:
+        UsageError: another does, and is not waited for.
+    """
+    if fcntl is None:  # not a Unix
+        yield
+        return
+    with files.told("read", folder):
+        lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UsageError(
+                f"another process is measuring in {folder}; wait for it, or name another folder"
+            ) from None
+        yield
+    finally:
+        os.close(lock)
 
 
 def _same(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
@@ -114,10 +169,11 @@ def _differences(name: str, there: Any, here: Any) -> list[str]:
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a journal; one that was cut off in the middle is taken out of the file."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    found = records.lines(path)
+    if path.exists():
+        with files.told("read", path):
+            content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            files.truncate(path, whole)
+    return found

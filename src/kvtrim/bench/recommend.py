@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 
+from kvtrim import files
 from kvtrim.bench.outcomes import OK, Failure, attempted, finite
 from kvtrim.bench.prefilling import held, replayable
 from kvtrim.bench.subjects import Candidate
-from kvtrim.errors import UsageError
+from kvtrim.errors import FileError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.keyword import passing
@@ -81,9 +82,9 @@ def read(path: Path) -> list[Asked]:
         UsageError: it cannot be read, or a line of it is no prompt; the message names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from None
+        text = files.text_of(path, streams=True)
+    except FileError as error:
+        raise UsageError(str(error)) from None
     rows = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not rows:
         raise UsageError(f"{path} is empty; put one prompt on a line")
@@ -94,7 +95,7 @@ def read(path: Path) -> list[Asked]:
 
 def _asked(line: str, where: str) -> Asked:
     try:
-        row = json.loads(line)
+        row = files.parse(line)
     except ValueError as error:
         raise UsageError(f"{where}: this is not JSON ({error})") from None
     if isinstance(row, str):

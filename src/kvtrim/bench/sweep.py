@@ -5,15 +5,15 @@ have written there. A job is cut into pieces of work, each a few samples of one 
 methods and budgets, since those share a prefill. `driving` gives them to workers.
 """
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from kvtrim import files
 from kvtrim.answers import AGNOSTIC, AWARE
 from kvtrim.bench import grid
-from kvtrim.errors import UnknownNameError, UsageError
+from kvtrim.errors import FileError, UnknownNameError, UsageError
 
 DEFAULT_BATCH = 16
 
@@ -148,11 +148,9 @@ def load(path: Path) -> Sweep:
         UsageError: no such file, no TOML, an unknown key, or a value that cannot be.
     """
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no TOML: {error}") from None
+        given = files.toml_of(path)
+    except FileError as error:
+        raise UsageError(str(error)) from None
     known = {each.name for each in fields(Sweep)}
     for name in given:
         if name not in known:

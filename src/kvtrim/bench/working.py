@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kvtrim import files
 from kvtrim.bench.evaluate import Subject, Unit, measure, record, units
 from kvtrim.bench.sweep import Job, Piece
 from kvtrim.errors import KvtrimError
@@ -42,7 +43,7 @@ class Worker:
             planned = [(task.name, len(samples)) for task, samples in self._units]
             return {"record": record(subject, grid, self._rows), "units": planned}
         folder = Path(piece.folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder, parents=True)
         chosen = self._units[piece.start : piece.stop]
         measure(subject, grid, chosen, folder, progress=lambda *_: self._alive(), wait=True)
         return {}

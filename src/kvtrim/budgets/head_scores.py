@@ -22,6 +22,7 @@ from kvtrim.types import Float, Tensor
 
 SHIPPED = Path(__file__).parents[1] / "tables"
 RECORD = ".record.json"
+_MOST = 1_000_000  # heads of a model
 HOW_TO = "kvtrim calibrate heads --model MODEL --out FILE"
 
 
@@ -42,7 +43,7 @@ def measured_on(identity: str | None) -> str | None:
 def record_of(path: Path) -> dict[str, Any]:
     """What was written beside a table when it was measured; empty where nothing was."""
     beside = record_path(path)
-    return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    return files.record_of(beside) if beside.is_file() else {}
 
 
 def record_path(path: Path) -> Path:
@@ -97,13 +98,15 @@ def _located(table: str) -> Path:
 def _read(path: Path, *stamp: int) -> Float[Tensor, "L H"]:
     """As `read`; the stamp is what a changed file differs in."""
     try:
-        lists = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        lists = files.parse(files.text_of(path))
+    except ValueError as error:
         raise UsageError(f"{path} is no head table: not JSON ({error})") from error
     if not isinstance(lists, dict) or not lists:
         raise UsageError(f'{path} is no head table: expected one object {{"layer-head": [...]}}')
     means = {_key(path, key): _mean(path, key, scores) for key, scores in lists.items()}
     layers, heads = (1 + max(numbers) for numbers in zip(*means, strict=True))
+    if layers * heads > _MOST:
+        raise UsageError(f"the head table {path} names head {layers - 1}-{heads - 1}; none has it")
     wanted = [(layer, head) for layer in range(layers) for head in range(heads)]
     missing = [f"{layer}-{head}" for layer, head in wanted if (layer, head) not in means]
     if missing or len(means) != len(lists):

@@ -71,6 +71,7 @@ def methods(sections: Sequence[Section], speeds: Sequence[SpeedRun]) -> list[str
 def _evaluated(view: View) -> Chapter:
     section = view.section
     about = f"{PROTOCOLS.get(section.protocol, '')} Scores are means over the samples of a task."
+    about = " ".join([about, *(f"{remark}." for remark in section.remarks)])
     made = evaluation.all_tables(view), pictures.all_pictures(view)
     return Chapter(section.title, about.strip(), *made)
 

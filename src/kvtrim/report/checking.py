@@ -5,14 +5,15 @@ NAME is a table's name or parts of it that no other table has (question-agnostic
 name rows can be chosen: `method=snapkv,adakv keep=256,512`.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from kvtrim.errors import UnknownNameError, UsageError
+from kvtrim import files
+from kvtrim.errors import FileError, UnknownNameError, UsageError
 from kvtrim.report import html
 from kvtrim.report.chapters import Chapter
 from kvtrim.report.folders import Run
@@ -52,7 +53,7 @@ def pages(folder: Path, chapters: Sequence[Chapter], markdown: str) -> list[Find
     path, other = folder / "report.md", folder / "report.html"
     if not path.exists():
         return [Finding(path, 1, "there is no such file; make it with kvtrim report")]
-    there, here = path.read_text(encoding="utf-8").split("\n"), markdown.split("\n")
+    there, here = _text(path).split("\n"), markdown.split("\n")
     found = []
     for number in range(max(len(there), len(here))):
         lines = [one[number] if number < len(one) else "(nothing)" for one in (there, here)]
@@ -61,7 +62,7 @@ def pages(folder: Path, chapters: Sequence[Chapter], markdown: str) -> list[Find
             break
     if other.exists():
         wanted = f'<meta name="{html.DIGEST}" content="{html.digest(chapters)}">'
-        if wanted not in other.read_text(encoding="utf-8")[:1000]:
+        if wanted not in _text(other)[:1000]:
             found.append(Finding(other, 1, "it was made of other data; run kvtrim report again"))
     return found
 
@@ -71,20 +72,30 @@ def averages(run: Run) -> list[Finding]:
     path = run.folder / "eval.json"
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
+    text, written = _text(path), files.record_of(path)
     places = [n for n, line in enumerate(text.split("\n"), 1) if line.lstrip().startswith(_SCORE)]
     means: dict[tuple[str, ...], list[float]] = {}
     for line in run.lines:
         own = means.setdefault((line.task, line.method.partition(" ")[0], line.keep), [])
         own += [] if line.score is None else [line.score]
     found = []
-    for place, row in zip(places, json.loads(text)["rows"], strict=False):
+    for place, row in zip(places, _rows(path, written), strict=False):
         own = means.get((row["task"], row["method"], row["keep"]), [])
         mean = fmean(own) if own else None
         if not row["group"] and not _same(row["score"], mean):
             what = f"{row['method']} {row['keep']} on {row['task']}"
             found.append(Finding(path, place, f"{what}: score {row['score']} there, {mean} here"))
     return found
+
+
+def _rows(path: Path, written: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = written.get("rows")
+    needed = {"task", "method", "keep", "group", "score"}
+    if not isinstance(rows, list) or not all(
+        isinstance(r, dict) and needed <= r.keys() for r in rows
+    ):
+        raise FileError("read", path, "it has no rows as kvtrim eval writes them")
+    return rows
 
 
 def _same(there: float | None, here: float | None) -> bool:
@@ -200,10 +211,7 @@ def _differ(there: str, here: str) -> str:
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
+    return files.text_of(path)
 
 
 def all_tables(chapters: Sequence[Chapter]) -> list[Table]:

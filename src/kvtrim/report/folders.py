@@ -5,20 +5,19 @@ An eval folder holds `run.json`, `inputs.jsonl`, `samples.jsonl` and `scores.jso
 is read from the lines of single samples: tables are never made of other tables.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kvtrim import records
 from kvtrim.errors import UsageError
+from kvtrim.records import INPUTS, RECORD, SAMPLES, SCORES, SPEED
+from kvtrim.report import agreement
 
-RECORD, INPUTS, SAMPLES, SCORES = "run.json", "inputs.jsonl", "samples.jsonl", "scores.jsonl"
-SPEED = "speed.jsonl"
 EVERY_LENGTH = "all-lengths"
 _KEY = ("task", "sample", "method", "keep")
 _FIGURES = ("loss", "kl", "held_bytes", "full_bytes", "entries", "prompt_tokens", "new_tokens")
-_AGREE = ("score", "loss", "kl", "held_bytes", "answer")  # of a sample found in two folders
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ class Section:
     runs: Sequence[Run]
     lines: Sequence[Line] = field(repr=False)
     short: str = ""  # the model's name in the names of tables; else the last part of its path
+    remarks: Sequence[str] = ()  # on folders that hold the same samples
 
     @property
     def slug(self) -> str:
@@ -120,11 +120,11 @@ def found(folders: Sequence[Path]) -> tuple[list[Section], list[SpeedRun]]:
                 f"{folder} holds no results: name the --out folder of kvtrim eval, sweep or speed"
             )
         for place in places:
-            record = _json(place / RECORD)
             if (place / SAMPLES).exists():
-                evals.append(_run(place, record))
+                evals.append(_run(place, records.record(place / RECORD, records.EVAL)))
             elif (place / SPEED).exists():
-                speeds.append(SpeedRun(place, record, list(_rows(place / SPEED))))
+                record = records.record(place / RECORD, records.TIMED)
+                speeds.append(SpeedRun(place, record, records.lines(place / SPEED)))
     if not any(run.lines for run in evals) and not speeds:
         raise UsageError(f"nothing was measured in {', '.join(map(str, folders))} yet")
     setups = dict.fromkeys(run.setup for run in evals)
@@ -138,7 +138,7 @@ def empty(folders: Sequence[Path]) -> list[Path]:
     return [
         place
         for place in places
-        if not any(next(_rows(place / name), None) for name in (SAMPLES, SPEED))
+        if not any(records.first(place / name) for name in (SAMPLES, SPEED))
     ]
 
 
@@ -158,7 +158,8 @@ def across_lengths(sections: Sequence[Section], wanted: Callable[[str], bool]) -
             runs = [run for section in own for run in section.runs]
             lines = [line for section in own for line in _at_length(section, wanted)]
             short = own[0].short
-            made.append(Section(model, protocol, EVERY_LENGTH, runs, lines, short))
+            remarks = dict.fromkeys(each for section in own for each in section.remarks)
+            made.append(Section(model, protocol, EVERY_LENGTH, runs, lines, short, [*remarks]))
     left = [_without(section, wanted) if section in moved else section for section in sections]
     return [section for section in [*left, *made] if section.lines]
 
@@ -184,21 +185,21 @@ def _places(folder: Path) -> Iterator[Path]:
 
 
 def _run(folder: Path, record: Mapping[str, Any]) -> Run:
-    for name in ("model", "tasks", "protocol"):
-        if name not in record:
-            raise UsageError(f"{folder / RECORD} has no {name!r}: it is not a run of kvtrim eval")
-    inputs = {(row["task"], row["sample"]): row for row in _rows(folder / INPUTS)}
-    scores = {tuple(row[k] for k in _KEY): row for row in _rows(folder / SCORES)}
+    inputs: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for row in records.lines(folder / INPUTS):
+        if row != inputs.setdefault((row["task"], row["sample"]), row):
+            raise UsageError(
+                f"{folder / INPUTS} holds two samples {row['sample']!r} of {row['task']}, whose "
+                "answers cannot be told apart; measure them again into another folder"
+            )
+    scores = {tuple(row[k] for k in _KEY): row for row in records.lines(folder / SCORES)}
     named = {(one["method"], one.get("keep") or ""): one for one in record.get("methods", [])}
     lines, unscored = [], 0
-    for number, row in enumerate(_rows(folder / SAMPLES), start=1):
-        try:
-            key = tuple(row[name] for name in _KEY)
-            own = inputs.get((row["task"], row["sample"]), {})
-            lines.append(_line(row, own, scores.get(key, {}), named))
-            unscored += key not in scores
-        except KeyError as error:
-            raise UsageError(f"{folder / SAMPLES}:{number}: there is no {error}") from None
+    for row in records.lines(folder / SAMPLES):
+        key = tuple(row[name] for name in _KEY)
+        own = inputs.get((row["task"], row["sample"]), {})
+        lines.append(_line(row, own, scores.get(key, {}), named))
+        unscored += key not in scores
     return Run(folder, record, lines, unscored)
 
 
@@ -232,38 +233,14 @@ def _why(outcome: str) -> str:
 
 
 def _joined(setup: tuple[str, str, str], runs: Sequence[Run]) -> Section:
-    """One section; a sample that several folders hold counts once."""
-    lines: dict[tuple[str, str, str, str], tuple[Line, Path]] = {}
+    """One section; a sample that several folders hold counts once, as the first one has it."""
+    lines: dict[tuple[str, str, str, str], tuple[Line, Run]] = {}
+    shared: dict[tuple[Path, Path], agreement.Shared] = {}
     for run in runs:
         for line in run.lines:
-            there, place = lines.setdefault(line.key, (line, run.folder))
-            if place != run.folder and _facts(there) != _facts(line):
-                raise UsageError(
-                    f"{place} and {run.folder} disagree about {line.method} {line.keep} on "
-                    f"{line.task}, sample {line.sample}: report them apart"
-                )
-    return Section(*setup, runs, [line for line, _ in lines.values()])
-
-
-def _facts(line: Line) -> list[Any]:
-    return [line.answer if name == "answer" else line.figure(name) for name in _AGREE]
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file; the last one may be cut off where a run still goes on."""
-    if not path.exists():
-        return
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    for number, line in enumerate(whole.split("\n")[:-1], start=1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{path}:{number}: this is not JSON ({error})") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from None
+            there, first = lines.setdefault(line.key, (line, run))
+            if first is not run:
+                own = agreement.Shared(first.folder, first.record, run.folder, run.record)
+                shared.setdefault((first.folder, run.folder), own).add(there, line)
+    remarks = [remark for each in shared.values() for remark in each.remarks()]
+    return Section(*setup, runs, [line for line, _ in lines.values()], remarks=remarks)

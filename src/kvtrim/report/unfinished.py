@@ -16,7 +16,8 @@ def notes(empty: Sequence[Path], sections: Sequence[Section]) -> list[str]:
     """
     found = [f"{folder} holds no samples yet; {_AGAIN}" for folder in empty]
     runs = [run for section in sections for run in section.runs]
-    return found + [note for run in runs for note in of(run, str(run.folder))]
+    found += [note for run in runs for note in of(run, str(run.folder))]
+    return found + [remark for section in sections for remark in section.remarks]
 
 
 def of(run: Run, name: str) -> Iterator[str]:

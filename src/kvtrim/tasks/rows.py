@@ -17,6 +17,7 @@ from typing import Any
 from zipfile import ZipFile
 
 from kvtrim.errors import UnknownNameError, UsageError
+from kvtrim.files import parse
 from kvtrim.tasks.sources import SOURCES, Hub, Row, Source
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".txt", ".txt.gz")
@@ -101,13 +102,19 @@ def _parsed(path: Path) -> list[Row]:
     opened: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8", newline="") as file:
         if name.endswith(".jsonl"):
-            return [json.loads(line) for line in file if line.strip()]
+            return [_object(parse(line)) for line in file if line.strip()]
         if name.endswith(".csv"):
             return list(csv.DictReader(file))
         if name.endswith(".json"):
-            value = json.load(file)
-            return value if isinstance(value, list) else [value]
+            value = parse(file.read())
+            return [_object(one) for one in (value if isinstance(value, list) else [value])]
         return _essays(file.read())
+
+
+def _object(value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"a row must be an object with fields, not {str(value)[:40]!r}")
+    return value
 
 
 def _essays(text: str) -> list[Row]:
@@ -153,4 +160,4 @@ def _from_archive(hub: Hub) -> list[Row]:
 
     path = hf_hub_download(hub.path, hub.archive, repo_type="dataset")
     with ZipFile(path) as archive, archive.open(hub.file) as file:
-        return [json.loads(line) for line in file if line.strip()]
+        return [_object(parse(line.decode())) for line in file if line.strip()]
