@@ -111,7 +111,7 @@ def test_shared_chunks_are_the_same_for_every_head():
 
 
 def test_a_chunk_without_tokens_is_refused():
-    with pytest.raises(UsageError, match="at least one token"):
+    with pytest.raises(UsageError, match=r"chunk=0: expected int .1 or more"):
         Chunk(chunk=0)
 
 

@@ -57,11 +57,11 @@ def test_presets_come_before_single_parameters():
         ({"window": 2.5}, "window=2.5: expected int"),
         ({"window": True}, "window=True: expected int"),
         ({"pool": "median"}, "expected none | avg | max"),
-        ({"kernel": 6}, "kernel must be odd and positive, got 6; try 7"),
+        ({"kernel": 6}, "kernel=6: expected int (odd, 1 to 999)"),
         ({"preset": "kvpres"}, "did you mean 'kvpress'"),
         ({"budget": "pyramids"}, "did you mean 'pyramid'"),
         ({"schedule": "sometimes"}, "use prompt, every-step or every-N"),
-        ({"every": 0}, "after at least one token"),
+        ({"every": 0}, "every=0: expected int (1 or more) or none"),
         ({"skip_layers": "a,b"}, "expected numbers with commas"),
     ],
 )

@@ -12,7 +12,7 @@ from kvtrim.documents import Document
 from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.running import Progress, read, synchronize
+from kvtrim.hf.running import Progress, read, require_sampling, sampling_names, synchronize
 from kvtrim.hf.running import generate as run
 from kvtrim.methods import Method
 from kvtrim.prompts import (
@@ -24,7 +24,8 @@ from kvtrim.prompts import (
     frame,
     repeat_words,
 )
-from kvtrim.settings import split
+from kvtrim.ranges import Some, checked
+from kvtrim.settings import find, split
 
 Protocol = Literal["question-aware", "question-agnostic"]
 AWARE: Protocol = "question-aware"
@@ -109,6 +110,7 @@ class Result:
         return next((answer.remark for answer in self.answers if answer.remark), None)
 
 
+@checked
 def generate(
     model: Any,
     tokenizer: Any,
@@ -117,12 +119,12 @@ def generate(
     *,
     method: str | Method = "snapkv",
     keep: int | float | str = 512,
-    max_new_tokens: int = 128,
+    max_new_tokens: Some = 128,
     protocol: Protocol | None = None,
     chat: bool | None = None,
     system: str | None = None,
     truncate: Truncate = "error",
-    prefill_chunk: int | None = None,
+    prefill_chunk: Some | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Result:
@@ -144,14 +146,17 @@ def generate(
         progress: called as `progress(what, done, out_of)` while reading and answering.
         options: parameters of the method (`window=16`, `preset="kvpress"`), and whatever
             `model.generate` takes (`do_sample`, `num_beams`, `streamer`, ...); greedy by default.
+            Where both have a name, `**{"policy.NAME": ...}` and `**{"sampling.NAME": ...}`.
 
     Raises:
         UsageError: an empty context, one longer than the model's window, or a wrong parameter.
+        UnknownNameError: an option that nobody has.
     """
     questions = [question] if isinstance(question, str) else list(question)
     if not questions:
         raise UsageError("no question was given; pass one text or a list of them")
-    settings, options = split(method, options)
+    settings, options = split(method, options, sampling_names())
+    require_sampling(options)
     if options.get("num_return_sequences", 1) != 1:
         raise UsageError("one answer per question; for more, give model.generate a kvtrim.Cache")
     asking = {"max_new_tokens": max_new_tokens, "chunk": prefill_chunk, "progress": progress}
@@ -160,6 +165,9 @@ def generate(
         return _ask(model, tokenizer, context, questions, 0.0, asking)
     if protocol is None:
         protocol = AWARE if len(questions) == 1 else AGNOSTIC
+    if protocol not in (AWARE, AGNOSTIC):
+        raise UsageError(f"unknown protocol {protocol!r}; use {AWARE!r} or {AGNOSTIC!r}")
+    find(method, **settings).schedule.require_passes(prefill_chunk)
     around = frame(tokenizer, chat, system)
     follow = [encode_question(tokenizer, around, text) for text in questions]
     room = _window(model) - max_new_tokens - max(map(len, follow))
@@ -171,8 +179,6 @@ def generate(
         )
         cache.prompt = {"chat": chat, "system": system}
         return _ask(model, tokenizer, cache, questions, perf_counter() - start, asking)
-    if protocol != AWARE:
-        raise UsageError(f"unknown protocol {protocol!r}; use {AWARE!r} or {AGNOSTIC!r}")
     answers = []
     for own in follow:
         whole = prompt.asked(own)
@@ -182,6 +188,7 @@ def generate(
     return Result(answers, AWARE, _name(method), str(Keep.parse(keep)), 0.0)
 
 
+@checked
 def compress(
     model: Any,
     tokenizer: Any,
@@ -192,7 +199,7 @@ def compress(
     chat: bool | None = None,
     system: str | None = None,
     truncate: Truncate = "error",
-    prefill_chunk: int | None = None,
+    prefill_chunk: Some | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Cache:
@@ -201,6 +208,7 @@ def compress(
     Args and errors as `generate`. Ask the cache with `generate(model, tokenizer, cache,
     question)`, save it with `cache.save(path)`.
     """
+    find(method, **settings).schedule.require_passes(prefill_chunk)
     around = frame(tokenizer, chat, system)
     prompt = _context(tokenizer, around, context, _window(model) - 1, truncate)
     cache = _compressed(

@@ -8,6 +8,7 @@ from kvtrim.budgets import Budget, Uniform
 from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
 from kvtrim.propagation import Everything, Propagation
+from kvtrim.ranges import Declared, Some, Tokens
 from kvtrim.schedules import Schedule
 from kvtrim.types import Target
 from kvtrim.units import Token, Unit
@@ -16,7 +17,7 @@ Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Declared):
     """A published way to make the cache small."""
 
     policy: Policy
@@ -25,8 +26,8 @@ class Method:
     propagation: Propagation = field(default_factory=Everything)
     unit: Unit = field(default_factory=Token)
     granularity: Literal["kv", "query"] = "kv"  # which heads hold entries of their own
-    skip_layers: tuple[int, ...] = ()  # layers that keep everything
-    reuse: int = 1  # so many neighbouring layers share the slots that the first of them kept
+    skip_layers: tuple[Tokens, ...] = ()  # layers that keep everything
+    reuse: Some = 1  # so many neighbouring layers share the slots that the first of them kept
     positions: Literal["original", "rolled"] = "original"  # where kept keys stand for later
     # queries: where they were read, or closed up at their slot numbers
     source: str = ""
@@ -35,11 +36,17 @@ class Method:
     presets: Mapping[str, Settings] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse parts that do not go together."""
+        """Refuse parameters outside what they declare, and parts that do not go together."""
+        super().__post_init__()
         if self.policy.probes and (self.schedule.every is not None or self.skip_layers):
             raise UsageError(
                 f"{type(self.policy).__name__} probes the prompt once: "
                 "use schedule=prompt and no skip_layers"
+            )
+        if self.budget.unlimited and (self.schedule != Schedule() or self.skip_layers):
+            raise UsageError(
+                f"budget={type(self.budget).__name__} never evicts, so a schedule and skip_layers "
+                "have nothing to act on: leave them out, or set another budget"
             )
         if self.propagation.narrows:
             self._require_narrowable()
@@ -113,6 +120,12 @@ class Method:
 
         Errors as `fitted` of policy, budget and propagation.
         """
+        behind = [layer for layer in self.skip_layers if layer >= target.layers]
+        if behind:
+            raise UsageError(
+                f"skip_layers={behind[0]}: {target.name} has {target.layers} layers, 0 to "
+                f"{target.layers - 1}"
+            )
         policy = self.policy.fitted(target)
         budget, propagation = self.budget.fitted(target), self.propagation.fitted(target)
         return replace(self, policy=policy, budget=budget, propagation=propagation)

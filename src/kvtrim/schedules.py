@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvtrim.errors import UsageError
+from kvtrim.ranges import Declared, Share, Some, Tokens
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Declared):
     """When to evict.
 
     By default once, at the end of the prompt; what is generated is appended and stays. With
@@ -26,27 +27,18 @@ class Schedule:
     does what is held of the answer before it.
     """
 
-    every: int | None = None  # evict again after so many tokens; none is once, after the prompt
+    every: Some | None = None  # evict again after so many tokens; none is once, after the prompt
     ahead: bool = False  # evict before the new tokens are read instead of after
     chunks: bool = False  # evict after every pass of a prompt that comes in several
     region: Literal["all", "generated"] = "all"  # what is evicted from after the prompt
-    share: float | None = None  # of the generated tokens, that stay; none: the prompt's own share
-    newest: int = 0  # generated tokens that always stay, counted from the end
+    share: Share | None = None  # of the generated tokens, that stay; none: the prompt's own share
+    newest: Tokens = 0  # generated tokens that always stay, counted from the end
 
     def __post_init__(self) -> None:
-        if self.every is not None and self.every < 1:
-            raise UsageError(
-                f"every={self.every}: evict after at least one token, or leave it out"
-            )
-        if self.share is not None and not 0 <= self.share <= 1:
-            raise UsageError(f"share={self.share}: the share that stays lies between 0 and 1")
-
-    def require_consistent(self) -> None:
-        """Refuse settings that have no meaning together.
-
-        Raises:
-            UsageError: naming them.
-        """
+        """Refuse settings that have no meaning together."""
+        super().__post_init__()
+        if self.ahead and self.every is None:
+            raise UsageError("ahead says when every acts: set every too, or ahead=false")
         generated = self.region == "generated"
         if not generated and (self.share is not None or self.newest):
             raise UsageError("share and newest are about generated tokens; set region=generated")
@@ -54,6 +46,18 @@ class Schedule:
             raise UsageError("region=generated evicts after a token was read; set ahead=false")
         if generated and self.chunks:
             raise UsageError("region=generated keeps whole parts of the prompt; set chunks=false")
+
+    def require_passes(self, prefill_chunk: int | None) -> None:
+        """Refuse to evict after every chunk of a prompt that is read in one pass.
+
+        Raises:
+            UsageError: `chunks` without a prefill chunk.
+        """
+        if self.chunks and prefill_chunk is None:
+            raise UsageError(
+                "chunks=true evicts after every chunk of the prompt, which is read in one pass: "
+                "give a prefill chunk too (prefill_chunk=512, --prefill-chunk 512)"
+            )
 
     def __str__(self) -> str:
         if self.every is None:

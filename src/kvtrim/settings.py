@@ -6,12 +6,12 @@ part.
 """
 
 import re
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from kvtrim import ranges
 from kvtrim.budgets import BUDGETS, Budget
 from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.methods import METHODS, Method
@@ -23,11 +23,12 @@ from kvtrim.units import Chunk, Shot, Token, Unit
 Own = TypeVar("Own")
 PARTS = ("policy", "budget", "schedule", "propagation", "unit")
 UNITS: dict[str, type[Unit]] = {"token": Token, "chunk": Chunk, "shot": Shot}
+_SAMPLING = "sampling."
 _NOT_SETTINGS = {"source", "use", "cost", "presets", *PARTS}
 
 
 def find(name: "str | Method", **settings: Any) -> Method:
-    """The method of that name with its parameters changed.
+    """The method of that name with its parameters changed; their order does not matter.
 
     Args:
         name: a name of `METHODS`, `module:ATTRIBUTE` of your own, or a `Method`.
@@ -35,17 +36,15 @@ def find(name: "str | Method", **settings: Any) -> Method:
 
     Raises:
         UnknownNameError: nobody has that name; the message says which one is near.
-        UsageError: a value of the wrong kind.
+        UsageError: a value of the wrong kind or outside its range, or values that do not go
+            together.
     """
     method = name if isinstance(name, Method) else _named(name)
-    preset = settings.pop("preset", None)
-    if preset is not None:
-        if preset not in method.presets:
-            raise UnknownNameError(f"preset of {name}", preset, method.presets)
-        method = _changed(method, method.presets[preset])
-    method = _changed(method, settings)
-    method.schedule.require_consistent()
-    return method
+    if not settings:
+        return method
+    draft = _drafted(name, method, settings.pop("preset", None))
+    draft.change(settings)
+    return draft.made()
 
 
 def parameters(method: Method) -> dict[str, Any]:
@@ -68,22 +67,56 @@ def _parameters(prefix: str, owner: Any) -> dict[str, Any]:
 
 
 def takes(owner: type, field: str) -> str:
-    """What a parameter of a part may be: "int or none", "avg | max"."""
-    return " or ".join(_type_name(option) for option in _options(owner, field))
+    """What a parameter of a part may be: "int (1 or more) or none", "avg | max"."""
+    return ranges.said(ranges.declared(owner)[field])
 
 
 def split(
-    name: "str | Method", options: Mapping[str, Any]
+    name: "str | Method", options: Mapping[str, Any], others: Collection[str] | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part keywords into the method's parameters and the rest."""
+    """Part keywords into the method's parameters and the rest.
+
+    Args:
+        others: the names that the rest may have, if they are known; `sampling.NAME` is then the
+            one of them where the method has a parameter of that name too.
+
+    Raises:
+        UsageError: a name that both have; says how to write the one and the other.
+        UnknownNameError: a name that nobody has.
+    """
     method = name if isinstance(name, Method) else _named(name)
-    own = {full.rpartition(".")[2] for full in parameters(method)} | {
-        *parameters(method),
-        *PARTS,
-        "preset",
-    }
+    draft = _drafted(name, method, options.get("preset"))
+    draft.change_parts(options)
+    paths = draft.paths()
+    of = {key: [full for full in paths if f".{full}".endswith(f".{key}")] for key in options}
+    own = {key for key in options if of[key] or key in (*PARTS, "preset")}
     mine = {key: value for key, value in options.items() if key in own}
-    return mine, {key: value for key, value in options.items() if key not in own}
+    rest = {key: value for key, value in options.items() if key not in own}
+    if others is None:
+        return mine, rest
+    for key in mine:
+        if key in others:
+            full = of[key][0]
+            raise UsageError(
+                f"{key} is a parameter of the method ({full}) and of sampling: write "
+                f"**{{'{full}': ...}} for the one, **{{'{_SAMPLING}{key}': ...}} for the other"
+            )
+    rest = {key.removeprefix(_SAMPLING): value for key, value in rest.items()}
+    for key in rest:
+        if key not in others:
+            short = {full.rpartition(".")[2] for full in paths}
+            raise UnknownNameError("option", key, {*short, *PARTS, "preset", *others})
+    return mine, rest
+
+
+def _drafted(name: "str | Method", method: Method, preset: Any) -> "_Draft":
+    """A method to be changed, after one of its presets."""
+    draft = _Draft.of(method)
+    if preset is not None:
+        if preset not in method.presets:
+            raise UnknownNameError(f"preset of {name}", str(preset), method.presets)
+        draft.change(method.presets[preset])
+    return draft
 
 
 def _named(name: str) -> Method:
@@ -110,39 +143,123 @@ def imported(name: str, kind: type[Own]) -> Own:
     return found
 
 
-def _changed(method: Method, settings: Mapping[str, Any]) -> Method:
-    """Whole parts first, so that `budget=per-head, floor=0.5` finds the new part's parameter."""
-    for part in PARTS:
-        if part in settings:
-            method = replace(method, **{part: _part(part, settings[part])})
-    for name, value in settings.items():
-        if name not in PARTS:
-            method = _set(method, name, value)
-    return method
+@dataclass
+class _Draft:
+    """A part while its parameters change. Nothing is checked before all of them have, so that
+    their order does not matter.
+    """
+
+    kind: type
+    values: dict[str, Any]
+
+    @classmethod
+    def of(cls, part: Any) -> "_Draft":
+        ranges.require_frozen(type(part))
+        values = {each.name: getattr(part, each.name) for each in fields(part) if each.init}
+        return cls(
+            type(part), {name: cls.of(x) if is_dataclass(x) else x for name, x in values.items()}
+        )
+
+    def made(self) -> Any:
+        """The part, checked.
+
+        Raises:
+            UsageError: parameters that cannot be, or not together.
+        """
+        values = {
+            name: x.made() if isinstance(x, _Draft) else x for name, x in self.values.items()
+        }
+        return self.kind(**values)
+
+    def paths(self, prefix: str = "") -> dict[str, tuple["_Draft", str]]:
+        """Every parameter by its full name: whose it is, and its own name there."""
+        found: dict[str, tuple[_Draft, str]] = {}
+        for name, value in self.values.items():
+            if prefix or name not in _NOT_SETTINGS:
+                found[prefix + name] = (self, name)
+            if isinstance(value, _Draft):
+                found |= value.paths(f"{prefix}{name}.")
+        return found
+
+    def change(self, settings: Mapping[str, Any]) -> None:
+        """Change parameters: whole parts first, so that `budget=per-head, floor=0.5` finds the new
+        part's parameter.
+
+        Raises:
+            UnknownNameError, UsageError: as `find`.
+        """
+        changed = self.change_parts(settings)
+        for name, value in settings.items():
+            if name not in (*PARTS, *changed.values()):
+                known = self.paths()
+                self._set(_matching(known, name), name, value, changed)
+
+    def change_parts(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        """Change what is a part with parameters of its own, those nearer to the method before
+        those inside them; gives the full names of what was changed, with the names given.
+
+        What is no parameter at all is left alone.
+        """
+        for part in PARTS:
+            if part in settings:
+                self.values[part] = _whole(_part(part, settings[part]))
+        changed: dict[str, str] = {}
+        while True:
+            known = self.paths()
+            found = {
+                full: name
+                for name in settings
+                if name not in (*PARTS, *changed.values())
+                if (full := _matching(known, name, strict=False)) and _takes_part(*known[full])
+            }
+            if not found:
+                return changed
+            full = min(found, key=lambda one: (one.count("."), one))
+            self._set(full, found[full], settings[found[full]], changed)
+
+    def _set(self, full: str, name: str, value: Any, changed: dict[str, str]) -> None:
+        if full in changed:
+            raise UsageError(f"{changed[full]} and {name} are the same parameter; give one")
+        changed[full] = name
+        owner, field = self.paths()[full]
+        owner.values[field] = _whole(_converted(owner.kind, field, value))
 
 
-def _set(method: Method, name: str, value: Any) -> Method:
-    known = parameters(method)
+def _whole(value: Any) -> Any:
+    return _Draft.of(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _takes_part(owner: _Draft, field: str) -> bool:
+    """Whether a parameter is a part by itself, with parameters of its own."""
+    return any(option in _PARTS_BY_NAME for option in _options(owner.kind, field))
+
+
+def _matching(known: Mapping[str, Any], name: str, strict: bool = True) -> str:
+    """The full name of a parameter; not `strict`: "" where there is not exactly one.
+
+    Raises:
+        UnknownNameError: nobody has it.
+        UsageError: several have it.
+    """
     matches = [full for full in known if full == name or full.endswith("." + name)]
-    if not matches:
+    exact = [full for full in matches if full == name]
+    if len(exact or matches) > 1 and strict:
+        raise UsageError(f"{name!r} is ambiguous here; say {' or '.join(matches)}")
+    if not matches and strict:
         short = [full.rpartition(".")[2] for full in known]
         raise UnknownNameError("parameter", name, [*short, *PARTS, "preset"])
-    if len(matches) > 1:
-        raise UsageError(f"{name!r} is ambiguous here; say {' or '.join(matches)}")
-    return _replaced(method, matches[0], value)
-
-
-def _replaced(owner: Any, path: str, value: Any) -> Any:
-    """A copy of a dataclass with the field at a dotted path changed."""
-    field, _, deeper = path.partition(".")
-    if deeper:
-        return replace(owner, **{field: _replaced(getattr(owner, field), deeper, value)})
-    return replace(owner, **{field: _converted(type(owner), field, value)})
+    return (exact or matches)[0] if len(exact or matches) == 1 else ""
 
 
 def _part(part: str, value: Any) -> Any:
-    """A whole part by name; an object is taken as it is."""
+    """A whole part by name; an object is taken as it is.
+
+    Raises:
+        UnknownNameError: no part has that name.
+        UsageError: an object of another kind.
+    """
     if not isinstance(value, str):
+        ranges.check(part, value, ranges.declared(Method)[part])
         return value
     makers: dict[str, Callable[[str], Any]] = {
         "policy": _policy,
@@ -190,8 +307,9 @@ def _converted(owner: type, field: str, value: Any) -> Any:
 
 
 def _options(owner: type, field: str) -> tuple[Any, ...]:
-    wanted = get_type_hints(owner)[field]
-    return get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)
+    """The types that a parameter may have, without their ranges."""
+    wanted = ranges.declared(owner)[field]
+    return tuple(ranges.parted(option)[0] for option in ranges.options(wanted))
 
 
 def _as(wanted: Any, value: Any) -> tuple[bool, Any]:
@@ -205,7 +323,7 @@ def _as(wanted: Any, value: Any) -> tuple[bool, Any]:
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         return (True, words[text]) if text in words else (isinstance(value, bool), value)
     if get_origin(wanted) is tuple:
-        return _as_tuple(get_args(wanted)[0], value)
+        return _as_tuple(ranges.parted(get_args(wanted)[0])[0], value)
     if wanted in _PARTS_BY_NAME and text != "none":
         named = _PARTS_BY_NAME[wanted](value) if isinstance(value, str) else value
         return isinstance(named, wanted), named
@@ -215,13 +333,12 @@ def _as(wanted: Any, value: Any) -> tuple[bool, Any]:
 
 
 def _as_number(wanted: type, value: Any) -> tuple[bool, Any]:
-    if isinstance(value, bool):
+    kinds = (str, int) if wanted is int else (str, int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
         return False, None
-    if not isinstance(value, str):
-        return isinstance(value, int if wanted is int else (int, float)), value
     try:
         return True, wanted(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return False, None
 
 
@@ -231,15 +348,3 @@ def _as_tuple(item: type, value: Any) -> tuple[bool, Any]:
     parts = list(value)
     results = [_as(item, part) for part in parts]
     return all(done for done, _ in results), tuple(result for _, result in results)
-
-
-def _type_name(option: Any) -> str:
-    if get_origin(option) is Literal:
-        return " | ".join(str(choice) for choice in get_args(option))
-    if option is type(None):
-        return "none"
-    return (
-        "numbers with commas"
-        if get_origin(option) is tuple
-        else getattr(option, "__name__", str(option))
-    )

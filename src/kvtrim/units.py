@@ -2,18 +2,18 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 
-from kvtrim.errors import UsageError
+from kvtrim.ranges import Declared, Some, Tokens
 from kvtrim.spans import unit_numbers
 from kvtrim.types import Bool, Counts, Float, Int, Scores, Spans, Tensor
 
 
-class Unit(ABC):
+class Unit(Declared, ABC):
     """What is kept or dropped as a whole. Subclasses are frozen dataclasses."""
 
     window_competes: bool = False
@@ -70,16 +70,12 @@ class Chunk(Unit):
            reduce="mean" together.
     """
 
-    chunk: int = 10  # tokens per run
+    chunk: Some = 10  # tokens per run
     reduce: Literal["sum", "mean"] = "sum"  # of the scores in a run
     fill: Literal["none", "partial"] = "none"  # entries no whole run fits into: unused, or the
     # leading tokens of the next best run
     shared: bool = False  # one set for all heads of the layer, by the sum of their scores
     window_competes: bool = False
-
-    def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise UsageError(f"a chunk has at least one token, got chunk={self.chunk}")
 
     @property
     def holds_more(self) -> str:
@@ -98,6 +94,8 @@ class Chunk(Unit):
     ) -> Bool[Tensor, "B K N"]:
         """See `Unit.choose`."""
         width = scores.shape[-1]
+        if self.chunk > max(1, width):  # one run, whatever its length
+            return replace(self, chunk=max(1, width)).choose(scores, counts)
         if self.shared:  # slots that a head does not have count nothing
             absent = scores.isneginf()
             shared = scores.masked_fill(absent, 0).sum(dim=1, keepdim=True)
@@ -148,17 +146,10 @@ class Shot(Unit):
     """
 
     fill: Literal["stop", "skip"] = "stop"  # at a shot that does not fit: end, or try the others
-    min_shots: int = 0  # so many stay even if they exceed the budget
+    min_shots: Tokens = 0  # so many stay even if they exceed the budget
     count_fixed: bool = True  # the budget pays for fixed text too
     reduce: Literal["mean", "first"] = "mean"  # "first": the first token speaks for its shot
-    run: int = 16  # tokens per shot where a prompt names none
-
-    def __post_init__(self) -> None:
-        if self.run < 1 or self.min_shots < 0:
-            raise UsageError(
-                f"run={self.run}, min_shots={self.min_shots}: a shot has at least one token, and "
-                "no fewer than 0 of them are kept"
-            )
+    run: Some = 16  # tokens per shot where a prompt names none
 
     @property
     def holds_more(self) -> str:

@@ -100,7 +100,7 @@ def test_a_floor_of_one_is_uniform_and_equal_heads_share_equally():
 
 
 def test_floors_outside_of_zero_to_one_are_refused():
-    with pytest.raises(UsageError, match="between 0 and 1"):
+    with pytest.raises(UsageError, match=r"expected float .0 to 1"):
         PerHead(floor=1.5)
 
 

@@ -405,5 +405,5 @@ def test_no_tensor_grows_with_the_square_of_the_prompt(preset):
 
 
 def test_a_cold_temperature_is_refused():
-    with pytest.raises(UsageError, match="temperature must be positive"):
+    with pytest.raises(UsageError, match=r"temperature=0.0: expected float .above 0"):
         CircuitKV(temperature=0.0)

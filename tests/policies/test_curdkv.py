@@ -341,7 +341,7 @@ def test_rows_of_zeros_give_no_gaps():
 
 @pytest.mark.parametrize("name", ["project", "local_window", "rank"])
 def test_a_width_below_one_is_refused(name):
-    with pytest.raises(UsageError, match=f"{name} must be positive or none, got 0"):
+    with pytest.raises(UsageError, match=f"{name}=0: expected int .1 or more. or none"):
         CurDKV(**{name: 0})
 
 

@@ -247,7 +247,10 @@ def test_layers_that_slide_are_not_in_the_table():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"beta": 0.5}, "cannot exceed the budget"), ({"temp": 0.0}, "an exponent above 0")],
+    [
+        ({"beta": 0.5}, "beta=0.5: expected float .1 or more"),
+        ({"temp": 0.0}, "temp=0.0: expected float .above 0"),
+    ],
 )
 def test_parameters_out_of_range_are_refused(settings, message):
     with pytest.raises(UsageError, match=message):

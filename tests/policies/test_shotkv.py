@@ -472,9 +472,9 @@ def test_presets_and_parameters():
         find("snapkv", share=0.5)
     with pytest.raises(UsageError, match="ahead"):
         find("streaming-llm", preset="bounded", region="generated")
-    with pytest.raises(UsageError, match="between 0 and 1"):
+    with pytest.raises(UsageError, match=r"share=2.0: expected float .0 to 1"):
         find("shotkv", share=2.0)
-    with pytest.raises(UsageError, match="at least one token"):
+    with pytest.raises(UsageError, match=r"run=0: expected int .1 or more"):
         Shot(run=0)
     q, k, v = qkv(40)
     with pytest.raises(UsageError, match="where the question is"):

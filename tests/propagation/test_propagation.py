@@ -459,16 +459,16 @@ def test_other_architectures_narrow_alike(architecture, name):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("fastkv", {"tokens": 0}, "number of tokens"),
-        ("fastkv", {"tokens": 1.5}, "number of tokens"),
+        ("fastkv", {"tokens": 0}, "tokens=0: expected int .1 or more"),
+        ("fastkv", {"tokens": 1.5}, "tokens=1.5: expected int"),
         ("fastkv", {"scorer": "h2o"}, "at sight"),
         ("fastkv", {"reuse": 2}, "reuse"),
         ("kvzip", {"propagation": "token-selective"}, "probes"),
         ("gemfilter", {"positions": "rolled"}, "restart"),
         ("gemfilter", {"kernel": 4}, "odd"),
-        ("gemfilter", {"sinks": -1}, "no less than 0"),
-        ("pyramidinfer", {"decay": 1.5}, "between 0 and 1"),
-        ("pyramidinfer", {"interval": 0}, "every layer"),
+        ("gemfilter", {"sinks": -1}, "sinks=-1: expected int .0 or more"),
+        ("pyramidinfer", {"decay": 1.5}, "decay=1.5: expected float .0 to 1"),
+        ("pyramidinfer", {"interval": 0}, "interval=0: expected int .1 or more"),
     ],
 )
 def test_settings_without_meaning_are_refused(name, settings, message):

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 
+from kvtrim.ranges import Declared
 from kvtrim.types import Counts, Float, Room, Scores, Target, Tensor
 
 
@@ -25,7 +26,7 @@ class Ledger(ABC):
         """
 
 
-class Budget(ABC):
+class Budget(Declared, ABC):
     """How the entries of a model are divided over layers and heads.
 
     Subclasses are frozen dataclasses.

@@ -17,12 +17,14 @@ Ours:  keys are parsed, not trusted to be in order; a KV head gets the mean of i
 """
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 
 from kvtrim.budgets import head_scores
 from kvtrim.budgets.base import Budget, everyone
 from kvtrim.errors import UsageError
+from kvtrim.ranges import Positive, Range
 from kvtrim.types import Counts, Float, Int, Room, Scores, Target, Tensor
 
 AUTO = "auto"
@@ -31,16 +33,13 @@ AUTO = "auto"
 @dataclass(frozen=True)
 class HeadTable(Budget):
     table: str = AUTO  # a file, or the name of a shipped table; auto: one of this very model
-    beta: float = 1.2  # the pool is one beta-th of the budget
-    temp: float = 1.0  # exponent on the shares: above 1 sharper, below 1 flatter
+    beta: Annotated[float, Range(1)] = 1.2  # the pool is one beta-th of the budget
+    temp: Positive = 1.0  # exponent on the shares: above 1 sharper, below 1 flatter
     window_inside: bool = True  # `keep` includes the window; False stores keep + window (KVF)
     redistribute: bool = False  # what exceeds the prompt goes to other heads instead of being lost
 
     def __post_init__(self) -> None:
-        if not self.beta >= 1:
-            raise UsageError(f"beta={self.beta}: the pool cannot exceed the budget; 1 or more")
-        if not self.temp > 0:
-            raise UsageError(f"temp={self.temp}: an exponent above 0")
+        super().__post_init__()
         if self.table != AUTO:
             head_scores.read(self.table)
 

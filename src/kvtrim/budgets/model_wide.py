@@ -12,20 +12,16 @@ from dataclasses import dataclass
 import torch
 
 from kvtrim.budgets.base import Ledger, ModelWide
-from kvtrim.errors import UsageError
+from kvtrim.ranges import Number, Share
 from kvtrim.types import Bool, Counts, Float, Int, Room, Scores, Tensor
 
 
 @dataclass(frozen=True)
 class Global(ModelWide):
-    floor: float = 0.0  # the share of `keep` that every head gets whatever its scores
-    threshold: float | None = None  # entries that score less go, even if there is room for them
+    floor: Share = 0.0  # the share of `keep` that every head gets whatever its scores
+    threshold: Number | None = None  # entries that score less go, even if there is room for them
     anew: bool = False  # cuts after the first are dealt anew, not by what each head won; for
     # scores that mean the same at every cut
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.floor <= 1:
-            raise UsageError(f"floor is a share between 0 and 1, got {self.floor}")
 
     @property
     def selective(self) -> bool:

@@ -17,12 +17,13 @@ import torch
 from kvtrim.budgets.base import Budget, Ledger
 from kvtrim.budgets.uniform import Uniform
 from kvtrim.errors import UsageError
+from kvtrim.ranges import Share
 from kvtrim.types import Counts, Float, Int, Room, Scores, Tensor
 
 
 @dataclass(frozen=True)
 class PerHead(Budget):
-    floor: float = 0.2  # the share that is dealt out evenly: 1 is uniform, 0 pure competition
+    floor: Share = 0.2  # the share that is dealt out evenly: 1 is uniform, 0 pure competition
     rule: Literal["blend", "floor"] = "blend"  # how floor is meant: AdaKV's way or kvpress's
     floor_of: Literal["layer", "keep"] = "layer"  # a share of what the layer got, or of `keep`
     normalize: bool = False  # weigh each head by the share of its scores that its top entries hold
@@ -30,8 +31,7 @@ class PerHead(Budget):
     layers: Budget = field(default_factory=Uniform)  # what each layer gets before heads compete
 
     def __post_init__(self) -> None:
-        if not 0 <= self.floor <= 1:
-            raise UsageError(f"floor is a share between 0 and 1, got {self.floor}")
+        super().__post_init__()
         if self.normalize and self.model_wide:
             raise UsageError("normalize needs a layer's final share; leave it out here")
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvtrim.budgets.base import Budget, everyone
+from kvtrim.ranges import Some
 from kvtrim.types import Counts, Room, Scores
 
 
 @dataclass(frozen=True)
 class Pyramid(Budget):
-    beta: int = 20  # the last layer keeps about 1 / beta of the mean
+    beta: Some = 20  # the last layer keeps about 1 / beta of the mean
     rounding: Literal["kvf", "adakv", "kvpress"] = "kvf"  # whose public code's steps
     exact: bool = False  # meet the mean exactly; integer steps miss it
 

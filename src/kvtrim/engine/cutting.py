@@ -15,6 +15,7 @@ from kvtrim.engine.state import State
 from kvtrim.errors import UsageError
 from kvtrim.kernels import explicit
 from kvtrim.methods import Method
+from kvtrim.policies.base import observed
 from kvtrim.types import Float, Kept, LayerView, Probed, Tensor
 
 CARRIED = "carried"  # the store's column for a policy's running statistic
@@ -73,7 +74,7 @@ class Cutting:
                     view = replace(view, received=most)
                 else:
                     out = None
-                self._part(store, rows).set_column(CARRIED, policy.observe(view))
+                self._part(store, rows).set_column(CARRIED, observed(policy, view))
         return out
 
     def foreseen(self, index: int, call: Call) -> Float[Tensor, "B K Q"]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from kvtrim.budgets.base import Ledger
 from kvtrim.methods import Method
+from kvtrim.policies.base import rescored, scored
 from kvtrim.selection import SecondStage, select
 from kvtrim.types import Counts, Float, Kept, LayerView, Room, Scores, Tensor
 
@@ -92,7 +93,7 @@ class Evictor(Cutter):
     def _select(self, view: LayerView, share: Counts | None) -> Kept | None:
         policy, slots = self.method.policy, view.keys.shape[2]
         sinks, recent = self._protected()
-        scores = policy.score(view)
+        scores = scored(policy, view)
         counts = self._counts(view, scores) if share is None else share
         held = torch.full_like(counts, slots) if view.lengths is None else view.lengths
         kept = select(
@@ -134,7 +135,7 @@ class Evictor(Cutter):
         if policy.first_stage == 1:
             return None
         first = policy.first_entries(counts, self.keep)
-        return SecondStage(first, policy.rescore(view, scores))
+        return SecondStage(first, rescored(policy, view, scores))
 
 
 def merge(parts: Sequence[tuple[slice, Kept | None]], held: Counts) -> Kept | None:

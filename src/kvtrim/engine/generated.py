@@ -10,6 +10,7 @@ from kvtrim.engine.evict import Cutter, Cutters
 from kvtrim.engine.reading import Pass
 from kvtrim.engine.state import State
 from kvtrim.methods import Method
+from kvtrim.policies.base import scored
 from kvtrim.selection import select
 from kvtrim.types import Counts, Kept, LayerView
 
@@ -32,7 +33,7 @@ class Trimmer(Cutter):
         counts = torch.full(view.keys.shape[:2], max(0, self.keep - recent))
         held = torch.full_like(counts, view.keys.shape[2])
         kept = select(
-            policy.score(view),
+            scored(policy, view),
             counts,
             int(held[0, 0]) if view.lengths is None else view.lengths,
             recent=recent,

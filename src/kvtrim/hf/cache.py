@@ -21,6 +21,7 @@ from kvtrim.hf.managed import ManagedLayer
 from kvtrim.hf.rotary import rotations
 from kvtrim.methods import Method
 from kvtrim.prompts import Words, frame, repeat_words
+from kvtrim.ranges import Some, checked
 from kvtrim.settings import find
 from kvtrim.spans import Given
 from kvtrim.types import Int, Tensor
@@ -55,13 +56,14 @@ class Cache(TransformersCache):
             method lets deeper layers read a part of the prompt.
     """
 
+    @checked
     def __init__(
         self,
         model: PreTrainedModel,
         method: str | Method = "snapkv",
         keep: int | float | str | Keep = 512,
         *,
-        prompt_tokens: int | None = None,
+        prompt_tokens: Some | None = None,
         impl: str = "auto",
         tokenizer: Any = None,
         spans: Given | Sequence[Given] | None = None,

@@ -1,20 +1,30 @@
 """Running a model over a kvtrim cache: reading a prompt in chunks, generating with a clock."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from inspect import signature
+from typing import Annotated, Any
 
 import torch
 from transformers import Cache as TransformersCache
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.decoding import Captured, why_plain
 from kvtrim.hf.keyword import cache_in, passing
+from kvtrim.ranges import Positive, Range, Share, Some, Tokens, check
 from kvtrim.types import Int, Tensor
+
+_INPUTS = {"self", "inputs", "kwargs", "custom_generate", "max_new_tokens"}  # ours to give
 
 Progress = Callable[[str, int, int], None]
 """Told what is going on, how much of it is done, and out of how much."""
@@ -180,6 +190,37 @@ def _timed(
     tpot = (times[-1] - times[0] - capture_s) / steps if steps else None
     decoding = "captured" if reason is None else f"plain: {reason}"
     return Generated(new, times[0] - start, tpot, decoding, capture_s)
+
+
+SAMPLING: Mapping[str, Any] = {
+    "num_beams": Some,
+    "num_return_sequences": Some,
+    "temperature": Positive | None,
+    "top_k": Tokens | None,
+    "top_p": Annotated[float, Range(0, 1, above=True)] | None,
+    "min_p": Share | None,
+    "repetition_penalty": Positive | None,
+    "no_repeat_ngram_size": Tokens | None,
+    "min_new_tokens": Tokens | None,
+}
+"""What options of transformers' `generate` may be, where it says so late or not at all."""
+
+
+@cache
+def sampling_names() -> frozenset[str]:
+    """Every option of transformers' `generate`."""
+    own = signature(GenerationMixin.generate).parameters.keys()
+    return frozenset(own | vars(GenerationConfig()).keys()) - _INPUTS
+
+
+def require_sampling(options: Mapping[str, Any]) -> None:
+    """Refuse what transformers would refuse late, or take for something else.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    for name in SAMPLING.keys() & options.keys():
+        check(name, options[name], SAMPLING[name])
 
 
 def _greedy(model: Any) -> dict[str, Any]:

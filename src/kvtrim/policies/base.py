@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 
 from kvtrim.errors import UsageError
+from kvtrim.ranges import Declared
 from kvtrim.types import Counts, Float, LayerView, Noted, Scores, Target, Tensor
 
 
-class Policy(ABC):
+class Policy(Declared, ABC):
     """A scoring rule: one layer's view to one score per candidate slot and KV head.
 
     Subclasses are frozen dataclasses, one per file, and final. `lookback` is abstract on purpose:
@@ -123,9 +124,6 @@ class WindowPolicy(Policy):
     kernel: int
     """Width of the pooling, odd."""
 
-    def __post_init__(self) -> None:
-        require_odd("kernel", self.kernel)
-
     def lookback(self) -> int:
         return self.window
 
@@ -133,7 +131,52 @@ class WindowPolicy(Policy):
         return self.window
 
 
-def require_odd(name: str, value: int) -> None:
-    """Refuse a pooling width that has no middle."""
-    if value < 1 or value % 2 == 0:
-        raise UsageError(f"{name} must be odd and positive, got {value}; try {value + 1}")
+def scored(policy: Policy, layer: LayerView) -> Scores:
+    """What a policy scores a layer, checked: all S slots, or the first S - recent of them.
+
+    Raises:
+        UsageError: what it gave is of another shape, or holds NaN; names the policy.
+    """
+    slots, recent = layer.keys.shape[2], policy.recent(layer.keep)
+    return _checked(policy, "score", policy.score(layer), layer, max(0, slots - recent), recent)
+
+
+def rescored(policy: Policy, layer: LayerView, scores: Scores) -> Scores:
+    """What a policy's second stage makes of its scores, checked; errors as `scored`."""
+    found = policy.rescore(layer, scores)
+    return _checked(policy, "rescore", found, layer, scores.shape[-1], policy.recent(layer.keep))
+
+
+def observed(policy: Policy, layer: LayerView) -> Float[Tensor, "B K S"]:
+    """A policy's running statistic of every slot, checked; errors as `scored`."""
+    return _checked(policy, "observe", policy.observe(layer), layer, layer.keys.shape[2], 0)
+
+
+def _checked(
+    policy: Policy, what: str, found: object, layer: LayerView, least: int, recent: int
+) -> Tensor:
+    batch, heads, slots = layer.keys.shape[:3]
+    name = f"{type(policy).__module__}.{type(policy).__name__}.{what}"
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        raise UsageError(f"{name} gave {_kind(found)}; it has to give a tensor of floats")
+    shape = list(found.shape)
+    if shape[:2] != [batch, heads] or len(shape) != 3 or not least <= shape[2] <= slots:
+        wanted = f"{slots}" if least == slots else f"{least} to {slots}"
+        raise UsageError(
+            f"{name} gave shape {shape}, expected [{batch}, {heads}, {wanted}]: prompts, KV "
+            "heads and slots"
+        )
+    wrong = found.isnan()
+    if layer.lengths is not None:  # slots behind a head's last one are garbage
+        ends = (layer.lengths - recent).to(found.device)[..., None]
+        wrong &= torch.arange(found.shape[2], device=found.device) < ends
+    if bool(wrong.any()):
+        raise UsageError(
+            f"{name} gave NaN in layer {layer.index}; where the model's own keys or values are "
+            "NaN already, load it with dtype float32"
+        )
+    return found
+
+
+def _kind(found: object) -> str:
+    return f"a tensor of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__

@@ -10,28 +10,26 @@ Ours:  compresses as soon as the prompt exceeds the budget (the public code wait
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from kvtrim import ops
-from kvtrim.errors import UsageError
 from kvtrim.policies.base import WindowPolicy
+from kvtrim.ranges import Kernel, Positive, Range, Tokens, Weight
 from kvtrim.types import Float, LayerView, Scores, Tensor
 
 
 @dataclass(frozen=True)
 class Cake(WindowPolicy):
-    window: int = 32  # how many last queries are asked; their slots always stay
-    kernel: int = 5  # width of the average pooling, odd
-    gamma: float = 200.0  # weight of the variance
-    tau1: float = 1.0  # the entropy counts to the power of 1 / tau1
-    tau2: float = 1.0  # the variance counts to the power of 1 / tau2
-    sinks: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.window < 2:
-            raise UsageError("CAKE needs the variance of at least two queries: window=2 or more")
+    window: Annotated[int, Range(2)] = 32  # how many last queries are asked; their slots
+    # always stay
+    # a variance
+    kernel: Kernel = 5  # width of the average pooling, odd
+    gamma: Weight = 200.0  # weight of the variance
+    tau1: Positive = 1.0  # the entropy counts to the power of 1 / tau1
+    tau2: Positive = 1.0  # the variance counts to the power of 1 / tau2
+    sinks: Tokens = 0
 
     def score(self, layer: LayerView) -> Scores:
         """Queries [B, H, W, D] and keys [B, K, S, D] to scores [B, K, S - W]."""

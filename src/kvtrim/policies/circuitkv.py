@@ -11,28 +11,24 @@ Ours:  the same series without n x n matrices, fp64; ties rank by slot; KV heads
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from kvtrim import markov, ops
-from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
+from kvtrim.ranges import Positive, Range, Some, Tokens
 from kvtrim.types import Float, Int, LayerView, Scores, Tensor
 
 
 @dataclass(frozen=True)
 class CircuitKV(Policy):
-    window: int = 8  # how many last queries draw the graph; their slots always stay
+    window: Some = 8  # how many last queries draw the graph; their slots always stay
     surface: Literal["max", "split", "own"] = "max"  # over heads; "own": each head, no walk
-    clearest: int = 10  # with "split", so many low-entropy heads draw the newest token's graph
-    steps: int = 10
-    temperature: float = 1.0
-    sinks: int = 4
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise UsageError(f"temperature must be positive, got {self.temperature}; 1 is neutral")
+    clearest: Some = 10  # with "split", so many low-entropy heads draw the newest token's graph
+    steps: Annotated[int, Range(1, 1000)] = 10  # of the walk
+    temperature: Positive = 1.0  # of the graph: below 1 it is sharper
+    sinks: Tokens = 4
 
     def lookback(self) -> int:
         return self.window

@@ -14,20 +14,20 @@ from kvtrim import projections
 from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
 from kvtrim.policies.snapkv import SnapKV
+from kvtrim.ranges import Share, Weight
 from kvtrim.types import Counts, LayerView, Scores
 
 
 @dataclass(frozen=True)
 class Critical(Policy):
     base: Policy = field(default_factory=SnapKV)
-    first_stage: float = 0.5  # the share of the entries that the base scores choose
-    eps: float = 1e-4  # added to the base scores in the second stage
-    eps_rel: float = 0.0  # and so many times their mean, for prompts beyond 10,000 tokens
+    first_stage: Share = 0.5  # the share of the entries that the base scores choose
+    eps: Weight = 1e-4  # added to the base scores in the second stage
+    eps_rel: Weight = 0.0  # and so many times their mean, for prompts beyond 10,000 tokens
     count_protected: bool = False  # the first stage's share includes sinks and window
 
     def __post_init__(self) -> None:
-        if not 0 <= self.first_stage <= 1:
-            raise UsageError(f"first_stage is a share from 0 to 1, got {self.first_stage}")
+        super().__post_init__()
         if self.base.carries or self.base.first_stage < 1:
             raise UsageError("CriticalKV wraps scorers that look at a window or at keys only")
 

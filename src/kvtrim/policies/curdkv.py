@@ -14,26 +14,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvtrim import energy, ops
-from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
+from kvtrim.ranges import Seed, Some, Tokens
 from kvtrim.types import Float, LayerView, Scores, Tensor
 
 
 @dataclass(frozen=True)
 class CurDKV(Policy):
-    project: int | None = 20  # numbers per row after the projection; none: no projection
+    project: Some | None = 20  # numbers per row after the projection; none: no projection
     leverage: Literal["kv", "key", "value", "mean"] = "kv"  # their product, one, or their mean
-    local_window: int | None = None  # first weigh each row inside its run of so many slots
+    local_window: Some | None = None  # first weigh each row inside its run of so many slots
     padding: energy.Padding = "front"  # the end with the shorter run
     exact: bool = False  # true leverage instead of energy; nothing is projected
-    rank: int | None = None  # of the basis of `exact`; none: the whole space
-    sinks: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("project", "local_window", "rank"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UsageError(f"{name} must be positive or none, got {value}")
+    rank: Some | None = None  # of the basis of `exact`; none: the whole space
+    sinks: Tokens = 4
+    seed: Seed = 0
 
     def lookback(self) -> int:
         return 0

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from kvtrim import echo_tables
 from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
+from kvtrim.ranges import Tokens
 from kvtrim.types import Float, LayerView, Scores, Target, Tensor
 
 AUTO = "auto"
@@ -26,13 +27,14 @@ AUTO = "auto"
 @dataclass(frozen=True)
 class Echo(Policy):
     table: str = AUTO  # a file, or the name of a shipped table; auto: one of this very model
-    sinks: int = 4
-    local: int = 128  # so many of the newest tokens stay while generating, or half of the budget
+    sinks: Tokens = 4
+    local: Tokens = (
+        128  # so many of the newest tokens stay while generating, or half of the budget
+    )
     foresees: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.local < 0:
-            raise UsageError(f"local={self.local}: a number of tokens, or 0 for none")
+        super().__post_init__()
         if self.table != AUTO:
             echo_tables.read(self.table)
 

@@ -18,21 +18,23 @@ from typing import ClassVar
 from kvtrim import ops
 from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
+from kvtrim.ranges import Some, Tokens
 from kvtrim.types import Float, LayerView, Scores, Tensor
 
 
 @dataclass(frozen=True)
 class H2O(Policy):
-    window: int | None = None  # newest slots always kept; none is half of the budget
-    heavy: int | None = None  # the other way round: heavy hitters kept, the rest are the newest
+    window: Tokens | None = None  # newest slots always kept; none is half of the budget
+    heavy: Some | None = None  # the other way round: heavy hitters kept, the rest are the newest
     group: ops.Reduce = "mean"  # over the query heads of one KV head
     per_query: bool = False  # divide by the number of queries that saw the token (kvpress)
-    sinks: int = 0
+    sinks: Tokens = 0
     carries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.heavy is not None and (self.heavy < 1 or self.window is not None):
-            raise UsageError(f"heavy={self.heavy}: give heavy (at least 1) or window, not both")
+        super().__post_init__()
+        if self.heavy is not None and self.window is not None:
+            raise UsageError(f"heavy={self.heavy}, window={self.window}: give one of them")
 
     def lookback(self) -> int:
         return 0  # `observe` has seen every query already

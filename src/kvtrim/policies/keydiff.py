@@ -16,13 +16,14 @@ import torch.nn.functional as F
 
 from kvtrim import ops
 from kvtrim.policies.base import Policy
+from kvtrim.ranges import Tokens
 from kvtrim.types import LayerView, Scores
 
 
 @dataclass(frozen=True)
 class KeyDiff(Policy):
-    window: int = 0  # newest slots always kept; neither paper nor code reserves any
-    sinks: int = 0
+    window: Tokens = 0  # newest slots always kept; neither paper nor code reserves any
+    sinks: Tokens = 0
 
     def lookback(self) -> int:
         return 0

@@ -9,13 +9,14 @@ Ours:  slots stay in ascending position (the public code leaves them in order of
 from dataclasses import dataclass
 
 from kvtrim.policies.base import Policy
+from kvtrim.ranges import Tokens
 from kvtrim.types import LayerView, Scores
 
 
 @dataclass(frozen=True)
 class KNorm(Policy):
-    window: int = 0  # newest slots always kept; the paper reserves none
-    sinks: int = 0
+    window: Tokens = 0  # newest slots always kept; the paper reserves none
+    sinks: Tokens = 0
 
     def lookback(self) -> int:
         return 0

@@ -16,21 +16,17 @@ from typing import ClassVar
 import torch
 
 from kvtrim import ops, projections
-from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
+from kvtrim.ranges import Some, Tokens
 from kvtrim.types import Float, LayerView, Noted, Probed, Scores, Tensor
 
 
 @dataclass(frozen=True)
 class KVzip(Policy):
-    chunk: int = 2048  # tokens repeated at a time
-    sinks: int = 4
+    chunk: Some = 2048  # tokens repeated at a time
+    sinks: Tokens = 4
     plus: bool = False  # KVzip+: attention times |value W_O|, over |hidden state| of the query
     probes: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise UsageError(f"a chunk has at least one token, got chunk={self.chunk}")
 
     @property
     def reads_hidden(self) -> bool:

@@ -11,18 +11,19 @@ from typing import Literal
 
 from kvtrim import ops, projections
 from kvtrim.policies.base import WindowPolicy
+from kvtrim.ranges import Kernel, Some, Tokens
 from kvtrim.types import Float, LayerView, Scores, Tensor
 
 
 @dataclass(frozen=True)
 class LaProx(WindowPolicy):
-    window: int = 32  # how many last queries are asked; their slots always stay
-    kernel: int = 7  # width of the average pooling, odd
+    window: Some = 32  # how many last queries are asked; their slots always stay
+    kernel: Kernel = 7  # width of the average pooling, odd
     pool_on: Literal["attn", "score"] = "attn"  # pool the attention norms, or the whole score
     gqa: Literal["prod", "attn", "rss", "block"] = "prod"  # how a group's query heads are joined
     norm: Literal["sum", "none", "out", "resid"] = "sum"  # divide by the layer's sum, nothing,
     # |the window's output|, or |what the layer receives for the window| (Frobenius)
-    sinks: int = 0
+    sinks: Tokens = 0
 
     @property
     def reads_hidden(self) -> bool:

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 
 from kvtrim import ops
 from kvtrim.policies.base import WindowPolicy
+from kvtrim.ranges import Kernel, Some, Tokens
 from kvtrim.types import LayerView, Scores
 
 
 @dataclass(frozen=True)
 class Lava(WindowPolicy):
-    window: int = 32  # how many last queries are asked; their slots always stay
-    kernel: int = 7  # width of the pooling, odd
+    window: Some = 32  # how many last queries are asked; their slots always stay
+    kernel: Kernel = 7  # width of the pooling, odd
     pool: ops.Pool = "max"
-    sinks: int = 0
+    sinks: Tokens = 0
 
     def score(self, layer: LayerView) -> Scores:
         """Queries [B, H, W, D], keys and values [B, K, S, D] to scores [B, K, S - W]."""

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import torch
 
 from kvtrim.policies.base import Policy
+from kvtrim.ranges import Seed, Tokens
 from kvtrim.types import LayerView, Scores
 
 
 @dataclass(frozen=True)
 class Random(Policy):
-    window: int = 32  # newest slots always kept, as in the window methods, so that they compare
-    sinks: int = 4
-    seed: int = 0  # another number draws another sample
+    window: Tokens = 32  # newest slots always kept, as in the window methods, so that they compare
+    sinks: Tokens = 4
+    seed: Seed = 0  # another number draws another sample
 
     def lookback(self) -> int:
         return 0

@@ -21,13 +21,14 @@ from typing import ClassVar, Literal
 
 from kvtrim import ops
 from kvtrim.policies.base import Policy
+from kvtrim.ranges import Some
 from kvtrim.types import Float, LayerView, Scores, Tensor
 
 
 @dataclass(frozen=True)
 class ShotKV(Policy):
     observers: Literal["all", "last_w", "question"] = "all"  # whose attention counts
-    window: int = 32  # W of observers="last_w"
+    window: Some = 32  # W of observers="last_w"
     self_attention: bool = False  # what a token of the prompt pays to itself counts too
     accumulate: bool = False  # rank generated tokens by all attention so far, as H2O does
     carries: ClassVar[bool] = True

@@ -14,18 +14,19 @@ from typing import Literal
 
 from kvtrim import ops
 from kvtrim.policies.base import WindowPolicy
+from kvtrim.ranges import Kernel, Some, Tokens
 from kvtrim.types import LayerView, Scores
 
 
 @dataclass(frozen=True)
 class SnapKV(WindowPolicy):
-    window: int = 32  # the observation window: how many last queries vote; their slots always stay
-    kernel: int = 7  # width of the pooling, odd
+    window: Some = 32  # how many last queries vote (the observation window); their slots stay
+    kernel: Kernel = 7  # width of the pooling, odd
     pool: ops.Pool = "max"  # what a slot takes from its `kernel` neighbours
     rows: Literal["sum", "mean"] = "sum"  # over the window's queries; ranks alike
     group: ops.Reduce = "mean"  # over the query heads of one KV head
     group_order: Literal["before", "after"] = "before"  # before or after the pooling
-    sinks: int = 0
+    sinks: Tokens = 0
 
     def score(self, layer: LayerView) -> Scores:
         """Votes of the window: queries [B, H, W, D], keys [B, K, S, D] to scores [B, K, S - W]."""

@@ -13,12 +13,13 @@ Ours:  the position is the score, so applying it again later still keeps the sin
 from dataclasses import dataclass
 
 from kvtrim.policies.base import Policy
+from kvtrim.ranges import Tokens
 from kvtrim.types import LayerView, Scores
 
 
 @dataclass(frozen=True)
 class StreamingLLM(Policy):
-    sinks: int = 4
+    sinks: Tokens = 4
 
     def lookback(self) -> int:
         return 0

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 
 from kvtrim import ops
 from kvtrim.policies.base import Policy
+from kvtrim.ranges import Tokens
 from kvtrim.types import LayerView, Scores
 
 
 @dataclass(frozen=True)
 class Tova(Policy):
-    protect_last: int = 0  # newest slots that never compete; kvpress protects one
+    protect_last: Tokens = 0  # newest slots that never compete; kvpress protects one
     per_head: bool = False  # KV heads choose alone; the released cache keeps one set per layer
-    sinks: int = 0
+    sinks: Tokens = 0
 
     def lookback(self) -> int:
         return 1

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvtrim.policies.base import Policy
+from kvtrim.ranges import Declared
 from kvtrim.types import Int, LayerView, Target, Tensor
 
 
-class Propagation(ABC):
+class Propagation(Declared, ABC):
     """Which hidden states go on to deeper layers while the prompt is read.
 
     Subclasses are frozen dataclasses. Layers count from 0. A prompt that fits into its budget is

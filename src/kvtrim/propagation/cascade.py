@@ -17,14 +17,15 @@ Ours:  attention of the recent rows is computed in blocks, never n x n.
 from dataclasses import dataclass
 from functools import lru_cache
 from math import cos, pi
+from typing import Annotated
 
 import torch
 
 from kvtrim import ops
 from kvtrim.budgets.base import everyone
-from kvtrim.errors import UsageError
 from kvtrim.policies.base import Policy
 from kvtrim.propagation.base import Propagation
+from kvtrim.ranges import Positive, Range, Share, Some, Tokens
 from kvtrim.selection import select
 from kvtrim.types import Int, LayerView, Tensor
 
@@ -35,23 +36,13 @@ STEPS = 1000
 
 @dataclass(frozen=True)
 class Cascade(Propagation):
-    recent: float = 0.01  # share of the prompt whose last tokens are asked and always go on
-    decay: float | None = None  # what the deepest layer would pass on; none: what `keep` allows
-    interval: int = 1  # tokens are chosen at every so many layers
-    sinks: int = 4  # first tokens, which always go on
-    min_context: int = 64  # a layer passes on more context tokens than this, or all it has
-    weight: float = 1.2  # of the last token's attention, relative to the oldest recent one's
-
-    def __post_init__(self) -> None:
-        if self.interval < 1:
-            raise UsageError(f"interval={self.interval}: choose at every layer (1) or more seldom")
-        if min(self.sinks, self.min_context) < 0 or self.weight <= 0:
-            raise UsageError(
-                f"sinks={self.sinks}, min_context={self.min_context}, weight={self.weight}: "
-                "numbers of tokens are not negative, a weight is above 0"
-            )
-        if not 0 <= self.recent < 1 or not (self.decay is None or 0 <= self.decay <= 1):
-            raise UsageError(f"recent={self.recent}, decay={self.decay}: both lie between 0 and 1")
+    recent: Annotated[float, Range(0, 1, below=True)] = 0.01  # share of the prompt whose last
+    # tokens are asked and always go on
+    decay: Share | None = None  # what the deepest layer would pass on; none: what `keep` allows
+    interval: Some = 1  # tokens are chosen at every so many layers
+    sinks: Tokens = 4  # first tokens, which always go on
+    min_context: Tokens = 64  # a layer passes on more context tokens than this, or all it has
+    weight: Positive = 1.2  # of the last token's attention, relative to the oldest recent one's
 
     @property
     def holds_more(self) -> str:

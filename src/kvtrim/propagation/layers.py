@@ -67,14 +67,6 @@ def measured() -> dict[str | None, dict[str, Any]]:
     return {table["identity"]: table for table in tables}
 
 
-def require_amount(name: str, amount: float) -> None:
-    """Refuse what is neither a number of tokens nor a share of the prompt."""
-    if not (amount >= 1 if isinstance(amount, int) else 0 < amount <= 1):
-        raise UsageError(
-            f"{name}={amount}: give a number of tokens (2048) or a share of the prompt (0.2)"
-        )
-
-
 def amount(asked: float, tokens: int) -> int:
     """A number of tokens, or a share of so many."""
     return asked if isinstance(asked, int) else int(tokens * asked + 1e-9)

@@ -16,30 +16,23 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 
 from kvtrim.budgets.base import everyone
-from kvtrim.errors import UsageError
-from kvtrim.policies.base import Policy, require_odd
+from kvtrim.policies.base import Policy
 from kvtrim.propagation import layers as at
 from kvtrim.propagation.base import Propagation
+from kvtrim.ranges import Amount, Kernel, Tokens
 from kvtrim.selection import select
 from kvtrim.types import Int, LayerView, Target, Tensor
 
 
 @dataclass(frozen=True)
 class Restart(Propagation):
-    layer: int | None = None  # the filter layer; none: published for this model, or the middle
-    tokens: int | float | None = None  # tokens of the second reading; none: as many as `keep`
-    kernel: int = 5  # width of the averaging over neighbouring tokens, odd
+    layer: Tokens | None = None  # the filter layer; none: published for this model, or the middle
+    tokens: Amount | None = None  # tokens of the second reading; none: as many as `keep`
+    kernel: Kernel = 5  # width of the averaging over neighbouring tokens, odd
     pad: Literal["zero", "edge"] = "zero"  # beyond the ends: zeros, as published, or the end
-    sinks: int = 0  # first tokens that are read again whatever their score
-    recent: int = 0  # last tokens, likewise
+    sinks: Tokens = 0  # first tokens that are read again whatever their score
+    recent: Tokens = 0  # last tokens, likewise
     restarts: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        require_odd("kernel", self.kernel)
-        if self.tokens is not None:
-            at.require_amount("tokens", self.tokens)
-        if min(self.sinks, self.recent) < 0:
-            raise UsageError(f"sinks={self.sinks}, recent={self.recent}: no less than 0")
 
     @property
     def holds_more(self) -> str:

@@ -17,21 +17,22 @@ from dataclasses import dataclass, replace
 from kvtrim import ops
 from kvtrim.budgets.base import everyone
 from kvtrim.errors import UsageError
-from kvtrim.policies.base import Policy
+from kvtrim.policies.base import Policy, scored
 from kvtrim.propagation import layers as at
 from kvtrim.propagation.base import Propagation
+from kvtrim.ranges import Amount, Tokens
 from kvtrim.selection import select
 from kvtrim.types import Int, LayerView, Target, Tensor
 
 
 @dataclass(frozen=True)
 class TokenSelective(Propagation):
-    layer: int | None = None  # the last that reads the whole prompt; none: measured, or the middle
-    tokens: int | float = 0.2  # how many go on: a number, or a share of the prompt
+    layer: Tokens | None = None  # the last that reads all of it; none: measured, or the middle
+    tokens: Amount = 0.2  # how many go on: a number, or a share of the prompt
     scorer: Policy | None = None  # scores for this choice alone; none: the method's own
 
     def __post_init__(self) -> None:
-        at.require_amount("tokens", self.tokens)
+        super().__post_init__()
         if self.scorer is not None and (self.scorer.carries or self.scorer.probes):
             raise UsageError(
                 f"scorer={type(self.scorer).__name__} scores what it observed in other passes; "
@@ -55,7 +56,7 @@ class TokenSelective(Propagation):
         count = max(1, at.amount(self.tokens, slots) - recent - sinks)
         if recent + sinks + count >= slots:
             return None
-        scores = scorer.score(ops.newest(view, scorer.lookback())).sum(dim=1, keepdim=True)
+        scores = scored(scorer, ops.newest(view, scorer.lookback())).sum(dim=1, keepdim=True)
         return select(scores, everyone(count, scores), slots, sinks=sinks, recent=recent).slots[
             :, 0
         ]
