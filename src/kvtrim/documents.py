@@ -29,7 +29,8 @@ class Document:
             it, and so does a token that reaches beyond its end.
 
     Raises:
-        UsageError: a range is empty, overlaps another of the same name, or lies outside the text.
+        UsageError: a range is empty, overlaps another of the same name, or lies outside the text,
+            which is half of a surrogate pair somewhere.
     """
 
     text: str
@@ -38,6 +39,7 @@ class Document:
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
             raise UsageError(f"a document is text, got {type(self.text).__name__}")
+        require_characters("document", self.text)
         ranges = checked(self.spans, len(self.text), "characters")
         object.__setattr__(self, "spans", ranges)
 
@@ -79,6 +81,22 @@ class Document:
             return found
         ends = [end.end() for end in _SENTENCE_END.finditer(self.text)]
         return {**found, SENTENCES: tuple((piece,) for piece in _between(self.text, ends))}
+
+
+def require_characters(what: str, text: str) -> None:
+    """Refuse text with half of a surrogate pair in it, which no tokenizer and no file takes.
+
+    Raises:
+        UsageError: naming the place.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the {what} holds half a character (U+{ord(text[error.start]):04X}, a lone "
+            f"surrogate) at character {error.start}: read it as UTF-8, or drop it with "
+            "text.encode(errors='ignore').decode()"
+        ) from None
 
 
 def _between(text: str, ends: list[int], separator: str = "") -> list[tuple[int, int]]:

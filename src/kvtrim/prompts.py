@@ -8,17 +8,30 @@ and template included), `context`, `question`, what a `Document` names (`shots`)
 of the context. A token belongs to the unit in which it begins.
 """
 
+import sys
 from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
-from kvtrim.documents import Document
+from kvtrim.documents import Document, require_characters
 from kvtrim.errors import UsageError
 from kvtrim.spans import joined, moved, without
 from kvtrim.types import Spans
 
-_CONTEXT, _QUESTION = "\u2980context\u2980", "\u2980question\u2980"
+# what templates may want to escape, quote, strip or format stands in them, so that it shows
+_HARD = "\"'`<&>{}[]\\%é\n\t|"
+_CONTEXT, _QUESTION = f"\u2980context{_HARD}\u2980", f"\u2980question{_HARD}\u2980"
 _BETWEEN = "\n\n"
+_WITHOUT_CHAT = "use chat=False (--no-chat)"
+_TEMPLATE_S = 10.0  # a template takes milliseconds
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 @dataclass(frozen=True)
@@ -34,20 +47,26 @@ class Frame:
         """The tokenizer's chat template around one user message "context, blank line, question".
 
         Raises:
-            UsageError: the tokenizer has no chat template, or one that changes the message.
+            UsageError: the tokenizer has no chat template, or one that fails, does not end, or
+                does not print the message once and as it is.
         """
         if not tokenizer.chat_template:
-            raise UsageError("this tokenizer has no chat template; use chat=False (--no-chat)")
+            raise UsageError(f"this tokenizer has no chat template; {_WITHOUT_CHAT}")
         messages = [{"role": "user", "content": f"{_CONTEXT}{_BETWEEN}{_QUESTION}"}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = _rendered(tokenizer, messages)
+        times = max(text.count(_CONTEXT), text.count(_QUESTION))
         before, found, rest = text.partition(_CONTEXT)
         between, also_found, after = rest.partition(_QUESTION)
-        if not (found and also_found):
+        if times > 1:
             raise UsageError(
-                "the chat template alters the user's message; use chat=False (--no-chat)"
+                f"the chat template prints the user's message {times} times; {_WITHOUT_CHAT}"
             )
+        if not (found and also_found):
+            raise UsageError(f"the chat template alters the user's message; {_WITHOUT_CHAT}")
+        if system is not None and text == _rendered(tokenizer, messages[1:]):
+            raise UsageError("the chat template ignores the system message; leave it out")
         return cls(before, between, after)
 
     @classmethod
@@ -89,8 +108,56 @@ class Words:
     prefix: list[int] = field(default_factory=list)  # before the context: kept, not repeated
 
 
+def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """What a chat template makes of messages, within a bound of time and memory.
+
+    Raises:
+        UsageError: it fails, or does not come to an end.
+    """
+    try:
+        with _bounded(_TEMPLATE_S):
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+    except Exception as error:  # whatever a template may raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UsageError(f"the chat template fails: {reason}; {_WITHOUT_CHAT}") from error
+
+
+@contextmanager
+def _bounded(seconds: float) -> Iterator[None]:
+    """Stop Python code that runs for longer, or makes its process larger by a gigabyte.
+
+    A template's loops are Python: a trace sees each of their lines, in any thread.
+    """
+    before, end, size = sys.gettrace(), monotonic() + seconds, _peak_bytes()
+
+    def watch(frame: Any, event: str, argument: Any) -> Any:
+        if monotonic() > end:
+            raise TimeoutError(f"it has not ended after {seconds:g} seconds")
+        if _peak_bytes() > size + (1 << 30):
+            raise MemoryError("it needs more than 1 GiB")
+        return watch
+
+    sys.settrace(watch)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def _peak_bytes() -> int:
+    """The largest size that this process ever had; 0 where the system does not say."""
+    if resource is None:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
 def frame(tokenizer: Any, chat: bool | None = None, system: str | None = None) -> Frame:
     """The frame to use: the chat template where there is one, unless told otherwise."""
+    require_characters("system message", system or "")
     if chat is None:
         chat = bool(tokenizer.chat_template)
     if system is not None and not chat:
@@ -140,7 +207,12 @@ def encode_ends(tokenizer: Any, around: Frame, context: str | Document, room: in
 
 
 def encode_question(tokenizer: Any, around: Frame, question: str) -> Prompt:
-    """Token ids of a question that follows a context already read."""
+    """Token ids of a question that follows a context already read.
+
+    Raises:
+        UsageError: it holds half of a surrogate pair.
+    """
+    require_characters("question", question)
     start = len(around.between)
     parts: Spans = {"question": (((start, start + len(question)),),)} if question else {}
     ids, spans = _encoded(tokenizer, around.between + question + around.after, parts)

@@ -126,13 +126,15 @@ def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
     """`--set name=value` as keyword arguments; the method converts the text.
 
     Raises:
-        UsageError: no equals sign.
+        UsageError: no equals sign, or a name twice.
     """
     settings = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise UsageError(f"--set {pair}: write name=value, for example --set window=16")
+        if name.strip() in settings:
+            raise UsageError(f"--set {name.strip()} is given twice; give it once")
         settings[name.strip()] = value.strip()
     return settings
 

@@ -21,7 +21,7 @@ from transformers import (
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.decoding import Captured, why_plain
 from kvtrim.hf.keyword import cache_in, passing
-from kvtrim.ranges import Positive, Range, Share, Some, Tokens, check
+from kvtrim.ranges import Positive, Range, Share, Some, Tokens, check, declared
 from kvtrim.types import Int, Tensor
 
 _INPUTS = {"self", "inputs", "kwargs", "custom_generate", "max_new_tokens"}  # ours to give
@@ -192,24 +192,24 @@ def _timed(
     return Generated(new, times[0] - start, tpot, decoding, capture_s)
 
 
-SAMPLING: Mapping[str, Any] = {
-    "num_beams": Some,
-    "num_return_sequences": Some,
-    "temperature": Positive | None,
-    "top_k": Tokens | None,
-    "top_p": Annotated[float, Range(0, 1, above=True)] | None,
-    "min_p": Share | None,
-    "repetition_penalty": Positive | None,
-    "no_repeat_ngram_size": Tokens | None,
-    "min_new_tokens": Tokens | None,
-}
-"""What options of transformers' `generate` may be, where it says so late or not at all."""
+class Sampling:
+    """What options of transformers' `generate` may be, where it says so late or not at all."""
+
+    num_beams: Some
+    num_return_sequences: Some
+    temperature: Positive | None
+    top_k: Tokens | None
+    top_p: Annotated[float, Range(0, 1, above=True)] | None
+    min_p: Share | None
+    repetition_penalty: Positive | None
+    no_repeat_ngram_size: Tokens | None
+    min_new_tokens: Tokens | None
 
 
 @cache
 def sampling_names() -> frozenset[str]:
     """Every option of transformers' `generate`."""
-    own = signature(GenerationMixin.generate).parameters.keys()
+    own = signature(vars(GenerationMixin)["generate"]).parameters.keys()
     return frozenset(own | vars(GenerationConfig()).keys()) - _INPUTS
 
 
@@ -219,8 +219,9 @@ def require_sampling(options: Mapping[str, Any]) -> None:
     Raises:
         UsageError: naming the option.
     """
-    for name in SAMPLING.keys() & options.keys():
-        check(name, options[name], SAMPLING[name])
+    known = declared(Sampling)
+    for name in known.keys() & options.keys():
+        check(name, options[name], known[name])
 
 
 def _greedy(model: Any) -> dict[str, Any]:

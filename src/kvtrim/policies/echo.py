@@ -28,9 +28,7 @@ AUTO = "auto"
 class Echo(Policy):
     table: str = AUTO  # a file, or the name of a shipped table; auto: one of this very model
     sinks: Tokens = 4
-    local: Tokens = (
-        128  # so many of the newest tokens stay while generating, or half of the budget
-    )
+    local: Tokens = 128  # newest tokens that stay while generating, or half of the budget
     foresees: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
