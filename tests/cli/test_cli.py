@@ -152,7 +152,7 @@ def test_methods_are_listed_and_explained(run):
     shown = " ".join(out.split())
     method = kvtrim.METHODS["adakv"]
     assert all(said in shown for said in (method.use, method.cost, method.source))
-    assert "floor 0.2 float the share that is dealt out evenly" in shown
+    assert "floor 0.2 float (0 to 1) the share that is dealt out evenly" in shown
     assert "upstream granularity kv → query, floor 0.2 → 0.5" in shown
     out = run("methods", model=False)[1]
     assert all(name in out for name in kvtrim.METHODS)
