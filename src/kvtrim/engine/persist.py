@@ -1,6 +1,7 @@
 """A session as tensors and a JSON record, and back."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,7 @@ def restore(
     """
     try:
         _require_record(record, len(session.state.layers))
+        _require_alike(tensors, len(session.state.layers))
         reading = session.state.reading
         reading.seen, reading.lengths = record["seen"], record["lengths"]
         reading.real = _real(tensors.get("real"), record)
@@ -136,6 +138,15 @@ def _require_record(record: dict[str, Any], layers: int) -> None:
     entries = record["full_entries"]
     fits = isinstance(entries, list) and len(entries) == layers
     _require(fits and all(_whole(each) for each in entries), f"full_entries={entries!r}")
+
+
+def _require_alike(tensors: dict[str, Tensor], layers: int) -> None:
+    """Every layer has what the others have: a method does the same in all of them."""
+    named = [re.fullmatch(r"(\w+)\.(\d+)(\.\w+)?", name) for name in tensors]
+    found = [(each[1], each[3], int(each[2])) for each in named if each and each[1] != "sliding"]
+    for part, column in {(part, column) for part, column, _ in found}:
+        there = {layer for *own, layer in found if own == [part, column]}
+        _require(there == set(range(layers)), f"{part}{column or ''} in some layers alone")
 
 
 def _real(real: Tensor | None, record: dict[str, Any]) -> Tensor | None:

@@ -231,13 +231,14 @@ def _buffers(model: PreTrainedModel) -> dict[str, list[float]]:
 def _close(saved: Any, here: Mapping[str, list[float]]) -> bool:
     if not isinstance(saved, dict) or saved.keys() != here.keys():
         return False
-    return all(
-        len(saved[name]) == len(values)
-        and all(
-            math.isclose(a, b, rel_tol=_SAME) for a, b in zip(saved[name], values, strict=True)
-        )
-        for name, values in here.items()
-    )
+    return all(_close_values(saved[name], values) for name, values in here.items())
+
+
+def _close_values(saved: Any, here: list[float]) -> bool:
+    if not isinstance(saved, list) or len(saved) != len(here):
+        return False
+    pairs = zip(saved, here, strict=True)
+    return all(type(a) in (int, float) and math.isclose(a, b, rel_tol=_SAME) for a, b in pairs)
 
 
 def _weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:

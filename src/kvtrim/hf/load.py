@@ -2,6 +2,8 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -11,9 +13,10 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from kvtrim.errors import ModelError, UnsupportedModelError
+from kvtrim.errors import KvtrimError, ModelError, UnsupportedModelError
 from kvtrim.hf import gguf
 from kvtrim.hf.architectures import SUPPORTED, layout
+from kvtrim.hf.gguf_header import require_sound
 from kvtrim.hf.quiet import quiet
 
 EMBEDDED = "smollm2"
@@ -47,26 +50,70 @@ def load(
         UnsupportedModelError: an architecture that kvtrim was never tested on.
         ModelError: no such file, no network, or files that are no model.
     """
-    where, extra = _located(os.fspath(name))
+    with told_plainly(str(name)):
+        where, extra = _located(os.fspath(name))
     if device == AUTO_MAP:
         device, options = None, {"device_map": "auto", **options}
     device = as_device(device)
     _require_network(where)
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(where, **extra, **_hub_options(options))
-            _check(config, str(name), allow_untested)
-            kind = as_dtype(dtype, device)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                where, **extra, dtype=kind, **options
-            )
-            tokenizer = AutoTokenizer.from_pretrained(where, **extra, **_hub_options(options))
-    except (OSError, ValueError) as error:
-        raise ModelError(_why(str(name), error)) from error
-    if extra:
-        gguf.scale_rope(model, Path(where) / extra["gguf_file"])
+    with told_plainly(str(name)), quiet():
+        config = AutoConfig.from_pretrained(where, **extra, **_hub_options(options))
+        _check(config, str(name), allow_untested)
+        kind = as_dtype(dtype, device)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where, **extra, dtype=kind, output_loading_info=True, **options
+        )
+        model = _whole(str(name), *loaded)
+        tokenizer = AutoTokenizer.from_pretrained(where, **extra, **_hub_options(options))
+        if extra:
+            gguf.scale_rope(model, Path(where) / extra["gguf_file"])
     layout(model, allow_untested)
     return (model if "device_map" in options else model.to(device)).eval(), tokenizer
+
+
+@contextmanager
+def told_plainly(name: str) -> Iterator[None]:
+    """Whatever libraries say of files that they cannot make sense of, as a `ModelError`.
+
+    They are written for files that are in order: a damaged one may raise anything, and what is
+    written in Rust even what is no `Exception`.
+    """
+    try:
+        yield
+    except KvtrimError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ModelError(_why(name, error)) from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ModelError(
+            f"cannot load {name}: there is not enough memory; a smaller dtype or another device "
+            "may help, or its files claim sizes that they do not have"
+        ) from error
+    except BaseException as error:
+        kind = type(error).__name__
+        if not isinstance(error, Exception) and kind != "PanicException":
+            raise
+        text = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"cannot load {name}: one of its files is damaged, or of a kind that transformers "
+            f"does not read ({kind}: {text})"
+        ) from error
+
+
+def _whole(name: str, model: Any, info: dict[str, Any]) -> Any:
+    """The model, unless some of its weights were not in its files and made up.
+
+    Raises:
+        ModelError: naming the first of them.
+    """
+    missing = sorted(map(str, [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(
+            f"cannot load {name}: its files hold no weights for {missing[0]}{more}: they are "
+            "damaged or incomplete, or it is no causal language model"
+        )
+    return model
 
 
 def default_device() -> torch.device:
@@ -99,6 +146,7 @@ def _located(name: str) -> tuple[str, dict[str, str]]:
         if not path.is_file():
             raise ModelError(f"no such file: {name}")
         gguf.require_reader()
+        require_sound(path)
         return str(path.parent), {"gguf_file": path.name}
     if path.exists():
         if not (path / "config.json").is_file():
