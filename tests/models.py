@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -47,6 +48,38 @@ _CONFIGS = {
     "gemma3_text": lambda: Gemma3TextConfig(**_SIZES, **_SLIDING),
 }
 ARCHITECTURES = tuple(_CONFIGS)
+"""Those that the deep tests go through."""
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+_FURTHER = {
+    "cohere": {},
+    "cohere2": _SLIDING,
+    "exaone4": _SLIDING,
+    "flex_olmo": _EXPERTS,
+    "gemma": {},
+    "glm": {},
+    "glm4": {},
+    "granite": {},
+    "ministral": _SLIDING,
+    "ministral3": {"sliding_window": None},
+    "mixtral": _LOCAL,
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": _SLIDING,
+    "olmoe": _EXPERTS,
+    "phi": {},
+    "phimoe": _LOCAL,
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": _EXPERTS,
+    "seed_oss": {},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": None},
+}
+MIXED = ("flex_olmo", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe")
+FURTHER = tuple(_FURTHER)
+"""Those that tests/hf/test_models.py goes through."""
 
 _CHAT = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}"
@@ -54,14 +87,23 @@ _CHAT = (
 )
 
 
+def config(architecture: str):
+    """A fresh configuration of a tiny model."""
+    if architecture in _CONFIGS:
+        return _CONFIGS[architecture]()
+    return AutoConfig.for_model(architecture, **_SIZES, **_FURTHER[architecture])
+
+
 def tiny(architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64):
     """A fresh random model; float64, so that equal means equal."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(_CONFIGS[architecture]())
+    model = AutoModelForCausalLM.from_config(config(architecture))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "proj" in name:  # sharper attention than random initialisation gives
                 parameter.mul_(6)
+    if architecture in MIXED:
+        model.set_experts_implementation("eager")  # the others know no float64
     return model.to(dtype).eval()
 
 

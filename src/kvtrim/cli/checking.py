@@ -29,8 +29,14 @@ def check(
             | {"checks": [vars(f) for f in findings]}
         )
     else:
-        rows = [[f.what, "yes" if f.passed else "NO", f"{f.difference:.1e}"] for f in findings]
+        rows = [[f.what, "yes" if f.passed else "NO", _written(f.difference)] for f in findings]
         columns = [("check", "left"), ("passed", "left"), ("largest difference", "right")]
         output.table(f"kvtrim on {model}", columns, rows)
+        for why in dict.fromkeys(f.why for f in findings if f.why):
+            output.note(why)
     if not all(f.passed for f in findings):
         raise typer.Exit(1)
+
+
+def _written(difference: float | None) -> str:
+    return "-" if difference is None else f"{difference:.1e}"

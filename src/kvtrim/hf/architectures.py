@@ -11,8 +11,26 @@ from kvtrim.errors import UnsupportedModelError
 from kvtrim.projections import output_factor
 from kvtrim.types import Float, Tensor
 
-SUPPORTED = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+SUPPORTED = (
+    *(
+        "cohere",
+        "cohere2",
+        "exaone4",
+        "flex_olmo",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+    ),
+    *("granite", "llama", "ministral", "ministral3", "mistral", "mixtral", "olmo", "olmo2"),
+    *("olmo3", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+    *("seed_oss", "smollm3", "stablelm", "starcoder2"),
+)
 """`config.model_type` of the architectures that the test suite proves."""
+
+
+_OUTPUT = ("o_proj", "dense")  # what the output projection is called; Phi's is dense
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,12 @@ def layout(model: PreTrainedModel, allow_untested: bool = False) -> Layout:
         raise UnsupportedModelError(
             f"architecture {config.model_type!r} is untested; tested are {', '.join(SUPPORTED)}. "
             "Run `kvtrim check MODEL` to see whether it works, then pass allow_untested=True"
+        )
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{config.model_type} caches a latent of {config.kv_lora_rank} numbers a token that "
+            "all heads share (MLA); kvtrim would hold what every head makes of it, more than "
+            "transformers' full cache. Use the model as it is"
         )
     decoder = model.get_decoder()
     blocks = list(getattr(decoder, "layers", []))
@@ -127,10 +151,11 @@ class OutputProjection:
         return self._made[2]
 
     def _weight(self) -> Tensor:
-        weight = getattr(getattr(self._module, "o_proj", None), "weight", None)
+        name = next((name for name in _OUTPUT if hasattr(self._module, name)), _OUTPUT[0])
+        weight = getattr(getattr(self._module, name, None), "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise UnsupportedModelError(
-                f"{type(self._module).__name__} has no floating-point o_proj.weight; this method "
+                f"{type(self._module).__name__} has no floating-point {name}.weight; this method "
                 "weighs values by it"
             )
         return weight

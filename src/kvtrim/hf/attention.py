@@ -29,6 +29,7 @@ HANDLE = "kvtrim_cache"
 """Keyword of the attention pre-hook: (session, number, projection, rotation, hidden states)."""
 
 _KNOWN_KEYWORDS = {"position_ids", "use_cache", "sliding_window", "output_attentions", "is_causal"}
+_KNOWN_KEYWORDS |= {"output_router_logits", "output_hidden_states", "num_items_in_batch"}
 
 
 class _Managing(threading.local):

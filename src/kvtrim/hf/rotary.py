@@ -10,6 +10,10 @@ from kvtrim.errors import UnsupportedModelError
 from kvtrim.hf.architectures import SUPPORTED, layout
 from kvtrim.types import Float, Int, Tensor
 
+_OTHERWISE = ("cohere", "cohere2", "exaone4", "glm", "glm4", "smollm3")
+"""Turn neighbouring dimensions (2 i, 2 i + 1), or nothing in some of their layers."""
+
+_TURNED = tuple(kind for kind in SUPPORTED if kind not in _OTHERWISE)
 _CHANGING = ("dynamic", "longrope")  # kinds of RoPE whose frequencies depend on the length so far
 
 
@@ -40,9 +44,9 @@ def rotations(model: PreTrainedModel) -> list[Rotation]:
     config = model.config.get_text_config(decoder=True)
     plan = layout(model, allow_untested=True)
     rotary: Any = getattr(plan.decoder, "rotary_emb", None)
-    if config.model_type not in SUPPORTED or rotary is None:
+    if config.model_type not in _TURNED or rotary is None:
         raise UnsupportedModelError(
-            f"positions='rolled' turns keys and is tested on {', '.join(SUPPORTED)}, not on "
+            f"positions='rolled' turns keys and is tested on {', '.join(_TURNED)}, not on "
             f"{config.model_type!r}; use positions='original' (preset=bounded)"
         )
     return [_rotation(rotary, config, layer) for layer in plan.managed]
