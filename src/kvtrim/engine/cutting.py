@@ -174,7 +174,7 @@ class Cutting:
     def _new_cutters(self, call: Call, ahead: bool) -> Cutters:
         due = self.due or [True] * self.now.rows
         groups = [rows for rows in self._groups(self.whole) if due[rows.start]]
-        if not self.prompt and self.method.schedule.region == "generated":
+        if not (self.prompt or self.probed) and self.method.schedule.region == "generated":
             return trimmers(self.method, self.state, self.now, groups)
         if self.prompt or self.probed:
             entry = len(self.state.layers) * call.keys.shape[1] * call.entry_bytes * self.now.rows

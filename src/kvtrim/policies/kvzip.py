@@ -39,7 +39,8 @@ class KVzip(Policy):
         """The sinks and the chunk that is repeated."""
         if layer.probed is None:
             return None
-        slots = torch.cat([torch.arange(self.sinks), torch.arange(*self._chunk(layer.probed))])
+        sinks = min(self.sinks, layer.keys.shape[2] - layer.queries.shape[2])  # of a short prompt
+        slots = torch.cat([torch.arange(sinks), torch.arange(*self._chunk(layer.probed))])
         weights = 1 / ops.length_of(ops.hidden(layer).float()) if self.plus else None
         return Noted(slots, weights)
 
@@ -51,7 +52,7 @@ class KVzip(Policy):
         (begin, stop), most = self._chunk(probed), ops.largest(layer, noted)
         if self.plus:
             most = most * projections.projected_norms(ops.narrowed(layer, noted.slots))
-        most = most[..., self.sinks :]
+        most = most[..., len(noted.slots) - (stop - begin) :]
         most = ops.reduce_group(most, layer.keys.shape[1], "max")
         found = layer.carried.clone()
         found[..., begin:stop] = found[..., begin:stop].maximum(most)
@@ -60,7 +61,7 @@ class KVzip(Policy):
 
     def _chunk(self, probed: Probed) -> tuple[int, int]:
         """Where the chunk begins, sinks left out, and where it ends."""
-        return max(probed.start, self.sinks), probed.stop
+        return min(max(probed.start, self.sinks), probed.stop), probed.stop
 
     def score(self, layer: LayerView) -> Scores:
         """What the probe saw, [B, K, S]."""

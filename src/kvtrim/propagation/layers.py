@@ -68,5 +68,5 @@ def measured() -> dict[str | None, dict[str, Any]]:
 
 
 def amount(asked: float, tokens: int) -> int:
-    """A number of tokens, or a share of so many."""
-    return asked if isinstance(asked, int) else int(tokens * asked + 1e-9)
+    """A number of tokens, or a share of so many; one at least."""
+    return asked if isinstance(asked, int) else max(1, int(tokens * asked + 1e-9))
