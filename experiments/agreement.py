@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import kvtrim
-from kvtrim.bench.derived import derive
-from kvtrim.bench.evaluate import Subject, evaluate
-from kvtrim.bench.grid import Grid
-from kvtrim.bench.machine import provenance
-from kvtrim.bench.subjects import Candidate
+from kvtrim.bench.candidates import Candidate
+from kvtrim.bench.eval.evaluate import Subject, evaluate
+from kvtrim.bench.eval.grid import Grid
+from kvtrim.bench.eval.scores import derive
+from kvtrim.bench.provenance import provenance
 from kvtrim.tasks import named
 from kvtrim.tasks.rows import reader
 

@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicLayer
 
-from kvtrim.bench.machine import provenance
+from kvtrim.bench.provenance import provenance
 from kvtrim.cache.store import LayerStore
 
 HEADS, WIDTH, TOKENS = 8, 128, 512

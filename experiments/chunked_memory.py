@@ -21,8 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import kvtrim
-from kvtrim.bench.machine import peak_memory, provenance
-from kvtrim.hf.running import read
+from kvtrim.bench.provenance import peak_memory, provenance
+from kvtrim.hf.generate import read
 
 METHODS = {
     "full": {},

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import kvtrim
-from kvtrim.bench.machine import provenance
-from kvtrim.hf.running import plain_cache, stored_bytes
+from kvtrim.bench.provenance import provenance
+from kvtrim.hf.generate import plain_cache, stored_bytes
 
 METHODS = ("snapkv", "adakv", "headkv", "pyramidkv")
 

@@ -26,11 +26,11 @@ from statistics import median
 import torch
 
 import kvtrim
-from kvtrim.bench.limits import of_machine
-from kvtrim.bench.machine import provenance
-from kvtrim.cache.runs import starts_of
-from kvtrim.hf.running import generate
-from kvtrim.hf.untrained import build
+from kvtrim.bench.provenance import provenance
+from kvtrim.bench.speed.roofline import of_machine
+from kvtrim.cache.store import starts_of
+from kvtrim.hf.generate import generate
+from kvtrim.hf.models.random import build
 from kvtrim.kernels import columns, reference, sdpa, split, varlen
 
 CUDA = torch.device("cuda")

@@ -14,13 +14,13 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from prompts import needles
 from quality import forced
 
 import kvtrim
-from kvtrim.bench.machine import provenance
+from kvtrim.bench.provenance import provenance
 from kvtrim.hf.replay import record
 from kvtrim.prompts import encode, encode_text, frame
+from prompts import needles
 
 KEEPS = [150, 300, 450, 750]
 CANDIDATES = {

@@ -18,12 +18,12 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from prompts import needles
 
 import kvtrim
-from kvtrim.bench.machine import provenance
+from kvtrim.bench.provenance import provenance
 from kvtrim.hf.replay import record
 from kvtrim.prompts import encode, frame
+from prompts import needles
 
 METHODS = "random streaming-llm knorm h2o tova snapkv pyramidkv adakv chunkkv".split()
 KEEPS = [1024, 512, 256]

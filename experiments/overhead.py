@@ -26,10 +26,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvtrim
-from kvtrim.bench.machine import provenance
+from kvtrim.bench.provenance import provenance
+from kvtrim.hf.generate import plain_cache
 from kvtrim.hf.replay import Recording, record
-from kvtrim.hf.running import plain_cache
-from kvtrim.settings import find
+from kvtrim.methods.settings import find
 
 
 class Largest(TorchDispatchMode):

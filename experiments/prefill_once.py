@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import median
 
 import kvtrim
-from kvtrim.bench import grid
-from kvtrim.bench.book import INPUTS, SAMPLES, TIMES
-from kvtrim.bench.evaluate import Subject, evaluate, record
+from kvtrim.bench.eval import grid
+from kvtrim.bench.eval.evaluate import Subject, evaluate, record
+from kvtrim.bench.eval.run_folder import INPUTS, SAMPLES, TIMES
 from kvtrim.tasks.rows import reader
 
 METHODS = ["snapkv", "adakv", "pyramidkv", "keydiff", "laprox", "criticalkv"]

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 import kvtrim
-from kvtrim.bench.machine import provenance
-from kvtrim.hf.running import plain_cache
+from kvtrim.bench.provenance import provenance
+from kvtrim.hf.generate import plain_cache
 
 PLAIN = "transformers"
 CANDIDATES: dict[str, dict[str, Any]] = {

@@ -28,14 +28,14 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from prompts import Asked, longbench, needles
 
 import kvtrim
-from kvtrim.bench.machine import provenance
+from kvtrim.bench.provenance import provenance
 from kvtrim.errors import BudgetError
 from kvtrim.hf.replay import Recording, record
+from kvtrim.methods.settings import find
 from kvtrim.prompts import encode, encode_text, frame
-from kvtrim.settings import find
+from prompts import Asked, longbench, needles
 
 KEEPS = [1024, 512, 256, 128]
 PROTOCOLS = ("question-aware", "question-agnostic")

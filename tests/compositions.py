@@ -28,9 +28,9 @@ import torch
 import kvtrim
 import models
 import oracles
-from kvtrim.budgets import BUDGETS
 from kvtrim.errors import KvtrimError
-from kvtrim.settings import find, parameters
+from kvtrim.methods.budgets import BUDGETS
+from kvtrim.methods.settings import find, parameters
 from small import table
 
 PLAIN, SLIDING = ("llama", "qwen3"), ("gemma2", "gemma3_text")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from kvtrim import echo_tables
-from kvtrim.echo_tables import EchoTable
-from kvtrim.settings import find, parameters
+from kvtrim.methods import echo_tables
+from kvtrim.methods.echo_tables import EchoTable
+from kvtrim.methods.settings import find, parameters
 
 WINDOW = 8
 

@@ -9,7 +9,7 @@ import models
 import mutations
 from kvtrim.cache import archive
 from kvtrim.errors import ModelError
-from kvtrim.hf.load import load
+from kvtrim.hf.models.load import load
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -7,9 +7,9 @@ import pytest
 
 import kvtrim
 from kvtrim import prompts
-from kvtrim.documents import Document
 from kvtrim.errors import UsageError
 from kvtrim.prompts import encode, frame
+from kvtrim.prompts.document import Document
 from models import tokenizer
 
 EACH = "{% for m in messages %}<{{m['role']}}>"

@@ -13,9 +13,12 @@ def test_the_public_names_are_these():
         "Cache",
         "Document",
         "KvtrimError",
+        "LayerView",
         "METHODS",
         "Method",
+        "Policy",
         "Result",
+        "Scores",
         "__version__",
         "attach",
         "compress",
@@ -32,9 +35,9 @@ def test_the_public_names_are_these():
 
 def test_names_are_the_same_object_however_they_are_reached():
     code = (
-        "import kvtrim, kvtrim.answers, kvtrim.engine.offline\n"
-        "assert kvtrim.generate is kvtrim.answers.generate and callable(kvtrim.generate)\n"
-        "assert kvtrim.select is kvtrim.engine.offline.select and callable(kvtrim.select)\n"
+        "import kvtrim, kvtrim.api, kvtrim.engine.select\n"
+        "assert kvtrim.generate is kvtrim.api.generate and callable(kvtrim.generate)\n"
+        "assert kvtrim.select is kvtrim.engine.select.select and callable(kvtrim.select)\n"
         "assert callable(kvtrim.load) and callable(kvtrim.compress)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -55,7 +58,7 @@ def test_the_package_works_without_the_tools_of_its_tests():
         "import sys\n"
         "for name in ('jaxtyping', 'beartype', 'hypothesis', 'triton', 'gguf', 'accelerate'):\n"
         "    sys.modules[name] = None\n"
-        "import torch, kvtrim, kvtrim.answers\n"
+        "import torch, kvtrim, kvtrim.api\n"
         "q = torch.randn(4, 50, 8); k = torch.randn(2, 50, 8)\n"
         "assert len(kvtrim.select('adakv', q, k, k, keep=40)[0]) == 2\n"
     )

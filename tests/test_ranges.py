@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import kvtrim
-from kvtrim import ranges
-from kvtrim.budgets import BUDGETS
 from kvtrim.errors import UnknownNameError, UsageError
-from kvtrim.method import Method
-from kvtrim.methods import METHODS
-from kvtrim.policies.base import Policy
-from kvtrim.policies.snapkv import SnapKV
-from kvtrim.propagation import PROPAGATIONS
-from kvtrim.ranges import Range, Share, Some, Tokens, checked
-from kvtrim.schedules import Schedule
-from kvtrim.settings import UNITS, find, parameters, split
+from kvtrim.methods import ranges
+from kvtrim.methods.budgets import BUDGETS
+from kvtrim.methods.method import Method
+from kvtrim.methods.policies.base import Policy
+from kvtrim.methods.policies.snapkv import SnapKV
+from kvtrim.methods.propagation import PROPAGATIONS
+from kvtrim.methods.ranges import Range, Share, Some, Tokens, checked
+from kvtrim.methods.registry import METHODS
+from kvtrim.methods.schedule import Schedule
+from kvtrim.methods.settings import UNITS, find, parameters, split
 
 POLICIES = {type(method.policy) for method in METHODS.values()}
 PARTS = [*POLICIES, *BUDGETS.values(), *UNITS.values(), *PROPAGATIONS.values(), Schedule, Method]

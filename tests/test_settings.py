@@ -3,13 +3,13 @@
 import pytest
 
 import kvtrim
-from kvtrim.budgets import PerHead, Pyramid
 from kvtrim.errors import UnknownNameError, UsageError
-from kvtrim.methods import Method
-from kvtrim.policies.knorm import KNorm
-from kvtrim.schedules import Schedule
-from kvtrim.settings import find, parameters, split
-from kvtrim.units import Chunk
+from kvtrim.methods.budgets import PerHead, Pyramid
+from kvtrim.methods.method import Method
+from kvtrim.methods.policies.knorm import KNorm
+from kvtrim.methods.schedule import Schedule
+from kvtrim.methods.settings import find, parameters, split
+from kvtrim.methods.unit import Chunk
 
 MINE = Method(KNorm(window=3))
 

@@ -6,41 +6,53 @@ Importing does nothing else: torch and transformers are loaded when something ne
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kvtrim import moved
 from kvtrim.errors import KvtrimError
 from kvtrim.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from kvtrim.answers import Result, compress, generate
-    from kvtrim.documents import Document
-    from kvtrim.engine.offline import select
+    from kvtrim.api import Result, compress, generate
+    from kvtrim.engine.select import select
     from kvtrim.hf.attach import attach, detach
     from kvtrim.hf.cache import Cache
-    from kvtrim.hf.load import load
+    from kvtrim.hf.models.load import load
     from kvtrim.hf.saving import load_cache
-    from kvtrim.methods import METHODS, Method
+    from kvtrim.methods.method import Method
+    from kvtrim.methods.policies.base import Policy
+    from kvtrim.methods.registry import METHODS
+    from kvtrim.prompts.document import Document
+    from kvtrim.types import LayerView, Scores
 
 _LATER = {
-    "METHODS": "kvtrim.methods",
-    "Method": "kvtrim.methods",
+    "METHODS": "kvtrim.methods.registry",
+    "Method": "kvtrim.methods.method",
     "Cache": "kvtrim.hf.cache",
-    "Document": "kvtrim.documents",
-    "Result": "kvtrim.answers",
+    "Document": "kvtrim.prompts.document",
+    "LayerView": "kvtrim.types",
+    "Policy": "kvtrim.methods.policies.base",
+    "Result": "kvtrim.api",
+    "Scores": "kvtrim.types",
     "attach": "kvtrim.hf.attach",
-    "compress": "kvtrim.answers",
+    "compress": "kvtrim.api",
     "detach": "kvtrim.hf.attach",
-    "generate": "kvtrim.answers",
-    "load": "kvtrim.hf.load",
+    "generate": "kvtrim.api",
+    "load": "kvtrim.hf.models.load",
     "load_cache": "kvtrim.hf.saving",
-    "select": "kvtrim.engine.offline",
+    "select": "kvtrim.engine.select",
 }
+
+moved.install()
 
 __all__ = [
     "METHODS",
     "Cache",
     "Document",
     "KvtrimError",
+    "LayerView",
     "Method",
+    "Policy",
     "Result",
+    "Scores",
     "__version__",
     "attach",
     "compress",

@@ -2,7 +2,7 @@
 
 import random
 
-from kvtrim.documents import Document
+from kvtrim.prompts.document import Document
 from kvtrim.tasks.base import Sample, Task
 
 WORDS = "ash birch cedar elm fir hazel larch maple oak pine rowan willow".split()

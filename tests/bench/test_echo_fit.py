@@ -7,10 +7,10 @@ import torch
 
 import kvtrim
 import models
-from kvtrim import echo_tables
-from kvtrim.bench import echo, echo_texts
+from kvtrim.bench.calibrate import echo, echo_texts
 from kvtrim.errors import UsageError
 from kvtrim.hf.replay import record
+from kvtrim.methods import echo_tables
 
 PLAN = echo.Plan(length=150, tokens=900)
 

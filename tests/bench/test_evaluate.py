@@ -16,11 +16,11 @@ import torch
 import kvtrim
 import models
 from bench import questions
-from kvtrim.bench import derived, evaluate, grid
-from kvtrim.bench.samples import Encoder
-from kvtrim.documents import Document
+from kvtrim.bench.eval import evaluate, grid, scores
+from kvtrim.bench.eval.encode import Encoder
 from kvtrim.errors import UsageError
 from kvtrim.prompts import Frame, encode_ends, encode_text
+from kvtrim.prompts.document import Document
 from kvtrim.tasks import TASKS, Sample
 from small import small
 
@@ -218,7 +218,7 @@ def test_a_question_longer_than_the_window_is_refused_and_the_run_goes_on(subjec
 def test_a_task_without_samples_is_named(subject, tmp_path, others):
     wanted = asked(questions.LONG, *others, methods=["snapkv"], fitting=True)
     evaluate.evaluate(subject, wanted, Rows(), tmp_path / "run")
-    derived.derive(tmp_path / "run", wanted.tasks)
+    scores.derive(tmp_path / "run", wanted.tasks)
     (line,) = json.loads((tmp_path / "run" / "eval.json").read_text())["without_samples"]
     assert line.startswith("long: no samples: --fitting left out all of them")
     assert line in (tmp_path / "run" / "eval.md").read_text()
@@ -299,7 +299,7 @@ def test_a_method_that_cannot_serve_is_refused_and_the_run_goes_on(subject, tmp_
     assert by["pyramidinfer"]["outcome"] == "refused" and by["snapkv"]["outcome"] == "ok"
     assert "out of reach" in by["pyramidinfer"]["reason"]
     assert by["pyramidinfer"]["loss"] is None and by["pyramidinfer"]["held_bytes"] is None
-    rows = derived.derive(tmp_path / "run", wanted.tasks)
+    rows = scores.derive(tmp_path / "run", wanted.tasks)
     row = next(row for row in rows if row["method"] == "pyramidinfer")
     assert (row["n"], row["failed"], row["score"]) == (0, 2, None)
     (line,) = json.loads((tmp_path / "run" / "eval.json").read_text())["refused"]
@@ -308,16 +308,16 @@ def test_a_method_that_cannot_serve_is_refused_and_the_run_goes_on(subject, tmp_
 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_too_little_memory_for_one_costs_that_one_alone(subject, tmp_path, monkeypatch, batch):
-    from kvtrim.bench import continuing
+    from kvtrim.bench.eval import decode
 
-    fed = continuing._fed
+    fed = decode._fed
 
     def hungry(model, cache, ids, keep):
         if ids.shape[0] > 1 or cache.held_bytes > 40_000:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
         return fed(model, cache, ids, keep)
 
-    monkeypatch.setattr(continuing, "_fed", hungry)
+    monkeypatch.setattr(decode, "_fed", hungry)
     wanted = asked(methods=["snapkv"], keeps=["48"], protocol=AWARE, batch=batch)
     found = run(subject, wanted, tmp_path / "run")
     assert [line["outcome"] for line in found] == ["oom", "ok"] * 2
@@ -325,7 +325,7 @@ def test_too_little_memory_for_one_costs_that_one_alone(subject, tmp_path, monke
 
 
 def test_without_memory_to_record_every_method_reads_for_itself(subject, tmp_path, monkeypatch):
-    from kvtrim.bench import prefilling
+    from kvtrim.bench.eval import prefill
 
     wanted = asked(methods=["snapkv", "adakv"], keeps=["48"])
     run(subject, wanted, tmp_path / "once")
@@ -333,7 +333,7 @@ def test_without_memory_to_record_every_method_reads_for_itself(subject, tmp_pat
     def none(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(prefilling, "record", none)
+    monkeypatch.setattr(prefill, "record", none)
     run(subject, wanted, tmp_path / "each")
     assert same(tmp_path / "once") == same(tmp_path / "each")
 
@@ -348,7 +348,7 @@ def test_answers_can_be_bounded_and_nothing_else_changes(subject, tmp_path):
         assert {**short, **{name: line[name] for name in OF_ANSWERS}} == line
     with pytest.raises(UsageError, match="max_new_tokens"):
         run(subject, asked(methods=["snapkv"]), tmp_path / "short")
-    derived.derive(tmp_path / "short", asked().tasks)
+    scores.derive(tmp_path / "short", asked().tasks)
     assert "Answers of at most 2 tokens" in (tmp_path / "short" / "eval.md").read_text()
 
 
@@ -509,13 +509,13 @@ def test_code_is_not_run_unless_allowed(subject, tmp_path):
 
     wanted = asked(replace(questions.CODE, score=score), methods=["snapkv"], keeps=["48"])
     run(subject, wanted, tmp_path / "run")
-    rows = derived.derive(tmp_path / "run", wanted.tasks)
+    rows = scores.derive(tmp_path / "run", wanted.tasks)
     assert not ran and all(
         row["score"] is None and row["n"] == 2 for row in rows if not row["group"]
     )
     found = lines(tmp_path / "run", "scores.jsonl")
-    assert {line["outcome"] for line in found} == {derived.NEEDS_PERMISSION}
-    rows = derived.derive(tmp_path / "run", wanted.tasks, allow_code_execution=True)
+    assert {line["outcome"] for line in found} == {scores.NEEDS_PERMISSION}
+    rows = scores.derive(tmp_path / "run", wanted.tasks, allow_code_execution=True)
     assert len(ran) == 4 and rows[0]["score"] == 1
 
 
@@ -525,7 +525,7 @@ def test_scores_are_derived_and_grouped(subject, tmp_path):
 
     wanted = asked(replace(questions.WORDS_TASK, score=score), methods=["snapkv"], limit=6)
     run(subject, wanted, tmp_path / "run")
-    rows = derived.derive(tmp_path / "run", wanted.tasks)
+    rows = scores.derive(tmp_path / "run", wanted.tasks)
     given = {one["sample"]: one for one in lines(tmp_path / "run", "inputs.jsonl")}
     worth = [one["extra"]["asked"] / 100 for one in given.values()]
     assert rows[0]["method"] == "full" and rows[0]["group"] == {} and rows[0]["n"] == 6
@@ -538,10 +538,10 @@ def test_scores_are_derived_and_grouped(subject, tmp_path):
     assert halves[0]["score"] == pytest.approx(sum(some) / len(some))
     for name in ("scores.jsonl", "eval.json", "eval.md"):
         before = (tmp_path / "run" / name).read_bytes()
-        derived.derive(tmp_path / "run", wanted.tasks)
+        scores.derive(tmp_path / "run", wanted.tasks)
         assert (tmp_path / "run" / name).read_bytes() == before
     with pytest.raises(UsageError, match="no task 'words'"):
-        derived.derive(tmp_path / "run", [questions.LONG])
+        scores.derive(tmp_path / "run", [questions.LONG])
 
 
 def test_sliding_layers_are_measured_one_by_one(tmp_path):

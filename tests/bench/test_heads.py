@@ -8,9 +8,9 @@ import torch
 
 import kvtrim
 import models
-from kvtrim.bench import heads
-from kvtrim.bench.heads import Plan, answering, copied, measure, reasoned
-from kvtrim.bench.planting import plant
+from kvtrim.bench.calibrate import heads
+from kvtrim.bench.calibrate.heads import Plan, answering, copied, measure, reasoned
+from kvtrim.bench.calibrate.needles import plant
 from kvtrim.errors import ModelError, UsageError
 from kvtrim.tasks import haystack
 from kvtrim.tasks.scorers import rouge1_recall, token_f1

@@ -8,11 +8,11 @@ import torch
 
 import kvtrim
 from kvtrim.bench import recommend
+from kvtrim.bench.candidates import Candidate
 from kvtrim.bench.recommend import Asked, Plan
-from kvtrim.bench.subjects import Candidate
 from kvtrim.cli import main
 from kvtrim.errors import UsageError
-from kvtrim.settings import find
+from kvtrim.methods.settings import find
 from models import tiny, tokenizer
 
 TEXT = "The keeper of the lighthouse counted ships that passed in the night, one by one. "

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 
 from kvtrim import records
-from kvtrim.bench import derived, journal
-from kvtrim.bench.book import Book
-from kvtrim.bench.evaluate import distinct
-from kvtrim.bench.journal import Journal
-from kvtrim.documents import Document
+from kvtrim.bench import jsonl
+from kvtrim.bench.eval import scores
+from kvtrim.bench.eval.evaluate import distinct
+from kvtrim.bench.eval.run_folder import Book
+from kvtrim.bench.jsonl import Journal
 from kvtrim.errors import FileError, UsageError
+from kvtrim.prompts.document import Document
 from kvtrim.tasks.base import Sample, Task
 
 LINE = {"method": "knorm", "outcome": "ok", "note": "é" * 50}
@@ -84,40 +85,40 @@ def test_a_damaged_line_is_named_and_the_file_is_left_alone(tmp_path, damage):
 @pytest.mark.parametrize("damage", ["", "{", "[]", "5", "[" * 2000, '{"a": "\\ud800"}'])
 def test_a_damaged_record_is_one_error_where_something_was_measured(tmp_path, damage):
     folder = tmp_path / "run"
-    begun, _ = journal.opened(folder, {"a": 1})
+    begun, _ = jsonl.opened(folder, {"a": 1})
     begun.add(LINE)
     (folder / "run.json").write_text(damage)
     with pytest.raises(FileError, match=r"cannot read .*run\.json"):
-        journal.opened(folder, {"a": 1})
+        jsonl.opened(folder, {"a": 1})
     (folder / records.SPEED).write_text("")
-    assert journal.opened(folder, {"a": 1})[1] == {"a": 1}  # nothing was lost with it
+    assert jsonl.opened(folder, {"a": 1})[1] == {"a": 1}  # nothing was lost with it
 
 
 def test_what_was_refused_before_its_first_line_does_not_block_the_folder(tmp_path):
     folder = tmp_path / "run"
-    journal.opened(folder, {"a": 1, "date": "Monday"})
-    assert journal.opened(folder, {"a": 1, "date": "Tuesday"})[1]["date"] == "Monday"
-    begun, record = journal.opened(folder, {"a": 2})
+    jsonl.opened(folder, {"a": 1, "date": "Monday"})
+    assert jsonl.opened(folder, {"a": 1, "date": "Tuesday"})[1]["date"] == "Monday"
+    begun, record = jsonl.opened(folder, {"a": 2})
     assert record == json.loads((folder / "run.json").read_text()) == {"a": 2}
     begun.add(LINE)
     with pytest.raises(UsageError, match="holds another run: a: 2 there, 3 here"):
-        journal.opened(folder, {"a": 3})
+        jsonl.opened(folder, {"a": 3})
 
 
 def test_a_sweep_with_samples_in_one_of_its_folders_is_not_replaced(tmp_path):
     folder = tmp_path / "sweep"
-    journal.opened(folder, {"a": 1}, records.SAMPLES, "sweep.json")
+    jsonl.opened(folder, {"a": 1}, records.SAMPLES, "sweep.json")
     (folder / "job" / "parts" / "0").mkdir(parents=True)
     (folder / "job" / "parts" / "0" / records.SAMPLES).write_text("x\n")
     with pytest.raises(UsageError, match="holds another run"):
-        journal.opened(folder, {"a": 2}, records.SAMPLES, "sweep.json")
+        jsonl.opened(folder, {"a": 2}, records.SAMPLES, "sweep.json")
 
 
 def test_a_run_that_another_process_has_just_begun_is_not_replaced(tmp_path):
     folder = tmp_path / "run"
-    journal.opened(folder, {"a": 1})
-    with journal.locked(folder), pytest.raises(UsageError, match="another process is measuring"):
-        journal.opened(folder, {"a": 2})
+    jsonl.opened(folder, {"a": 1})
+    with jsonl.locked(folder), pytest.raises(UsageError, match="another process is measuring"):
+        jsonl.opened(folder, {"a": 2})
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -125,7 +126,7 @@ def test_a_closed_folder_is_one_error(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir(mode=0o500)
     with pytest.raises(FileError, match="cannot write"):
-        journal.opened(folder, {"a": 1})
+        jsonl.opened(folder, {"a": 1})
 
 
 def unit(number):
@@ -180,12 +181,12 @@ def test_each_answer_is_scored_against_its_own_row():
     lines = [
         KEY | {"sample": one.id, "answer": one.answers[0], "outcome": "ok"} for one in samples
     ]
-    assert [row["score"] for row in derived.scored(inputs, lines, {"t": right})] == [1.0] * 3
+    assert [row["score"] for row in scores.scored(inputs, lines, {"t": right})] == [1.0] * 3
     twice = [line | {"sample": "1"} for line in inputs]
     with pytest.raises(UsageError, match="two samples '1' of t"):
-        list(derived.scored(twice, lines, {"t": right}))
+        list(scores.scored(twice, lines, {"t": right}))
     with pytest.raises(UsageError, match="lacks sample '1#2' of t"):
-        list(derived.scored(inputs[:1], lines, {"t": right}))
+        list(scores.scored(inputs[:1], lines, {"t": right}))
 
 
 def test_ids_that_are_not_text_become_text():

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import models
-from kvtrim.bench import journal, limits, peer_kvpress
-from kvtrim.bench.journal import Journal
-from kvtrim.bench.speed import Plan, measure, turns
-from kvtrim.bench.subjects import Candidate, candidates
+from kvtrim.bench import jsonl
+from kvtrim.bench.candidates import Candidate, candidates
+from kvtrim.bench.jsonl import Journal
+from kvtrim.bench.speed import peer_kvpress, roofline
+from kvtrim.bench.speed.clock import Plan, measure, turns
 from kvtrim.errors import BudgetError, UnknownNameError, UsageError
 from kvtrim.hf.attach import is_attached
 from kvtrim.report.speed import rows
@@ -86,13 +87,13 @@ def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
         if done == 9:
             raise KeyboardInterrupt
 
-    first, _ = journal.opened(tmp_path / "run", record)
+    first, _ = jsonl.opened(tmp_path / "run", record)
     with pytest.raises(KeyboardInterrupt):
         measure(model, PLAN, chosen, first, killed)
-    path = tmp_path / "run" / journal.LINES
+    path = tmp_path / "run" / jsonl.LINES
     with path.open("a") as file:
         file.write('{"round": 1, "bat')  # what a power cut leaves
-    again, _ = journal.opened(tmp_path / "run", record)
+    again, _ = jsonl.opened(tmp_path / "run", record)
     assert again.lines == first.lines and len(again.lines) == 7
     told = []
     measure(model, PLAN, chosen, again, told.append)
@@ -107,19 +108,19 @@ def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
 def test_another_run_is_refused_and_another_day_is_not(tmp_path):
     record = {"machine": {"threads": 1, "date": "Monday", "commit": "a"}, "plan": {"repeats": 3}}
     folder = tmp_path / "run"
-    journal.opened(folder, record)
+    jsonl.opened(folder, record)
     later = {**record, "machine": {**record["machine"], "date": "Tuesday", "commit": "b"}}
-    there, known = journal.opened(folder, later)
+    there, known = jsonl.opened(folder, later)
     assert known == record
     there.add({"method": "knorm", "outcome": "ok"})
     other = {"machine": {"threads": 2}, "plan": {"repeats": 5}}
     with pytest.raises(UsageError, match="threads: 1 there, 2 here") as refused:
-        journal.opened(folder, other)
+        jsonl.opened(folder, other)
     assert "plan.repeats: 3 there, 5 here" in str(refused.value) and "--out" in str(refused.value)
-    (folder / journal.RECORD).unlink()
-    (folder / journal.LINES).touch()
+    (folder / jsonl.RECORD).unlink()
+    (folder / jsonl.LINES).touch()
     with pytest.raises(UsageError, match=r"without run\.json"):
-        journal.opened(folder, record)
+        jsonl.opened(folder, record)
 
 
 class Hungry(Candidate):
@@ -177,7 +178,7 @@ def test_parameters_go_to_the_methods_that_have_them():
 
 
 def test_limits_count_what_the_model_does(model):
-    found = limits.of_model(model)
+    found = roofline.of_model(model)
     layer = 2 * 48 * 48 + 2 * 48 * 16 + 3 * 48 * 64  # q and o, k and v, MLP
     assert found["layers_flop_per_token"] == 2 * 3 * layer
     assert found["head_flop_per_token"] == 2 * 300 * 48

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import kvtrim
-from kvtrim.bench import derived, evaluate, pool_ray
-from kvtrim.bench.driving import Driver
-from kvtrim.bench.pool_local import LocalPool
-from kvtrim.bench.sweep import load, pieces
-from kvtrim.bench.working import Worker
-from kvtrim.cli import sweeping
+from kvtrim.bench.eval import evaluate, scores
+from kvtrim.bench.sweep import pool_ray
+from kvtrim.bench.sweep.pool_local import LocalPool
+from kvtrim.bench.sweep.queue import Driver
+from kvtrim.bench.sweep.spec import load, pieces
+from kvtrim.bench.sweep.worker import Worker
+from kvtrim.cli import sweep
 from kvtrim.errors import KvtrimError, UnknownNameError, UsageError
 from kvtrim.tasks.rows import Rows
 
@@ -56,7 +57,7 @@ def serial(model_folder, tmp_path_factory):
     torch.set_num_threads(1)
     subject = evaluate.Subject(str(model_folder), *kvtrim.load(model_folder, device="cpu"))
     evaluate.evaluate(subject, job.grid(), Rows(), folder / "run")
-    derived.derive(folder / "run", job.grid().tasks)
+    scores.derive(folder / "run", job.grid().tasks)
     return folder / "run"
 
 
@@ -306,7 +307,7 @@ def test_a_job_without_samples_is_done_and_the_others_go_on(asked, tmp_path, cap
     assert (other / "samples.jsonl").read_text()
     pool = Inside()
     assert Driver(load(asked), tmp_path / "out", pool).run() and pool.started == 0
-    sweeping._show([empty, other], True)
+    sweep._show([empty, other], True)
     said = capsys.readouterr().err
     assert f"{empty.name}: no samples of" in said and "fitting" in said
     assert f"{other.name}: no samples" not in said
@@ -343,7 +344,7 @@ def test_no_more_ray_workers_than_there_is_room_for(
     assert pool_ray.RayPool(**asked_for).size == room
     assert needs.items() <= given.items()
     own = SimpleNamespace(threads=asked_for.get("threads"), gpus=asked_for.get("gpus", 1))
-    pool = sweeping._pool(own, 99, True, None)
+    pool = sweep._pool(own, 99, True, None)
     assert f"the cluster has room for {pool.size} of 99 workers" in capsys.readouterr().err
 
 
@@ -354,7 +355,7 @@ def test_ray_that_is_missing_is_named(monkeypatch):
 
 
 def test_two_processes_do_not_write_into_one_folder(asked, tmp_path):
-    from kvtrim.bench.book import Book
+    from kvtrim.bench.eval.run_folder import Book
 
     book = Book(tmp_path)
     with pytest.raises(UsageError, match="another process is measuring"):

@@ -8,13 +8,13 @@ import torch
 import kvtrim
 import models
 import oracles
-from kvtrim.bench import prefills, tsp
-from kvtrim.bench.prefills import full_prefill, narrowed_prefill
-from kvtrim.bench.tsp import Plan, Point, choose, measure
+from kvtrim.bench.calibrate import tsp
+from kvtrim.bench.calibrate import tsp as prefills
+from kvtrim.bench.calibrate.tsp import Plan, Point, choose, full_prefill, measure, narrowed_prefill
 from kvtrim.errors import UnsupportedModelError, UsageError
-from kvtrim.hf import fingerprint
-from kvtrim.propagation import TokenSelective
-from kvtrim.propagation import layers as shipped
+from kvtrim.hf.models import fingerprint
+from kvtrim.methods.propagation import TokenSelective
+from kvtrim.methods.propagation import layers as shipped
 from kvtrim.types import Target
 
 SHARE, WINDOW, KERNEL = 0.4, 8, 7

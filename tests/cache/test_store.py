@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtrim.cache.runs import LEAST_SLACK, MOST_SLACK
-from kvtrim.cache.store import LayerStore
-from kvtrim.selection import kept_from_mask
+from kvtrim.cache.store import LEAST_SLACK, MOST_SLACK, LayerStore
+from kvtrim.methods.selection import kept_from_mask
 
 D = 3
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from kvtrim.bench import heads
+from kvtrim.bench.calibrate import heads
 from kvtrim.cli import main
 
 CALIBRATE = ("calibrate", "heads", "--out", "table.json", "--length", "440", "--prompts", "2")

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 import kvtrim
-from kvtrim.catalog.markdown import manual
 from kvtrim.cli import main
+from kvtrim.methods.describe.markdown import manual
 
 DOCUMENT = "The cat sat on the mat and looked at the wide blue sea. " * 5
 
@@ -240,12 +240,12 @@ def test_a_broken_cache_file_fails_with_one_line(run, tmp_path):
 
 
 def test_an_interrupt_leaves_quietly(run, monkeypatch):
-    import kvtrim.answers
+    import kvtrim.api
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(kvtrim.answers, "generate", interrupted)
+    monkeypatch.setattr(kvtrim.api, "generate", interrupted)
     code, _, err = run("ask", "doc.txt", "-q", "?", "--keep", "64")
     assert (code, err) == (130, "kvtrim: interrupted\n")
 

@@ -5,10 +5,11 @@ import torch
 
 import golden
 import kvtrim
-from kvtrim.budgets import Keep, Pyramid
-from kvtrim.engine.call import Call
+from kvtrim.engine.layer import Call
 from kvtrim.engine.session import Session
-from kvtrim.settings import find
+from kvtrim.methods.budgets import Pyramid
+from kvtrim.methods.keep import Keep
+from kvtrim.methods.settings import find
 from kvtrim.types import Room
 
 

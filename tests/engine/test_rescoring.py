@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import oracles
-from kvtrim.budgets import Keep
-from kvtrim.engine.call import Call
+from kvtrim.engine.layer import Call
 from kvtrim.engine.session import Session
-from kvtrim.settings import find
+from kvtrim.methods.keep import Keep
+from kvtrim.methods.settings import find
 from kvtrim.types import LayerView
 
 H, K, D, PROMPT, KEEP = 6, 2, 8, 30, 16

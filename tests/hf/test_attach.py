@@ -19,9 +19,9 @@ from transformers import (
 import kvtrim
 import models
 from kvtrim.errors import UnsupportedModelError
-from kvtrim.hf.architectures import layout
 from kvtrim.hf.attach import is_attached
 from kvtrim.hf.keyword import passing
+from kvtrim.hf.models.architectures import layout
 
 
 def state(model):
@@ -147,7 +147,7 @@ def test_importing_changes_nothing_in_transformers():
     code = (
         "from transformers import AttentionInterface, AttentionMaskInterface\n"
         "before = sorted(AttentionInterface()), sorted(AttentionMaskInterface())\n"
-        "import kvtrim, kvtrim.hf.cache, kvtrim.hf.attach, kvtrim.answers\n"
+        "import kvtrim, kvtrim.hf.cache, kvtrim.hf.attach, kvtrim.api\n"
         "assert (sorted(AttentionInterface()), sorted(AttentionMaskInterface())) == before\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,11 +5,11 @@ import torch
 
 import kvtrim
 import models
-from kvtrim.budgets.per_head import PerHead
-from kvtrim.policies.circuitkv import CircuitKV
-from kvtrim.selection import select
+from kvtrim.methods.budgets.per_head import PerHead
+from kvtrim.methods.policies.circuitkv import CircuitKV
+from kvtrim.methods.selection import select
+from kvtrim.methods.unit import Chunk
 from kvtrim.types import LayerView, Room
-from kvtrim.units import Chunk
 
 
 def feed(model, cache, parts):

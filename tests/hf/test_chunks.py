@@ -7,8 +7,8 @@ import kvtrim
 import models
 import oracles
 from kvtrim.errors import UsageError
-from kvtrim.hf.running import read
-from kvtrim.settings import find
+from kvtrim.hf.generate import read
+from kvtrim.methods.settings import find
 from small import small
 
 PROMPT, CHUNK, KEEP = 64, 16, 24

@@ -10,7 +10,7 @@ import torch
 import kvtrim
 import models
 import oracles
-from kvtrim.settings import find
+from kvtrim.methods.settings import find
 from small import WINDOW, small
 
 METHODS = sorted(kvtrim.METHODS)

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 import kvtrim
 import models
-from kvtrim.hf import fingerprint
+from kvtrim.hf.models import fingerprint
 
 
 def differs(one, other):

@@ -7,7 +7,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, T
 import kvtrim
 import models
 from kvtrim.errors import UsageError
-from kvtrim.hf.running import read
+from kvtrim.hf.generate import read
 from small import small
 
 METHODS = sorted(kvtrim.METHODS)

@@ -8,15 +8,15 @@ import torch
 
 import kvtrim
 import models
-from kvtrim import ops
-from kvtrim.budgets import Global, Uniform
 from kvtrim.errors import UsageError
-from kvtrim.hf.architectures import layout
-from kvtrim.hf.joining import join
+from kvtrim.hf.batch import join
+from kvtrim.hf.models.architectures import layout
 from kvtrim.hf.replay import record
-from kvtrim.method import Method
-from kvtrim.policies.base import Policy
-from kvtrim.schedules import Schedule
+from kvtrim.methods.budgets import Global, Uniform
+from kvtrim.methods.method import Method
+from kvtrim.methods.policies import ops
+from kvtrim.methods.policies.base import Policy
+from kvtrim.methods.schedule import Schedule
 
 N, KEEP, LOOK = 30, 12, 4
 

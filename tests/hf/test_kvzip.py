@@ -5,7 +5,7 @@ import torch
 
 import kvtrim
 import models
-from kvtrim.engine.cutting import Cutting
+from kvtrim.engine.cuts import Cutting
 from kvtrim.engine.probe import repetition
 from kvtrim.hf.replay import record
 from kvtrim.kernels import explicit

@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import kvtrim
 import models
 from kvtrim.errors import ModelError, UnsupportedModelError
-from kvtrim.hf import gguf as conversion
-from kvtrim.hf.load import load
+from kvtrim.hf.models import gguf as conversion
+from kvtrim.hf.models.load import load
 
 
 def test_a_folder(model_folder):

@@ -15,8 +15,8 @@ import models
 import oracles
 from kvtrim.cli import app
 from kvtrim.errors import UnsupportedModelError
-from kvtrim.hf.architectures import SUPPORTED
-from kvtrim.hf.checking import check_model
+from kvtrim.hf.models.architectures import SUPPORTED
+from kvtrim.hf.models.check import check_model
 from kvtrim.hf.rotary import rotations
 from small import small
 

@@ -6,8 +6,8 @@ import torch
 import kvtrim
 import models
 from kvtrim.errors import UsageError
+from kvtrim.hf.generate import read
 from kvtrim.hf.replay import record
-from kvtrim.hf.running import read
 from kvtrim.prompts import encode, encode_context, frame
 
 NEW, KEEP = 10, 24

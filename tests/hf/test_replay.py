@@ -7,7 +7,7 @@ import kvtrim
 import models
 from kvtrim.errors import UsageError
 from kvtrim.hf.replay import record
-from kvtrim.settings import find
+from kvtrim.methods.settings import find
 from small import small
 
 NARROWING = sorted(name for name in kvtrim.METHODS if find(name).propagation.narrows)

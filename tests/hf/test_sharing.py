@@ -16,7 +16,7 @@ import kvtrim
 import models
 from kvtrim.errors import CacheError, NotAttachedError, UsageError
 from kvtrim.hf.attach import is_attached
-from kvtrim.hf.running import generate, read
+from kvtrim.hf.generate import generate, read
 from small import small
 
 NEW = {"max_new_tokens": 4, "do_sample": False, "repetition_penalty": 1.5, "eos_token_id": None}

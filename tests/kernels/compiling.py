@@ -4,7 +4,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvtrim.kernels.programs import columns, growing, split
+from kvtrim.kernels.programs import append, columns, split
 
 SMALL = ("scale", "cap")
 PLACES = ("start", "length")
@@ -46,4 +46,4 @@ compiled(split.merge, E=128, BLOCK_E=128, BLOCK_T=16)
 compiled(columns.normalisers, **summed)
 compiled(columns.columns, **summed, OWN=False, ADD=True)
 compiled(columns.columns, **summed, OWN=True, ADD=False)
-compiled(growing.append, D=128, E=128, BLOCK=128)
+compiled(append.append, D=128, E=128, BLOCK=128)

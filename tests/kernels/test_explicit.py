@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvtrim import ops
 from kvtrim.kernels import explicit, sdpa
+from kvtrim.methods.policies import ops
 from kvtrim.types import Noted
 from views import view
 

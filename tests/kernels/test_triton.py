@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtrim import ops
 from kvtrim.errors import UsageError
 from kvtrim.kernels import available, reference
+from kvtrim.methods.policies import ops
 from runs import flat_runs
 from views import view
 
@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and not available.interpreted():
     pytest.skip("no GPU, and TRITON_INTERPRET is not 1", allow_module_level=True)
 
-from kvtrim.kernels import columns, growing, split  # noqa: E402
+from kvtrim.kernels import append, columns, split  # noqa: E402
 
 CLOSE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 FORMATS = [
@@ -172,7 +172,7 @@ def test_entries_are_added_behind_each_run():
     keys = torch.randn(2, 3, 2, 6, device=DEVICE).transpose(1, 2)
     values = torch.randn(2, 2, 3, 4, device=DEVICE)
     positions = torch.tensor([[7, 8, 9], [20, 21, 22]], device=DEVICE)
-    growing.append(buffers, start, length + 3, keys, values, positions)
+    append.append(buffers, start, length + 3, keys, values, positions)
     for b in range(2):
         for h in range(2):
             at = int(start[b, h] + length[b, h])

@@ -5,11 +5,11 @@ import torch
 
 import golden
 import kvtrim
-from kvtrim.budgets import Keep
-from kvtrim.engine.call import Call
+from kvtrim.engine.layer import Call
 from kvtrim.engine.session import Session
-from kvtrim.propagation import Cascade, TokenSelective
-from kvtrim.settings import find
+from kvtrim.methods.keep import Keep
+from kvtrim.methods.propagation import Cascade, TokenSelective
+from kvtrim.methods.settings import find
 
 
 def ids(case):

@@ -6,8 +6,8 @@ import pytest
 from synthetic import evaluation
 
 from kvtrim.errors import UsageError
-from kvtrim.report import folders, unfinished
-from kvtrim.report.chapters import chapters
+from kvtrim.report import gaps, results
+from kvtrim.report.document import chapters
 
 TASKS = ["longbench-qasper"]
 
@@ -30,7 +30,7 @@ def edit(place, change, name="samples.jsonl"):
 
 
 def joined(places):
-    sections, speeds = folders.found(places)
+    sections, speeds = results.found(places)
     return sections, chapters(sections, speeds)[0].about
 
 
@@ -46,7 +46,7 @@ def test_losses_of_other_batches_may_differ_as_rounding_does_and_that_is_said(tm
     sections, about = joined(places)
     (remark,) = sections[0].remarks
     assert "batches of 1 and 16" in remark and f"loss by up to {by:.2g}" in remark
-    assert remark in about and remark in unfinished.notes([], sections)
+    assert remark in about and remark in gaps.notes([], sections)
 
 
 @pytest.mark.parametrize("changed", [{"threads": 3}, {"device": "another"}, {"code": "other"}])

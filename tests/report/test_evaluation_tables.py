@@ -7,10 +7,10 @@ import pytest
 
 from kvtrim.errors import FileError, UsageError
 from kvtrim.report import evaluation as tables_of
-from kvtrim.report import families, folders, intervals, pictures, published_scores
-from kvtrim.report.chapters import chapters
+from kvtrim.report import families, figures_data, intervals, published_scores, results
+from kvtrim.report.document import chapters
+from kvtrim.report.lookup import FULL, View, budget
 from kvtrim.report.tables import percent, score
-from kvtrim.report.views import FULL, View, budget
 from report.synthetic import evaluation, grid, longbench, ruler
 
 TASKS = [longbench("qasper"), longbench("multifieldqa_en"), longbench("trec"), ruler("vt")]
@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 
 def view_of(*places):
-    (section,), _ = folders.found(places)
+    (section,), _ = results.found(places)
     return View(section)
 
 
@@ -97,7 +97,7 @@ def test_a_divergence_of_exactly_0_is_named_where_the_axis_has_no_place_for_it(f
         return row | ({"kl": 0.0} if row["method"] == "h2o" and row["keep"] == "512" else {})
 
     edited(folder / "samples.jsonl", value)
-    (kl,) = (p for p in pictures.all_pictures(view_of(folder)) if p["name"].endswith("/kl"))
+    (kl,) = (p for p in figures_data.all_pictures(view_of(folder)) if p["name"].endswith("/kl"))
     assert "exactly 0 and below the axis at 512: h2o" in kl["title"]
     assert {one["method"]: len(one["points"]) for one in kl["series"]} == {"snapkv": 2, "h2o": 1}
 
@@ -143,7 +143,7 @@ def test_loss_is_counted_from_the_full_cache_and_held_is_measured(folder):
 def test_every_table_says_under_which_protocol_it_was_measured(tmp_path):
     for protocol in ("question-agnostic", "question-aware"):
         evaluation(tmp_path / protocol, TASKS, ["snapkv"], ["128"], protocol=protocol)
-    sections, _ = folders.found([tmp_path])
+    sections, _ = results.found([tmp_path])
     assert len(sections) == 2
     for section in sections:
         for table in tables_of.all_tables(View(section)):
@@ -155,7 +155,7 @@ def test_needles_of_all_lengths_make_one_heat_map(tmp_path):
     for length in (1024, 2048):
         tasks = [("niah", grid((length,), (0, 50, 100), 2)), *TASKS[: length == 2048]]
         evaluation(tmp_path / f"{length}", tasks, ["snapkv"], ["128"], length=length, seed=length)
-    sections, speeds = folders.found([tmp_path])
+    sections, speeds = results.found([tmp_path])
     made = chapters(sections, speeds)
     assert [chapter.title.partition(", ")[2] for chapter in made] == [
         "question-agnostic, prompts of up to 2048 tokens",
@@ -219,17 +219,17 @@ def test_folders_that_disagree_about_a_sample_are_not_joined(tmp_path):
     two = evaluation(tmp_path / "two", TASKS, ["snapkv"], ["128"])
     scored(two, lambda row: 0.123)
     with pytest.raises(UsageError, match="disagree about full"):
-        folders.found([one, two])
+        results.found([one, two])
 
 
 def test_a_line_that_was_cut_off_does_not_count_and_a_broken_one_is_named(folder):
     path = folder / "samples.jsonl"
-    whole = len(folders.found([folder])[0][0].lines)
+    whole = len(results.found([folder])[0][0].lines)
     path.write_text(path.read_text()[:-20])
-    assert len(folders.found([folder])[0][0].lines) == whole - 1
+    assert len(results.found([folder])[0][0].lines) == whole - 1
     path.write_text("{]\n" + path.read_text())
     with pytest.raises(FileError, match=r"samples\.jsonl:1: this is not JSON.*remove it"):
-        folders.found([folder])
+        results.found([folder])
 
 
 def test_answers_may_hold_any_character(folder):
@@ -238,7 +238,7 @@ def test_answers_may_hold_any_character(folder):
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     text = "".join(json.dumps(row | {"answer": odd}, ensure_ascii=False) + "\n" for row in rows)
     (folder / "samples.jsonl").write_text(text, encoding="utf-8")
-    assert {line.answer for line in folders.found([folder])[0][0].lines} == {odd}
+    assert {line.answer for line in results.found([folder])[0][0].lines} == {odd}
 
 
 @pytest.mark.parametrize("inside", ["nothing", "record"])
@@ -246,7 +246,7 @@ def test_a_folder_without_results_is_refused(tmp_path, inside):
     if inside == "record":
         (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UsageError, match=r"holds no results|nothing was measured"):
-        folders.found([tmp_path])
+        results.found([tmp_path])
 
 
 def test_published_figures_stand_beside_ours_where_everything_matches(tmp_path):
@@ -412,7 +412,7 @@ def test_the_tasks_of_kvtrim_are_known():
 
 
 def test_all_pictures_have_points_that_can_be_drawn(folder):
-    for picture in pictures.all_pictures(view_of(folder)):
+    for picture in figures_data.all_pictures(view_of(folder)):
         assert picture["name"].startswith("smollm2/question-agnostic/2048/")
         for one in picture.get("series", ()):
             assert all(low <= y <= high for _, y, low, high in one["points"])

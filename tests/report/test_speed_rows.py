@@ -3,7 +3,7 @@
 import pytest
 
 from kvtrim.report import published
-from kvtrim.report.figures import markdown, spread
+from kvtrim.report.format import markdown, spread
 from kvtrim.report.speed import page, reasons, rows, table
 
 LIMITS = {

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from kvtrim.errors import UsageError
-from kvtrim.tasks import GROUPS, TASKS, Request, ruler_needles, ruler_words
-from kvtrim.tasks.ruler import NEEDLES
-from kvtrim.tasks.ruler_needles import NOISE
+from kvtrim.tasks import GROUPS, TASKS, Request
+from kvtrim.tasks.ruler import NEEDLES, needles, words
+from kvtrim.tasks.ruler.needles import NOISE
 
 OFFLINE = GROUPS["ruler-offline"]
 SQUAD = [
@@ -137,7 +137,7 @@ def test_the_wording_is_that_of_the_data(data):
     task = NEEDLES["multikey-3"][1]
     for row in rows:
         key = re.search(r"for (\S+) mentioned", row["question"])[1]
-        sample = ruler_needles._asked(task, row["context"], [key], row["answers"])
+        sample = needles._asked(task, row["context"], [key], row["answers"])
         assert text(sample) == row["prompt"] and sample.answers == tuple(row["answers"])
         assert sample.question.strip() == row["question"] and sample.prefix == row["answer_prefix"]
 
@@ -193,8 +193,8 @@ def test_common_words_are_common(ask, length, often, seldom):
 
 
 def test_more_words_than_there_are(monkeypatch, ask):
-    monkeypatch.setattr(ruler_words, "words", lambda kind: ("cat", "dog", "owl", kind))
-    listed, right = ruler_words._numbered(ruler_words.Draw(0), 20, 2, 1)
+    monkeypatch.setattr(words, "words", lambda kind: ("cat", "dog", "owl", kind))
+    listed, right = words._numbered(words.Draw(0), 20, 2, 1)
     assert len(set(re.split(r" ?\d+\. ", listed)[1:])) == 20 and len(right) == 10
 
 
@@ -246,7 +246,7 @@ def test_what_is_missing_is_said(ask, monkeypatch):
         samples(ask, "ruler-vt", length=100, limit=1)
     with pytest.raises(UsageError, match="no row has an answer"):
         list(TASKS["ruler-qa-1"].samples(ask(squad=[{**SQUAD[0], "answers": []}])))
-    ruler_words.words.cache_clear()
+    words.words.cache_clear()
     monkeypatch.setitem(sys.modules, "wonderwords", None)
     with pytest.raises(UsageError, match=r"pip install 'kvtrim\[eval\]'"):
         samples(ask, "ruler-cwe", limit=1)

@@ -11,7 +11,7 @@ from kvtrim.tasks import sandbox
 from kvtrim.tasks.sandbox import Limits, Outcome, allowed, is_allowed
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs process limits")
-INSIDE = Path(sandbox.__file__).with_name("sandboxed.py")
+INSIDE = Path(sandbox.__file__).with_name("inside.py")
 SHORT = Limits(wall_s=15, cpu_s=1)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from kvtrim.errors import UnknownNameError
 from kvtrim.tasks import GROUPS, TASKS, named
-from kvtrim.tasks.pages import manual
+from kvtrim.tasks.manual import manual
 from kvtrim.tasks.sources import SOURCES
 
 PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"

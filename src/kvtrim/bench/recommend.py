@@ -26,15 +26,15 @@ from typing import Any
 import torch
 
 from kvtrim import files
-from kvtrim.bench.outcomes import OK, Failure, attempted, finite
-from kvtrim.bench.prefilling import held, replayable
-from kvtrim.bench.subjects import Candidate
+from kvtrim.bench.candidates import Candidate
+from kvtrim.bench.eval.prefill import held, replayable
+from kvtrim.bench.failures import OK, Failure, attempted, finite
 from kvtrim.errors import FileError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.generate import generate, synchronize
 from kvtrim.hf.keyword import passing
 from kvtrim.hf.replay import Recording, record
-from kvtrim.hf.running import generate, synchronize
 from kvtrim.prompts import (
     Frame,
     Prompt,
@@ -44,8 +44,8 @@ from kvtrim.prompts import (
     frame,
     repeat_words,
 )
-from kvtrim.spans import without
-from kvtrim.statistics import summary
+from kvtrim.prompts.spans import without
+from kvtrim.report.statistics import summary
 from kvtrim.types import Float, Tensor
 
 Line = dict[str, Any]

@@ -5,17 +5,17 @@ from typing import Annotated
 import typer
 
 from kvtrim.cli import (
-    asking,
-    calibrating,
-    checking,
-    comparing,
-    evaluating,
-    harnessing,
-    listing,
-    recommending,
-    reporting,
-    speeding,
-    sweeping,
+    ask,
+    calibrate,
+    check,
+    compare,
+    eval,
+    lm_eval,
+    methods,
+    recommend,
+    report,
+    speed,
+    sweep,
 )
 from kvtrim.version import VERSION
 
@@ -27,22 +27,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("methods")(listing.methods)
-app.command("ask")(asking.ask)
-app.command("compare")(comparing.compare)
-app.command("compress")(asking.compress)
-app.command("speed")(speeding.speed)
-app.command("eval")(evaluating.evaluate)
-app.command("sweep")(sweeping.sweep)
-app.command("recommend")(recommending.recommend)
-app.command("report")(reporting.report)
+app.command("methods")(methods.methods)
+app.command("ask")(ask.ask)
+app.command("compare")(compare.compare)
+app.command("compress")(ask.compress)
+app.command("speed")(speed.speed)
+app.command("eval")(eval.evaluate)
+app.command("sweep")(sweep.sweep)
+app.command("recommend")(recommend.recommend)
+app.command("report")(report.report)
 app.command(
     "lm-eval",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
-)(harnessing.lm_eval)
-app.command("check")(checking.check)
-app.add_typer(calibrating.group, name="calibrate")
+)(lm_eval.lm_eval)
+app.command("check")(check.check)
+app.add_typer(calibrate.group, name="calibrate")
 
 
 def _version(asked: bool) -> None:

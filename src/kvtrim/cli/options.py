@@ -10,7 +10,7 @@ import typer
 from kvtrim.errors import UsageError
 
 if TYPE_CHECKING:
-    from kvtrim import documents
+    from kvtrim.prompts import document
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="smollm2, a folder, a .gguf file or a Hub id.")
@@ -84,7 +84,7 @@ PROTOCOLS, TRUNCATE = ("question-aware", "question-agnostic"), ("error", "middle
 Document = Annotated[str | None, typer.Argument(help="A text file, or - for standard input.")]
 
 
-def read_document(name: str | None, separator: str | None = None) -> "str | documents.Document":
+def read_document(name: str | None, separator: str | None = None) -> "str | document.Document":
     """The text of a document, split into shots where a separator was given.
 
     Raises:
@@ -93,10 +93,10 @@ def read_document(name: str | None, separator: str | None = None) -> "str | docu
     text = read_text(name)
     if separator is None:
         return text
-    from kvtrim import documents
+    from kvtrim.prompts import document
 
     separator = separator.replace("\\n", "\n").replace("\\t", "\t")
-    return documents.Document.split(text, separator)
+    return document.Document.split(text, separator)
 
 
 def read_text(name: str | None) -> str:
@@ -187,9 +187,9 @@ def checked(
     Raises:
         UsageError: an unknown method, parameter or choice, or a budget that cannot be met.
     """
-    from kvtrim.budgets import Keep
     from kvtrim.engine.session import Session
-    from kvtrim.settings import find
+    from kvtrim.methods.keep import Keep
+    from kvtrim.methods.settings import find
 
     require_choice("--protocol", protocol, PROTOCOLS)
     require_choice("--truncate", truncate, TRUNCATE)
@@ -208,7 +208,7 @@ def load(
     with busy(f"loading {model}"):
         import torch
 
-        from kvtrim.hf.load import load as load_model
+        from kvtrim.hf.models.load import load as load_model
 
         if threads is not None:
             torch.set_num_threads(threads)

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from kvtrim.report.figures import seconds, size
+from kvtrim.report.format import seconds, size
 
 __all__ = ["seconds", "size"]  # a name for them here too, beside `entries`
 

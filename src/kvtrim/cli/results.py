@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvtrim.answers import Result
+    from kvtrim.api import Result
 
 
 def generate(
@@ -19,7 +19,7 @@ def generate(
     report: Any,
 ) -> "Result":
     """Answers under one method; `how` holds the options that all methods share."""
-    from kvtrim.answers import generate as run
+    from kvtrim.api import generate as run
 
     return run(
         model,

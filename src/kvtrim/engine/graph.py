@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from kvtrim.engine.call import Call, writable
-from kvtrim.engine.reading import Pass
+from kvtrim.engine.layer import Call, writable
 from kvtrim.engine.session import Session
+from kvtrim.engine.tokens import Pass
 from kvtrim.errors import CacheError
 from kvtrim.kernels import available
 from kvtrim.types import Float, Int, Tensor
@@ -94,12 +94,12 @@ class Steps:
 
     def attend(self, index: int, call: Call) -> Float[Tensor, "B H 1 E"]:
         """Append one layer's new entries and attend to everything held; see `Session.attend`."""
-        from kvtrim.kernels import growing, split
+        from kvtrim.kernels import append, split
 
         if self.session.method.granularity == "query":
             call = call.per_query_head()
         store, start, length = self.stores[index], self.start[index], self.length[index]
-        growing.append(store.buffers, start, length, call.keys, call.values, self.position)
+        append.append(store.buffers, start, length, call.keys, call.values, self.position)
         return split.ragged(
             call.queries,
             store.keys,

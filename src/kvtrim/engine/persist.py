@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from kvtrim.cache.runs import starts_of
-from kvtrim.cache.store import LayerStore
+from kvtrim.cache.store import LayerStore, starts_of
 from kvtrim.engine.session import Session
 from kvtrim.errors import CacheError, CacheFileError
-from kvtrim.spans import fitted, per_prompt, require_within
+from kvtrim.prompts.spans import fitted, per_prompt, require_within
 from kvtrim.types import Counts, Tensor
 
 _KV = ("keys", "values")

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvtrim.budgets import Keep
 from kvtrim.engine.state import State
 from kvtrim.errors import BudgetError, UsageError
-from kvtrim.methods import Method
+from kvtrim.methods.keep import Keep
+from kvtrim.methods.method import Method
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,20 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvtrim.budgets import Keep
 from kvtrim.cache.attend import require_known
 from kvtrim.cache.store import LayerStore
-from kvtrim.engine.call import Call, attended, last_hidden, last_queries, stored, writable
-from kvtrim.engine.cutting import CARRIED, Cutting
-from kvtrim.engine.holding import remark
-from kvtrim.engine.narrowing import Narrowing
+from kvtrim.engine.cuts import CARRIED, Cutting
+from kvtrim.engine.layer import Call, attended, last_hidden, last_queries, stored, writable
 from kvtrim.engine.plan import Plan, in_prompt, planned
-from kvtrim.engine.reading import Pass
-from kvtrim.engine.rolled import rolled
+from kvtrim.engine.propagation import Narrowing
+from kvtrim.engine.remark import remark
+from kvtrim.engine.reposition import rolled
 from kvtrim.engine.state import Mark, State
+from kvtrim.engine.tokens import Pass
 from kvtrim.errors import CacheError, UsageError
-from kvtrim.methods import Method
-from kvtrim.spans import Given, per_prompt
+from kvtrim.methods.keep import Keep
+from kvtrim.methods.method import Method
+from kvtrim.prompts.spans import Given, per_prompt
 from kvtrim.types import Float, Probed, Tensor
 
 

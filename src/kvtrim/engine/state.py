@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kvtrim.cache.store import LayerStore
-from kvtrim.engine.call import Held
-from kvtrim.engine.reading import Pass, Reading
+from kvtrim.engine.layer import Held
+from kvtrim.engine.tokens import Pass, Reading
 from kvtrim.errors import CacheError
-from kvtrim.spans import fitted, require_within
+from kvtrim.prompts.spans import fitted, require_within
 from kvtrim.types import Counts, Int, Spans, Tensor
 
 

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from kvtrim.engine.graph import Steps
 from kvtrim.errors import CacheError, UsageError
-from kvtrim.hf.architectures import Layout, OutputProjection, layout
 from kvtrim.hf.attention import HANDLE, NAME, managing, register, stock
-from kvtrim.hf.cache import Cache
+from kvtrim.hf.cache import Cache, Handed
 from kvtrim.hf.keyword import cache_in
-from kvtrim.hf.managed import Handed
-from kvtrim.hf.narrowing import (
+from kvtrim.hf.models.architectures import Layout, OutputProjection, layout
+from kvtrim.hf.probe import probe
+from kvtrim.hf.propagation import (
     Hooked,
     PartOfMLP,
     filtering,
@@ -32,7 +32,6 @@ from kvtrim.hf.narrowing import (
     narrowed,
     restarted,
 )
-from kvtrim.hf.probing import probe
 
 _changing = threading.RLock()
 

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvtrim.engine.call import Call
+from kvtrim.engine.layer import Call
 from kvtrim.errors import UnsupportedModelError, UsageError
 from kvtrim.types import Tensor
 

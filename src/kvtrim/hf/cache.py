@@ -10,21 +10,80 @@ from weakref import ref
 import torch
 from transformers import Cache as TransformersCache
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
-from kvtrim.budgets import Keep
 from kvtrim.engine.session import Session
 from kvtrim.engine.state import Mark as SessionMark
-from kvtrim.errors import CacheError, UsageError
-from kvtrim.hf import fingerprint
-from kvtrim.hf.architectures import layout, require_managed
-from kvtrim.hf.managed import ManagedLayer
+from kvtrim.errors import CacheError, NotAttachedError, UsageError
+from kvtrim.hf.models import fingerprint
+from kvtrim.hf.models.architectures import layout, require_managed
 from kvtrim.hf.rotary import rotations
-from kvtrim.methods import Method
+from kvtrim.methods.keep import Keep
+from kvtrim.methods.method import Method
+from kvtrim.methods.ranges import Some, checked
+from kvtrim.methods.settings import find
 from kvtrim.prompts import Words, frame, repeat_words
-from kvtrim.ranges import Some, checked
-from kvtrim.settings import find
-from kvtrim.spans import Given
+from kvtrim.prompts.spans import Given
 from kvtrim.types import Int, Tensor
+
+# What stands in a transformers cache for a layer that a session holds.
+
+
+class ManagedLayer(CacheLayerMixin):
+    """Stands for one layer that the session holds, and takes nothing in itself.
+
+    On an attached model the layer's attention is handed `Handed` in the place of the cache, so a
+    call to `update` comes from a model that kvtrim is not attached to, at whatever moment.
+    Cropping, reordering and resetting concern the session as a whole and are done by `Cache`.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, session: Session):
+        super().__init__()
+        self.session = session
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.session.method.schedule.every is None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        raise NotAttachedError(
+            "a kvtrim cache reached a model that kvtrim is not attached to; call "
+            "kvtrim.attach(model) first, or run inside `with kvtrim.attach(model):`"
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.session.state.reading.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.session.state.reading.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class Handed:
+    """A kvtrim cache as one layer's attention meets it: new K and V go through untouched."""
+
+    def __init__(self, cache: Any):
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The attention function will store them."""
+        return key_states, value_states
 
 
 class Cache(TransformersCache):

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from kvtrim.budgets import Keep
-from kvtrim.engine.call import Call
+from kvtrim.engine.layer import Call
 from kvtrim.errors import UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.keyword import passing
-from kvtrim.hf.probing import probe
-from kvtrim.methods import Method
+from kvtrim.hf.probe import probe
+from kvtrim.methods.keep import Keep
+from kvtrim.methods.method import Method
 from kvtrim.prompts import Words
-from kvtrim.spans import Given
+from kvtrim.prompts.spans import Given
 from kvtrim.types import Float, Int, Probed, Tensor
 
 

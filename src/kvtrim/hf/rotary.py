@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvtrim.errors import UnsupportedModelError
-from kvtrim.hf.architectures import SUPPORTED, layout
+from kvtrim.hf.models.architectures import SUPPORTED, layout
 from kvtrim.types import Float, Int, Tensor
 
 _OTHERWISE = ("cohere", "cohere2", "exaone4", "glm", "glm4", "smollm3")

@@ -8,14 +8,16 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from kvtrim.budgets import Keep
 from kvtrim.cache import archive as archives
 from kvtrim.engine import persist
 from kvtrim.errors import CacheError, CacheFileError
-from kvtrim.hf import fingerprint, shapes
-from kvtrim.hf.architectures import layout
+from kvtrim.hf import shapes
 from kvtrim.hf.cache import Cache
-from kvtrim.methods import METHODS, Method
+from kvtrim.hf.models import fingerprint
+from kvtrim.hf.models.architectures import layout
+from kvtrim.methods.keep import Keep
+from kvtrim.methods.method import Method
+from kvtrim.methods.registry import METHODS
 from kvtrim.version import VERSION
 
 _SHOWN = 4  # differences that a message lists

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 import torch
 
-from kvtrim.hf import fingerprint
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.models import fingerprint
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, tuple[torch.dtype, Shape]]

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 
 from kvtrim.report import families, tables
+from kvtrim.report.gaps import of
+from kvtrim.report.lookup import FULL, Row, View
 from kvtrim.report.published_scores import beside
 from kvtrim.report.tables import HEAD, Column, Table, keep, mebibytes, named, nats, percent, share
-from kvtrim.report.unfinished import of
-from kvtrim.report.views import FULL, Row, View
 
 _SCORES = "Scores of 0 to 100, mean and 95 % bootstrap interval; held: measured, of the full cache"
 _RIGHT = "right"

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from kvtrim.report.chapters import Chapter
-from kvtrim.report.naming import plain
-from kvtrim.report.page import ABOUT, TITLE
+from kvtrim.report.document import Chapter
+from kvtrim.report.markdown import ABOUT, TITLE
+from kvtrim.report.names import plain
 from kvtrim.report.tables import Table
 
 DIGEST = "kvtrim-tables"

@@ -1,6 +1,6 @@
 """Means of samples with their 95 % bootstrap intervals: of one task, over tasks, against a base.
 
-A task's own interval is that of `kvtrim.statistics`. Averages over tasks draw every task's samples
+A task's own interval is that of `statistics`. Averages over tasks draw every task's samples
 by themselves, comparisons draw pairs. A single sample has no spread of its own: where a task has
 no more than that, and there are enough tasks, the tasks are drawn as well. The seed is fixed, so
 that the same samples always give the same interval.
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy
 
-from kvtrim import statistics
+from kvtrim.report import statistics
 
 DRAWS, COVERED, SEED = 2000, 95.0, 0
 _TASKS = 4  # fewer say nothing about how tasks differ

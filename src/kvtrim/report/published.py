@@ -10,7 +10,7 @@ from importlib.resources import files
 from math import log
 from typing import Any
 
-from kvtrim.report.figures import markdown, ratio
+from kvtrim.report.format import markdown, ratio
 from kvtrim.report.speed import Row
 
 COLUMNS = [("published", "left"), ("method", "left"), ("keep", "right"), ("tokens", "right")]
@@ -28,7 +28,7 @@ _MODELS = {"mistral-nemo-12b": "Mistral-Nemo-12B-Instruct"}  # every other: the 
 
 def fastkv() -> dict[str, Any]:
     """The published tables."""
-    path = files("kvtrim") / "published" / "fastkv.json"
+    path = files("kvtrim") / "papers" / "fastkv.json"
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -15,8 +15,8 @@ from importlib.resources import files
 from typing import Any
 
 from kvtrim.report import families
+from kvtrim.report.lookup import Row, View, budget
 from kvtrim.report.tables import MISSING, Column, Table, keep, named, score
-from kvtrim.report.views import Row, View, budget
 
 _FILES = {  # file: how prompts are read there, and the short name of the source
     "fastkv-scores": ("question-aware", "FastKV"),
@@ -60,7 +60,7 @@ def printed() -> tuple[Printed, ...]:
     """Every score of every source; one that is printed twice counts once."""
     met: dict[Any, Printed] = {}
     for name, (read, short) in _FILES.items():
-        path = files("kvtrim") / "published" / f"{name}.json"
+        path = files("kvtrim") / "papers" / f"{name}.json"
         source = json.loads(path.read_text(encoding="utf-8"))
         for table in source["tables"]:
             for row in table["rows"]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from kvtrim.report.figures import markdown, ratio, seconds, size, spread
+from kvtrim.report.format import markdown, ratio, seconds, size, spread
 
 PLAIN = "transformers"
 Row = dict[str, Any]

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kvtrim.report.figures import markdown, size
+from kvtrim.report.format import markdown, size
 from kvtrim.report.intervals import Figure
-from kvtrim.report.views import FULL, Row, View
+from kvtrim.report.lookup import FULL, Row, View
 
 Column = tuple[str, str]  # heading, "left" or "right"
 HEAD: list[Column] = [("method", "left"), ("keep", "right")]

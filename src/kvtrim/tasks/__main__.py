@@ -2,6 +2,6 @@
 
 import sys
 
-from kvtrim.tasks.pages import manual
+from kvtrim.tasks.manual import manual
 
 sys.stdout.write(manual())

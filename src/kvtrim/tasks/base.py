@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvtrim.documents import Document
+from kvtrim.prompts.document import Document
 
 
 @dataclass(frozen=True)

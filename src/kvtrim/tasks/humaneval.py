@@ -13,7 +13,7 @@ Ours:   0 examples: the document is the problem without its last line (which clo
 from collections.abc import Iterator
 from functools import partial
 
-from kvtrim.documents import Document
+from kvtrim.prompts.document import Document
 from kvtrim.tasks import sandbox
 from kvtrim.tasks.base import Request, Sample, Task
 from kvtrim.tasks.shots import document

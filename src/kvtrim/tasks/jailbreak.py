@@ -17,8 +17,8 @@ Ours:   rows whose attack is an image (`transfer_from_llm` false) are left out, 
 from collections.abc import Iterator
 from typing import Any
 
-from kvtrim.documents import Document
 from kvtrim.errors import UsageError
+from kvtrim.prompts.document import Document
 from kvtrim.tasks.base import Request, Sample, Task
 
 REFUSALS = (

@@ -21,8 +21,8 @@ from functools import partial
 from importlib.resources import files
 from itertools import islice
 
-from kvtrim.documents import Document
 from kvtrim.errors import UsageError
+from kvtrim.prompts.document import Document
 from kvtrim.tasks import scorers
 from kvtrim.tasks.base import Request, Sample, Task
 

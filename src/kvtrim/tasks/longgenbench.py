@@ -19,8 +19,8 @@ from decimal import Decimal
 from functools import partial
 from typing import Any
 
-from kvtrim.documents import SHOTS, Document
 from kvtrim.errors import UsageError
+from kvtrim.prompts.document import SHOTS, Document
 from kvtrim.tasks.base import Request, Sample, Task
 from kvtrim.tasks.gsm8k import gold, worked
 from kvtrim.tasks.numbers import final

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
 
-from kvtrim.documents import Document
+from kvtrim.prompts.document import Document
 from kvtrim.tasks import haystack, scorers
 from kvtrim.tasks.base import Request, Sample, Task
-from kvtrim.tasks.fitting import MADE, largest
+from kvtrim.tasks.length import MADE, largest
 
 SOURCE = "gkamradt/LLMTest_NeedleInAHaystack, dongwonjo/FastKV"
 VARIANTS = f"{SOURCE}, variants of arXiv 2605.07234"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kvtrim.documents import SHOTS, Document
+from kvtrim.prompts.document import SHOTS, Document
 
 BETWEEN = "\n\n"  # what lm-evaluation-harness puts behind each example
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kvtrim.kernels.programs.attending import keys_at, logits
+from kvtrim.kernels.programs.tiles import keys_at, logits
 
 
 @triton.jit

@@ -1,0 +1,312 @@
+"""From a context and questions to answers under either protocol, with what it took."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+
+from kvtrim.errors import CacheError, UsageError
+from kvtrim.hf.attach import attach
+from kvtrim.hf.cache import Cache
+from kvtrim.hf.generate import Progress, read, require_sampling, sampling_names, synchronize
+from kvtrim.hf.generate import generate as run
+from kvtrim.methods.keep import Keep
+from kvtrim.methods.method import Method
+from kvtrim.methods.ranges import Some, checked
+from kvtrim.methods.settings import find, split
+from kvtrim.prompts import (
+    Frame,
+    Prompt,
+    encode_context,
+    encode_ends,
+    encode_question,
+    frame,
+    repeat_words,
+)
+from kvtrim.prompts.document import Document
+
+Protocol = Literal["question-aware", "question-agnostic"]
+AWARE: Protocol = "question-aware"
+AGNOSTIC: Protocol = "question-agnostic"
+Truncate = Literal["error", "middle"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, its times, and what the cache held when its first token was there."""
+
+    text: str
+    token_ids: list[int]
+    ttft_s: float  # from the question (question-agnostic) or the whole prompt to the first token
+    tpot_s: float | None  # per token after the first, capturing apart; None if there was one only
+    prompt_tokens: int  # context and question, template included
+    held_bytes: int  # measured from the store: K, V, positions and slack
+    full_bytes: int  # what a full cache of the same tokens holds
+    kept: list[list[int]]  # entries per layer and head
+    remark: str | None  # what is held of the prompt, where that is clearly not what was asked for
+    decoding: str  # "captured" (a replayed CUDA graph per token), or "plain" and why
+
+
+@dataclass(frozen=True)
+class Result:
+    """Answers to one or several questions about one context.
+
+    Single figures are the first answer's.
+    """
+
+    answers: list[Answer]
+    protocol: Protocol
+    method: str
+    keep: str
+    compress_s: float  # reading and compressing the context, where that was a step of its own
+
+    @property
+    def text(self) -> str:
+        """The first answer."""
+        return self.answers[0].text
+
+    @property
+    def texts(self) -> list[str]:
+        """Every answer."""
+        return [answer.text for answer in self.answers]
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds from the prompt to the first token of the first answer, compression included."""
+        return self.compress_s + self.answers[0].ttft_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Seconds per output token after the first, over all answers; None if none had two."""
+        pairs = [(a.tpot_s, len(a.token_ids) - 1) for a in self.answers if a.tpot_s is not None]
+        steps = sum(count for _, count in pairs)
+        return sum(tpot * count for tpot, count in pairs) / steps if steps else None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the context and the first question."""
+        return self.answers[0].prompt_tokens
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes the cache held when the first answer began."""
+        return self.answers[0].held_bytes
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes that a full cache held at that moment."""
+        return self.answers[0].full_bytes
+
+    @property
+    def kept(self) -> list[list[int]]:
+        """Entries per layer and head at that moment."""
+        return self.answers[0].kept
+
+    @property
+    def remark(self) -> str | None:
+        """What is held of the prompt and why, where that is clearly not what was asked for."""
+        return next((answer.remark for answer in self.answers if answer.remark), None)
+
+
+@checked
+def generate(
+    model: Any,
+    tokenizer: Any,
+    context: str | Document | Cache,
+    question: str | Sequence[str] = "",
+    *,
+    method: str | Method = "snapkv",
+    keep: int | float | str = 512,
+    max_new_tokens: Some = 128,
+    protocol: Protocol | None = None,
+    chat: bool | None = None,
+    system: str | None = None,
+    truncate: Truncate = "error",
+    prefill_chunk: Some | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Result:
+    """Answer one or several questions about a context with a small cache.
+
+    Args:
+        model, tokenizer: as `kvtrim.load` gives them; attached for the call if it is not already.
+        context: the document, as text or as a `Document` with named parts, or a cache that
+            `compress` or `load_cache` made of one.
+        question: one question is read together with the context (question-aware) unless told
+            otherwise; several are asked of one compressed context (question-agnostic), which each
+            of them leaves as it found it.
+        method, keep: what to evict, see `kvtrim.Cache`; they do not apply to a ready cache.
+        protocol: "question-aware" or "question-agnostic", to choose explicitly.
+        chat: use the tokenizer's chat template; by default if it has one.
+        system: a system message, for templates that have one.
+        truncate: if the prompt exceeds the model's window, refuse it, or cut the context's middle.
+        prefill_chunk: read the prompt in passes of at most so many tokens.
+        progress: called as `progress(what, done, out_of)` while reading and answering.
+        options: parameters of the method (`window=16`, `preset="kvpress"`), and whatever
+            `model.generate` takes (`do_sample`, `num_beams`, `streamer`, ...); greedy by default.
+            Where both have a name, `**{"policy.NAME": ...}` and `**{"sampling.NAME": ...}`.
+
+    Raises:
+        UsageError: an empty context, one longer than the model's window, or a wrong parameter.
+        UnknownNameError: an option that nobody has.
+    """
+    questions = [question] if isinstance(question, str) else list(question)
+    if not questions:
+        raise UsageError("no question was given; pass one text or a list of them")
+    settings, options = split(method, options, sampling_names())
+    require_sampling(options)
+    if options.get("num_return_sequences", 1) != 1:
+        raise UsageError("one answer per question; for more, give model.generate a kvtrim.Cache")
+    asking = {"max_new_tokens": max_new_tokens, "chunk": prefill_chunk, "progress": progress}
+    asking |= options
+    if isinstance(context, Cache):
+        return _ask(model, tokenizer, context, questions, 0.0, asking)
+    if protocol is None:
+        protocol = AWARE if len(questions) == 1 else AGNOSTIC
+    if protocol not in (AWARE, AGNOSTIC):
+        raise UsageError(f"unknown protocol {protocol!r}; use {AWARE!r} or {AGNOSTIC!r}")
+    find(method, **settings).schedule.require_passes(prefill_chunk)
+    around = frame(tokenizer, chat, system)
+    follow = [encode_question(tokenizer, around, text) for text in questions]
+    room = _window(model) - max_new_tokens - max(map(len, follow))
+    prompt = _context(tokenizer, around, context, room, truncate)
+    if protocol == AGNOSTIC:
+        start = perf_counter()
+        cache = _compressed(
+            model, tokenizer, around, prompt, method, keep, prefill_chunk, progress, settings
+        )
+        cache.prompt = {"chat": chat, "system": system}
+        return _ask(model, tokenizer, cache, questions, perf_counter() - start, asking)
+    answers = []
+    for own in follow:
+        whole = prompt.asked(own)
+        cache = Cache(model, method, keep, prompt_tokens=len(whole), spans=whole.spans, **settings)
+        cache.words = repeat_words(tokenizer, around)
+        answers.append(_answer(model, tokenizer, cache, whole.ids, asking))
+    return Result(answers, AWARE, _name(method), str(Keep.parse(keep)), 0.0)
+
+
+@checked
+def compress(
+    model: Any,
+    tokenizer: Any,
+    context: str | Document,
+    *,
+    method: str | Method = "snapkv",
+    keep: int | float | str = 512,
+    chat: bool | None = None,
+    system: str | None = None,
+    truncate: Truncate = "error",
+    prefill_chunk: Some | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Cache:
+    """Read a context and evict at its end, before any question is known (question-agnostic).
+
+    Args and errors as `generate`. Ask the cache with `generate(model, tokenizer, cache,
+    question)`, save it with `cache.save(path)`.
+    """
+    find(method, **settings).schedule.require_passes(prefill_chunk)
+    around = frame(tokenizer, chat, system)
+    prompt = _context(tokenizer, around, context, _window(model) - 1, truncate)
+    cache = _compressed(
+        model, tokenizer, around, prompt, method, keep, prefill_chunk, progress, settings
+    )
+    cache.prompt = {"chat": chat, "system": system}
+    return cache
+
+
+def _compressed(
+    model: Any,
+    tokenizer: Any,
+    around: Frame,
+    prompt: Prompt,
+    method: str | Method,
+    keep: int | float | str,
+    chunk: int | None,
+    progress: Progress | None,
+    settings: dict[str, Any],
+) -> Cache:
+    cache = Cache(model, method, keep, prompt_tokens=len(prompt), spans=prompt.spans, **settings)
+    cache.words = repeat_words(tokenizer, around)
+    with attach(model):
+        read(model, torch.tensor([prompt.ids], device=model.device), cache, chunk, progress)
+    synchronize(model.device)
+    return cache
+
+
+def _ask(
+    model: Any,
+    tokenizer: Any,
+    cache: Cache,
+    questions: Sequence[str],
+    compress_s: float,
+    asking: dict[str, Any],
+) -> Result:
+    """Ask a compressed context; it is as before afterwards, whatever happens in between."""
+    if cache.token_ids is None or cache.token_ids.shape[0] != 1:
+        raise CacheError(
+            "only a cache of one context, read as tokens, can be asked; make it with compress"
+        )
+    around = frame(tokenizer, **cache.prompt)
+    context, mark, answers = cache.token_ids[0].tolist(), cache.mark(), []
+    for text in questions:
+        ids = context + encode_question(tokenizer, around, text).ids
+        if len(ids) + asking["max_new_tokens"] > _window(model):
+            raise UsageError(_too_long(len(ids), asking["max_new_tokens"], _window(model)))
+        try:
+            answers.append(_answer(model, tokenizer, cache, ids, asking))
+        finally:
+            cache.rewind(mark)
+    return Result(answers, AGNOSTIC, _name(cache.request[0]), str(cache.keep), compress_s)
+
+
+def _answer(
+    model: Any, tokenizer: Any, cache: Cache, ids: list[int], asking: dict[str, Any]
+) -> Answer:
+    held: dict[str, Any] = {}
+
+    def look() -> None:
+        held["held_bytes"], held["full_bytes"] = cache.held_bytes, cache.full_bytes
+        held["kept"] = [counts[0].tolist() for counts in cache.entries()]
+        held["remark"] = cache.remark
+
+    cache.expect(len(ids))
+    with attach(model):
+        done = run(model, torch.tensor([ids], device=model.device), cache, on_first=look, **asking)
+    text = tokenizer.decode(done.token_ids, skip_special_tokens=True).strip()
+    held["decoding"] = done.decoding
+    return Answer(text, done.token_ids, done.ttft_s, done.tpot_s, len(ids), **held)
+
+
+def _context(
+    tokenizer: Any, around: Frame, context: str | Document, room: int, truncate: Truncate
+) -> Prompt:
+    """A context that fits into `room` tokens."""
+    if not Document.of(context).text.strip():
+        raise UsageError("the context is empty")
+    prompt = encode_context(tokenizer, around, context)
+    if len(prompt) <= room:
+        return prompt
+    if truncate != "middle":
+        raise UsageError(_too_long(len(prompt), 0, room))
+    return encode_ends(tokenizer, around, context, room)
+
+
+def _too_long(tokens: int, answer: int, window: int) -> str:
+    plus = f" and {answer} for the answer" if answer else ""
+    return (
+        f"the prompt has {tokens} tokens{plus}, the model's window leaves room for {window}; "
+        "shorten it, ask for fewer new tokens, or cut its middle "
+        "(truncate='middle', --truncate middle)"
+    )
+
+
+def _window(model: Any) -> int:
+    return model.config.get_text_config(decoder=True).max_position_embeddings
+
+
+def _name(method: str | Method) -> str:
+    return method if isinstance(method, str) else type(method.policy).__name__

@@ -1,0 +1,1 @@
+"""What a method needs to have measured once per model."""

@@ -1,0 +1,122 @@
+"""What `speed` measures: plain transformers, methods with their budgets, peers; opened alike."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvtrim.errors import UnknownNameError
+from kvtrim.hf.attach import attach
+from kvtrim.hf.cache import Cache
+from kvtrim.hf.decode import LEAST, stepping, why_plain
+from kvtrim.hf.generate import mean_entries, plain_cache, stored_bytes
+from kvtrim.hf.keyword import passing
+from kvtrim.methods.keep import Keep
+from kvtrim.methods.settings import find, split
+from kvtrim.types import Tensor
+
+PLAIN = "transformers"
+"""Name of the reference: sdpa attention and DynamicCache, kvtrim not attached."""
+
+Feed = Callable[[Tensor], Tensor]
+"""Reads token ids [B, n] after those read before; gives the logits of the last [B, 1, vocab]."""
+
+
+Steps = AbstractContextManager[tuple[Feed, bool]]
+"""Decoding steps, and whether they are captured; entering takes time that belongs to no step."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A cache and the way to feed it."""
+
+    cache: Any
+    feed: Feed
+    full: bool = True  # whether it can tell the bytes of a full cache
+    captured: Callable[[int], Steps] | None = None  # at most so many, where that can be done
+
+    def stepping(self, count: int) -> Steps:
+        """The way to feed at most so many single tokens after the prompt."""
+        return nullcontext((self.feed, False)) if self.captured is None else self.captured(count)
+
+    def figures(self) -> dict[str, Any]:
+        """Bytes and entries that it holds now."""
+        held, full = stored_bytes(self.cache)
+        own = {"held_bytes": held, "entries": mean_entries(self.cache)}
+        return own | {"full_bytes": full if self.full else None}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method with a budget, plain transformers, or another library's method."""
+
+    method: str
+    keep: str = ""
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+    peer: str = ""
+
+    @contextmanager
+    def opened(
+        self, model: Any, length: int, chunk: int | None, capture: bool = True
+    ) -> Iterator[Subject]:
+        """An empty cache for prompts of so many tokens, and the model ready for it."""
+        if self.method == PLAIN:
+            cache = plain_cache(model)
+            yield Subject(cache, feeding(model, cache))
+            return
+        prompt = length if chunk is not None else None
+        with attach(model):
+            cache = Cache(
+                model, self.method, self.keep or 1, prompt_tokens=prompt, **self.settings
+            )
+            yield Subject(cache, feeding(model, cache), captured=_captured(model, cache, capture))
+
+
+def _captured(model: Any, cache: Cache, capture: bool) -> Callable[[int], Steps] | None:
+    """Captured steps, if they are wanted and can be had."""
+    if not capture or why_plain(model, cache, LEAST, {}) is not None:
+        return None
+
+    @contextmanager
+    def steps(count: int) -> Iterator[tuple[Feed, bool]]:
+        with stepping(model, cache, count) as step:
+            yield lambda ids: step(ids)[:, None], step.plain is None
+
+    return steps
+
+
+def feeding(model: Any, cache: Any) -> Feed:
+    """Passes over the model that fill a cache."""
+
+    def feed(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, **passing(cache), logits_to_keep=1).logits
+
+    return feed
+
+
+def candidates(
+    methods: Sequence[str], keeps: Sequence[str], settings: dict[str, Any] | None = None
+) -> list[Candidate]:
+    """Plain transformers, then every method with every budget; `full` needs none.
+
+    A parameter goes to the methods that have it.
+
+    Raises:
+        UsageError: an unknown method, a parameter that none of them has, or a budget that is none.
+    """
+    settings = settings or {}
+    chosen, unused = [Candidate(PLAIN)], dict(settings)
+    for keep in keeps:
+        Keep.parse(keep)
+    for name in methods:
+        method = find(name)
+        own, _ = split(name, settings)
+        own = {} if method.full else own
+        find(name, **own)
+        unused = {key: value for key, value in unused.items() if key not in own}
+        budgets = [""] if method.full else keeps
+        chosen += [Candidate(name, keep, own) for keep in budgets]
+    if unused:
+        find(next((name for name in methods if not find(name).full), methods[0]), **unused)
+        raise UnknownNameError("parameter", next(iter(unused)), [])
+    return list({(c.method, c.keep): c for c in chosen}.values())

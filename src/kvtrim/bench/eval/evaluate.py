@@ -1,0 +1,183 @@
+"""An evaluation: every sample of every task under every method and budget, and what came of it.
+
+One unit of samples at a time: each prompt is read once (`prefilling`), every method's cache is
+asked how likely the right answer is, and then answers for itself (`continuing`). The lines go to
+the run's journals unit by unit (`book`); scores and tables are made from them by `derived`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from kvtrim.bench import jsonl
+from kvtrim.bench.eval.encode import Encoder
+from kvtrim.bench.eval.grid import Grid
+from kvtrim.bench.eval.run_folder import SAMPLES, Book
+from kvtrim.bench.eval.runner import Answering
+from kvtrim.bench.provenance import provenance
+from kvtrim.errors import UsageError
+from kvtrim.hf.attach import attach
+from kvtrim.hf.models import fingerprint
+from kvtrim.tasks.base import Request, Sample, Task
+
+Progress = Callable[[str, int, int], None]
+"""Told what is going on, how much of it is done, and out of how much."""
+
+
+class Rows(Protocol):
+    """The rows of data by name; see `kvtrim.tasks.rows`."""
+
+    def __call__(self, name: str) -> list[dict[str, Any]]:
+        """All of them."""
+        ...
+
+    def fingerprint(self, name: str) -> dict[str, Any]:
+        """Where they came from, how many they are, and their hash."""
+        ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    def encoder(self, length: int | None) -> Encoder:
+        """What makes its token ids.
+
+        Raises:
+            UsageError: the length is more than the model has positions for.
+        """
+        window = self.model.config.get_text_config(decoder=True).max_position_embeddings
+        if length is not None and length > window:
+            raise UsageError(
+                f"--length {length} is more than the window of {self.name}, {window} tokens; ask "
+                f"for {window} or less, or use a model with a longer window"
+            )
+        return Encoder(self.tokenizer, window, length)
+
+
+def read(grid: Grid, rows: Rows) -> None:
+    """Read the data of all tasks, so that what is not there is known before a model is loaded.
+
+    Raises:
+        UsageError: the data of a task is not there; says how to get it.
+    """
+    for task in grid.tasks:
+        for name in task.data:
+            rows(name)
+
+
+Unit = tuple[Task, tuple[Sample, ...]]
+
+
+def units(subject: Subject, grid: Grid, rows: Rows) -> list[Unit]:
+    """Everything that is measured, in order.
+
+    Raises:
+        UsageError: the data of a task is not there.
+    """
+    encoder = subject.encoder(grid.length)
+    found: list[Unit] = []
+    for task in grid.tasks:
+        request = encoder.request(rows, grid.limit, grid.seed, task.chat)
+        samples = distinct(islice(_samples(task, request, encoder, grid.fitting), grid.limit))
+        found += [(task, unit) for unit in grid.units(encoder, samples)]
+    return found
+
+
+def distinct(samples: Iterable[Sample]) -> list[Sample]:
+    """Samples with ids of their own: rows that share one are told apart by a number behind it."""
+    found: dict[str, Sample] = {}
+    for sample in samples:
+        own, number = str(sample.id), 1
+        while own in found:
+            number += 1
+            own = f"{sample.id}#{number}"
+        found[own] = replace(sample, id=own)
+    return list(found.values())
+
+
+def _samples(task: Task, request: Request, encoder: Encoder, fitting: bool) -> Iterator[Sample]:
+    """The samples of a task; with `fitting`, as many as asked for of those that fit."""
+    found = iter(task.samples(request))
+    first = next(found, None)
+    if first is None:
+        return
+    if fitting and "length" not in first.group:  # which are made to fit, for this many samples
+        found = iter(task.samples(replace(request, limit=None)))
+    else:
+        found = chain([first], found)
+    yield from (one for one in found if not fitting or encoder.fits(task, one))
+
+
+def record(subject: Subject, grid: Grid, rows: Rows) -> dict[str, Any]:
+    """What `run.json` says: all that decides what the figures are, and where they were made."""
+    own = fingerprint.of_model(subject.model)
+    own |= {"identity": fingerprint.identity(subject.model)}
+    own |= {"tokenizer": fingerprint.of_tokenizer(subject.tokenizer)}
+    asked = grid.record()
+    for task in grid.tasks:
+        asked["tasks"][task.name]["data"] = {name: rows.fingerprint(name) for name in task.data}
+    machine = provenance(subject.model.device)
+    return {"kind": "eval", "model": {"name": subject.name} | own, **asked, "machine": machine}
+
+
+def evaluate(
+    subject: Subject,
+    grid: Grid,
+    rows: Rows,
+    folder: Path,
+    once: bool = True,
+    progress: Progress = lambda *_: None,
+) -> None:
+    """Measure what a folder does not hold yet. `derived.derive` makes scores and tables of it.
+
+    Args:
+        rows: the data, see `kvtrim.tasks.rows.reader`.
+        folder: of this run; made if it is not there.
+        once: read a prompt once for all methods that leave the pass over it as it is; else once
+            for each, which gives the same.
+
+    Raises:
+        UsageError: the folder holds another run, the data of a task is not there, or prompts are
+            to be longer than the model's window.
+    """
+    subject.encoder(grid.length)
+    progress("reading the tasks", 0, 1)
+    jsonl.opened(folder, record(subject, grid, rows), SAMPLES)
+    measure(subject, grid, units(subject, grid, rows), folder, once, progress)
+
+
+def measure(
+    subject: Subject,
+    grid: Grid,
+    chosen: Sequence[Unit],
+    folder: Path,
+    once: bool = True,
+    progress: Progress = lambda *_: None,
+    wait: bool = False,
+) -> None:
+    """Go through these units and write down those that the folder does not hold yet.
+
+    Raises:
+        UsageError: another process does so, unless it is waited for; or other units lie there.
+    """
+    book, done = Book(folder, wait), 0
+    answering = Answering(subject.model, subject.tokenizer, grid, once)
+    encoder, total = subject.encoder(grid.length), sum(len(samples) for _, samples in chosen)
+    with attach(subject.model), closing(book):
+        for task, samples in chosen:
+            keys = [grid.key(task, sample, cell) for sample in samples for cell in grid.cells]
+            progress(f"{task.name} {samples[0].id}", done, total)
+            given = [encoder.encode(task, sample) for sample in samples]
+            inputs = [one.line(task.name) for one in given]
+            if not book.holds(inputs, keys):
+                book.add(inputs, *answering.lines(task, given))
+            done += len(samples)
+    progress("done", done, total)

@@ -1,0 +1,117 @@
+"""What an evaluation measures, and in which order: tasks x methods x budgets, one protocol."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvtrim.api import AWARE, Protocol
+from kvtrim.bench.candidates import PLAIN, Candidate, candidates
+from kvtrim.bench.eval.encode import Encoder
+from kvtrim.errors import UsageError
+from kvtrim.methods.keep import Keep
+from kvtrim.methods.settings import find, imported
+from kvtrim.tasks import Sample, Task, named
+
+FULL = "full"
+Key = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Everything that decides what an evaluation's figures are, apart from model and data."""
+
+    tasks: tuple[Task, ...]
+    cells: tuple[Candidate, ...]  # the full cache first
+    protocol: Protocol = AWARE
+    limit: int | None = None  # samples per task
+    length: int | None = None  # tokens of a prompt
+    seed: int = 0
+    batch: int = 1  # answers that are generated together
+    fitting: bool = False  # samples that would have to be cut are left out
+    max_new_tokens: int | None = None  # answers are at most so long, where their task allows more
+
+    @property
+    def aware(self) -> bool:
+        """The question is read together with the context."""
+        return self.protocol == AWARE
+
+    @property
+    def samples_at_once(self) -> int:
+        """Samples of similar length whose answers are generated together."""
+        return max(1, self.batch // len(self.cells))
+
+    def answer_tokens(self, task: Task) -> int:
+        """How long an answer may be."""
+        return min(task.max_new_tokens, self.max_new_tokens or task.max_new_tokens)
+
+    def units(self, encoder: Encoder, samples: Sequence[Sample]) -> list[tuple[Sample, ...]]:
+        """The samples of a task in the groups and the order in which they are measured."""
+        size = self.samples_at_once
+        if size == 1:
+            return [(sample,) for sample in samples]
+        sized = [(encoder.count(s.document.text + s.question), n) for n, s in enumerate(samples)]
+        order = [samples[number] for _, number in sorted(sized)]
+        return [tuple(order[at : at + size]) for at in range(0, len(order), size)]
+
+    def key(self, task: Task, sample: Sample, cell: Candidate) -> Key:
+        """What tells the lines of a run apart."""
+        own = {"task": task.name, "sample": sample.id, "method": cell.method, "keep": cell.keep}
+        return own | {"protocol": self.protocol}
+
+    def record(self) -> dict[str, Any]:
+        """What `run.json` says of it."""
+        return {
+            "tasks": {
+                task.name: {
+                    "version": task.version,
+                    "metric": task.metric,
+                    "max_new_tokens": task.max_new_tokens,
+                    "min_new_tokens": task.min_new_tokens,
+                    "stop": list(task.stop),
+                }
+                for task in self.tasks
+            },
+            "methods": [
+                {name: value for name, value in asdict(cell).items() if name != "peer"}
+                for cell in self.cells
+            ],
+            "protocol": self.protocol,
+            "limit": self.limit,
+            "length": self.length,
+            "seed": self.seed,
+            "batch": self.batch,
+            "fitting": self.fitting,
+            "max_new_tokens": self.max_new_tokens,
+            "decoding": "greedy",
+        }
+
+
+def cells(
+    methods: Sequence[str], keeps: Sequence[str], settings: dict[str, Any] | None = None
+) -> tuple[Candidate, ...]:
+    """The full cache, then every method with every budget.
+
+    Raises:
+        UsageError: an unknown method, a parameter that none of them has, or a budget that is none.
+    """
+    chosen = candidates([FULL, *methods], [str(Keep.parse(k)) for k in keeps], settings)
+    own = [cell for cell in chosen if cell.method != PLAIN]
+    for cell in own:
+        find(cell.method, **cell.settings)
+    return tuple(own)
+
+
+def tasks(names: Sequence[str]) -> tuple[Task, ...]:
+    """Tasks by name, groups of them, or `module:NAME` for one of your own; each of them once.
+
+    Raises:
+        UnknownNameError: no such task.
+        UsageError: no such module, or what has that name is no task.
+    """
+    found: dict[str, Task] = {}
+    for name in names:
+        for task in [imported(name, Task)] if ":" in name else named([name]):
+            found[task.name] = task
+    if not found:
+        raise UsageError("no task; name one with --task, see kvtrim eval --help")
+    return tuple(found.values())

@@ -1,0 +1,113 @@
+"""One prompt under every method: read once where that gives the same, else once for each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from kvtrim.bench.candidates import Candidate
+from kvtrim.bench.eval.encode import Input
+from kvtrim.bench.failures import Failure, attempted
+from kvtrim.hf.cache import Cache
+from kvtrim.hf.generate import mean_entries, synchronize
+from kvtrim.hf.keyword import passing
+from kvtrim.hf.replay import Recording, record
+from kvtrim.methods.settings import find
+from kvtrim.prompts import repeat_words
+from kvtrim.types import Float, Tensor
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A cache after the prompt, or after the context where the question comes later."""
+
+    cell: Candidate
+    cache: Cache
+    logits: Float[Tensor, " V"]  # of the token after what was read
+    held: dict[str, Any]
+    times: Mapping[str, float | None]
+
+
+def replayable(cell: Candidate) -> bool:
+    """Whether a method leaves the pass over the prompt as it is."""
+    method = find(cell.method, **cell.settings)
+    return not method.propagation.narrows and not method.schedule.chunks
+
+
+def _reads_hidden(cell: Candidate) -> bool:
+    found = attempted(lambda: find(cell.method, **cell.settings).policy.reads_hidden)
+    return found is True
+
+
+class Prefill:
+    """Makes the caches of one prompt. The model must be attached."""
+
+    def __init__(self, model: Any, tokenizer: Any, given: Input, aware: bool, once: bool):
+        self._model = model
+        ids, self._spans, _ = given.read_first(aware)
+        self._ids = torch.tensor([ids], device=model.device)
+        self._words = repeat_words(tokenizer, given.frame)
+        self._once, self._recorded_s, self._hidden = once, 0.0, False
+        self._recording: Recording | None = None
+
+    def ready(self, cells: Sequence[Candidate]) -> list[Ready | Failure]:
+        """One for each cell, in order."""
+        self._hidden = any(_reads_hidden(cell) for cell in cells)
+        made = [attempted(lambda cell=cell: self._made(cell)) for cell in cells]
+        self._recording = None  # what the layers were handed is needed no more
+        return made
+
+    def _made(self, cell: Candidate) -> Ready:
+        recording = self._recorded() if self._once and replayable(cell) else None
+        return self._alone(cell) if recording is None else self._replayed(recording, cell)
+
+    def _recorded(self) -> Recording | None:
+        """The pass that all share; None where memory is too short to keep what it handed over."""
+        if self._recording is None:
+            start = self._now()
+            recorded = partial(record, self._model, self._ids, self._spans, self._words)
+            made = attempted(lambda: recorded(hidden=self._hidden))
+            if isinstance(made, Failure):
+                self._once = False
+                return None
+            self._recording, self._recorded_s = made, self._now() - start
+        return self._recording
+
+    def _replayed(self, recording: Recording, cell: Candidate) -> Ready:
+        start, before = self._now(), recording.observed
+        cache = recording.cache(cell.method, cell.keep or 1, **cell.settings)
+        times = {"prefill_s": self._recorded_s, "evict_s": self._now() - start}
+        times["observed"] = recording.observed > before  # else an earlier budget did it
+        return Ready(cell, cache, recording.logits[0], held(cache), times)
+
+    def _alone(self, cell: Candidate) -> Ready:
+        start, tokens = self._now(), self._ids.shape[1]
+        cache = Cache(
+            self._model,
+            cell.method,
+            cell.keep or 1,
+            prompt_tokens=tokens,
+            spans=self._spans,
+            **cell.settings,
+        )
+        cache.words = self._words
+        with torch.no_grad():
+            out = self._model(input_ids=self._ids, **passing(cache), logits_to_keep=1)
+        times = {"prefill_s": self._now() - start, "evict_s": None}
+        return Ready(cell, cache, out.logits[0, -1], held(cache), times)
+
+    def _now(self) -> float:
+        synchronize(self._model.device)
+        return perf_counter()
+
+
+def held(cache: Cache) -> dict[str, Any]:
+    """What a cache holds now."""
+    return {
+        "held_bytes": cache.held_bytes,
+        "full_bytes": cache.full_bytes,
+        "entries": mean_entries(cache),
+    }

@@ -1,0 +1,1 @@
+"""Seconds and bytes of prefill and decoding, beside plain transformers."""

@@ -1,0 +1,148 @@
+"""The largest batch that fits into a given memory, and its tokens per second.
+
+Prompts are read one after the other, as a server would; their caches then decode together. So what
+has to fit is the weights and the larger of two things: all caches while they decode, and the last
+prompt being read beside the caches of the others. One prompt is read and its cache repeated, which
+costs the bytes of as many prompts of that length. Batches double until one does not fit; then the
+gap is halved. Every try goes to the journal at once.
+"""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from kvtrim.bench.candidates import Candidate
+from kvtrim.bench.jsonl import Journal, Key
+from kvtrim.bench.provenance import peak_memory
+from kvtrim.bench.speed.clock import prompt, require_window
+from kvtrim.errors import KvtrimError, UsageError
+from kvtrim.hf.generate import synchronize
+
+_MEMORY_STEPS = 2  # tokens while memory is measured, which slows steps down
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched for, apart from the methods."""
+
+    lengths: tuple[int, ...]  # tokens of the (random) prompts
+    memory: int  # bytes for weights, caches and whatever else is in use at once
+    new_tokens: int = 32  # timed decoding steps of every batch
+    most: int = 4096  # prompts at once, at most
+    capture: bool = True
+
+    def require_fits(self, model: Any, trained: bool = True) -> None:
+        """Refuse prompts that the model has no positions for. Raises UsageError."""
+        require_window(model, self.lengths, self.new_tokens + _MEMORY_STEPS, trained)
+
+
+def search(
+    model: Any,
+    plan: Search,
+    chosen: Sequence[Candidate],
+    journal: Journal,
+    progress: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Try batches for every length and candidate until the largest is known."""
+    for length in plan.lengths:
+        for candidate in chosen:
+            key = {"length": length, "method": candidate.method, "keep": candidate.keep}
+            while (batch := following(_tried(journal, key), plan.most)) is not None:
+                progress(f"{candidate.method} {candidate.keep}, {length} tokens x {batch}".strip())
+                journal.add(key | {"batch": batch} | _attempt(model, plan, candidate, key, batch))
+
+
+def following(tried: dict[int, bool], most: int) -> int | None:
+    """The next batch to try, by which of those tried fit; None if the largest is known."""
+    best = max((batch for batch, fits in tried.items() if fits), default=0)
+    worst = min((batch for batch, fits in tried.items() if not fits), default=most + 1)
+    if worst - best <= 1:
+        return None
+    return min(2 * best or 1, most) if worst > most else (best + worst) // 2
+
+
+def _tried(journal: Journal, key: Key) -> dict[int, bool]:
+    return {line["batch"]: line["fits"] for line in journal.lines if key.items() <= line.items()}
+
+
+def _attempt(
+    model: Any, plan: Search, candidate: Candidate, key: Key, batch: int
+) -> dict[str, Any]:
+    """Whether a batch fits, and what it gave; a candidate that fails fits nothing."""
+    try:
+        return asdict(_measured(model, plan, candidate, key["length"], batch))
+    except (torch.OutOfMemoryError, MemoryError):
+        reason = "out of memory"
+    except UsageError:
+        raise
+    except KvtrimError as error:
+        reason = " ".join(str(error).split())
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        reason = "out of memory"
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {"fits": False, "reason": reason}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One batch."""
+
+    fits: bool
+    used_bytes: int  # weights included
+    held_bytes: int
+    token_s: float
+    tokens_per_s: float
+    captured: bool
+
+
+def _measured(
+    model: Any, plan: Search, candidate: Candidate, length: int, batch: int
+) -> _Measured:
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    ids, steps = prompt(model, 1, length), []
+    opened = candidate.opened(model, length, None, plan.capture)
+    with opened as subject, torch.no_grad():
+        with peak_memory(model.device) as reading:
+            token = subject.feed(ids)[:, -1].argmax(dim=-1, keepdim=True)
+        alone = subject.figures()["held_bytes"]
+        with peak_memory(model.device, reading.base) as decoding:
+            subject.cache.batch_repeat_interleave(batch)
+            token = token.expand(batch, 1).contiguous()
+            with subject.stepping(_MEMORY_STEPS) as (feed, _):
+                for _ in range(_MEMORY_STEPS):
+                    token = feed(token)[:, -1].argmax(dim=-1, keepdim=True)
+        used = _used(weights, alone, batch, reading.bytes, decoding.bytes)
+        if used > plan.memory:
+            return _Measured(False, used, subject.figures()["held_bytes"], 0.0, 0.0, False)
+        with subject.stepping(plan.new_tokens) as (feed, captured):
+            for _ in range(plan.new_tokens):
+                synchronize(model.device)
+                start = perf_counter()
+                token = feed(token)[:, -1].argmax(dim=-1, keepdim=True)
+                synchronize(model.device)
+                steps.append(perf_counter() - start)
+        held, each = subject.figures()["held_bytes"], median(steps)
+        return _Measured(True, used, held, each, batch / each, captured)
+
+
+def _used(weights: int, alone: int, batch: int, reading: int | None, decoding: int | None) -> int:
+    """Bytes in use at the worst moment.
+
+    Raises:
+        UsageError: this machine cannot tell how much memory was in use.
+    """
+    if reading is None or decoding is None:
+        raise UsageError(
+            "memory peaks can be told on CUDA and on Linux only; measure batches one by one there "
+            "(--batch 4 --batch 8)"
+        )
+    return weights + max(decoding, (batch - 1) * alone + reading)

@@ -1,0 +1,1 @@
+"""Evaluations over several models, protocols and lengths, in pieces for many workers."""

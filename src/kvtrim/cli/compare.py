@@ -1,0 +1,137 @@
+"""`compare`: one question, the full cache and several methods side by side."""
+
+from typing import TYPE_CHECKING, Any
+
+from kvtrim.cli import options, output
+from kvtrim.cli.results import generate, record
+from kvtrim.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvtrim.api import Result
+
+
+def compare(
+    document: options.Document = None,
+    question: options.Questions = None,
+    method: options.Methods = None,
+    keep: options.Keeps = None,
+    set_: options.Set = None,
+    max_new_tokens: options.NewTokens = 48,
+    protocol: options.Protocol = "question-aware",
+    chat: options.Chat = None,
+    system: options.System = None,
+    truncate: options.Truncate = "error",
+    shots_separator: options.Shots = None,
+    model: options.Model = "smollm2",
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Ask one question with the full cache and with several methods and budgets, side by side."""
+    questions = options.read_questions(question)
+    methods, keeps = method or ["snapkv", "adakv"], keep or ["512"]
+    if len(questions) > 1:
+        raise UsageError("compare asks one question; use ask for several")
+    settings = _all_checked(methods, keeps, set_, protocol, truncate)
+    text = options.read_document(document, shots_separator)
+    loaded, tokenizer = options.load(model, device, dtype, threads)
+    how = dict(
+        max_new_tokens=max_new_tokens,
+        protocol=protocol,
+        chat=chat,
+        system=system,
+        truncate=truncate,
+    )
+    runs = _runs(methods, keeps)
+    _require_served(loaded, methods, settings)
+    results = []
+    with output.progress() as report:
+        _warm_up(loaded, tokenizer)
+        for number, (name, budget) in enumerate(runs, start=1):
+            label = f"{number} of {len(runs)}: {name} {budget}".strip()
+            own = settings if name != "full" else {}
+
+            def tell(what: str, done: int, out_of: int, label: str = label) -> None:
+                report(f"{label}, {what}", done, out_of)
+
+            results.append(
+                generate(loaded, tokenizer, text, questions, name, budget or "512", own, how, tell)
+            )
+    _print_comparison(results, questions[0], json)
+
+
+def _all_checked(
+    methods: list[str],
+    keeps: list[str],
+    set_: list[str] | None,
+    protocol: str | None,
+    truncate: str,
+) -> dict[str, Any]:
+    """The parameters, checked with every method before anything runs."""
+    settings: dict[str, Any] = {}
+    for name in methods:
+        settings = options.checked(name, keeps, set_, protocol, truncate)
+    return settings
+
+
+def _require_served(model: Any, methods: list[str], settings: dict[str, Any]) -> None:
+    """Refuse at once a method that this model lacks something for."""
+    from kvtrim.hf.cache import Cache
+
+    for name in methods:
+        Cache(model, name, 1.0, **settings)
+
+
+def _warm_up(model: Any, tokenizer: Any) -> None:
+    """One short answer that is not counted, since the first pass over a model is the slowest."""
+    from kvtrim.api import generate
+
+    generate(model, tokenizer, "warm up " * 8, "?", method="full", max_new_tokens=4)
+
+
+def _runs(methods: list[str], keeps: list[str]) -> list[tuple[str, str]]:
+    """(method, budget) of every run; the full cache first, once."""
+    from kvtrim.methods.settings import find
+
+    chosen = [("full", "")]
+    for name in methods:
+        if not find(name).full:
+            chosen += [(name, keep) for keep in keeps]
+    return chosen
+
+
+def _print_comparison(results: list["Result"], question: str, json: bool) -> None:
+    if json:
+        output.print_json([record(result, question) for result in results])
+        return
+    first = results[0]
+    columns = [("method", "left"), ("keep", "right")]
+    columns += [(name, "right") for name in ("first token", "per token", "held", "of full")]
+    columns += [("entries per head, layers left to right", "left")]
+    rows = [
+        [
+            result.method,
+            _keep(result),
+            output.seconds(result.ttft_s),
+            output.seconds(result.tpot_s),
+            output.size(result.held_bytes),
+            f"{100 * result.held_bytes / result.full_bytes:.1f}%",
+            output.entries(result.kept),
+        ]
+        for result in results
+    ]
+    output.table(f"{first.prompt_tokens} prompt tokens, {first.protocol}", columns, rows)
+    answers = [[r.method, _keep(r), " ".join(r.text.split())] for r in results]
+    output.table(question, [("method", "left"), ("keep", "right"), ("answer", "left")], answers)
+    _remarks(results)
+
+
+def _remarks(results: list["Result"]) -> None:
+    for result in results:
+        if result.remark:
+            output.note(f"{result.method}: {result.remark}")
+
+
+def _keep(result: "Result") -> str:
+    return "all" if result.method == "full" else result.keep

@@ -1,0 +1,207 @@
+"""`eval`: tasks x methods x budgets, resumable, with the record of the run."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvtrim.cli import options, output
+from kvtrim.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvtrim.bench.eval.evaluate import Rows, Subject
+    from kvtrim.bench.eval.grid import Grid
+
+PREFILLS = ("once", "each")
+BATCH = 16
+
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        "-t",
+        help="A benchmark (niah, gsm8k, longbench-qasper), a group of them (longbench, ruler), or "
+        "module:NAME of your own; repeat for several.",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="Samples per task. Default: all; 100 where prompts are made."),
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        min=64,
+        help="Tokens of a prompt and its answer, where prompts are made to a length (default 4096 "
+        "or the model's window); others longer than that lose the middle of their context.",
+    ),
+]
+Fitting = Annotated[
+    bool,
+    typer.Option("--fitting", help="Leave out samples of which something would have to be cut."),
+]
+NewTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="At most so many tokens of an answer, where its task allows more: faster, and longer "
+        "answers score less than they might. Default: what the task says.",
+    ),
+]
+Protocol = Annotated[
+    str | None,
+    typer.Option(
+        help="question-agnostic (compress the context, then read the question) or question-aware "
+        "(read both, then compress). Must be given: results differ a lot."
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="KVTRIM_DATA",
+        help="A folder with the rows of the benchmarks. Default: the Hugging Face Hub.",
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(help="Of prompts that are made. Tasks that have rows ask the first of them."),
+]
+Batch = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Answers that are generated together: methods and budgets of a sample, and samples "
+        "of similar length. 1 is slower, and what answering each alone gives to the last bit.",
+    ),
+]
+Prefill = Annotated[
+    str,
+    typer.Option(
+        help="once: read a prompt once for all methods that leave that pass as it is. each: once "
+        "for each method and budget. Both give the same."
+    ),
+]
+AllowCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code-execution",
+        help="Run the programs that the model writes (HumanEval), in a limited process.",
+    ),
+]
+OutFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="A folder for run.json, inputs.jsonl, samples.jsonl, times.jsonl, scores.jsonl, "
+        "eval.json and eval.md. A run that was cut off goes on where it stopped when asked for "
+        "again.",
+    ),
+]
+
+
+def evaluate(
+    task: Tasks = None,
+    method: options.Methods = None,
+    keep: options.Keeps = None,
+    protocol: Protocol = None,
+    limit: Limit = None,
+    length: Length = None,
+    fitting: Fitting = False,
+    max_new_tokens: NewTokens = None,
+    data: Data = None,
+    out: OutFolder = None,
+    seed: Seed = 0,
+    set_: options.Set = None,
+    batch: Batch = BATCH,
+    prefill: Prefill = "once",
+    allow_code_execution: AllowCode = False,
+    model: options.Model = "smollm2",
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Measure what methods cost in answers: benchmark scores, likelihood of the right answer, KL.
+
+    The full cache is always measured beside them, on the same samples.
+    """
+    options.require_choice("--prefill", prefill, PREFILLS)
+    grid = _grid(task, method, keep, set_, protocol, limit, length, seed, batch)
+    grid = replace(grid, fitting=fitting, max_new_tokens=max_new_tokens)
+    if out is not None and not out.parent.is_dir():
+        raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
+    rows = _rows(data)
+    from kvtrim.bench.eval.evaluate import Subject, read
+
+    read(grid, rows)
+    subject = Subject(model, *options.load(model, device, dtype, threads))
+    with _folder(out) as folder:
+        _run(subject, grid, rows, folder, prefill == "once")
+        _finish(folder, grid, allow_code_execution, json)
+
+
+def _grid(
+    task: list[str] | None,
+    method: list[str] | None,
+    keep: list[str] | None,
+    set_: list[str] | None,
+    protocol: str | None,
+    limit: int | None,
+    length: int | None,
+    seed: int,
+    batch: int,
+) -> "Grid":
+    """What is measured, once everything that needs no model was checked."""
+    from kvtrim.bench.eval import grid
+
+    if protocol not in options.PROTOCOLS:
+        named = "is missing" if protocol is None else f"{protocol} is unknown"
+        raise UsageError(f"--protocol {named}: use {' or '.join(options.PROTOCOLS)}")
+    tasks = grid.tasks(task or [])
+    cells = grid.cells(
+        method or ["snapkv", "adakv"], keep or ["512"], options.parse_settings(set_)
+    )
+    return grid.Grid(tasks, cells, protocol, limit, length, seed, batch)  # pyright: ignore[reportArgumentType]
+
+
+def _rows(data: Path | None) -> "Rows":
+    from kvtrim.tasks.rows import reader
+
+    return reader(data)
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[Path]:
+    """The folder asked for, or one that is thrown away."""
+    if out is not None:
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix="kvtrim-eval-") as name:
+        yield Path(name) / "run"
+
+
+def _run(subject: "Subject", grid: "Grid", rows: "Rows", folder: Path, once: bool) -> None:
+    from kvtrim.bench.eval.evaluate import evaluate as run
+
+    with output.progress(left=True) as report:
+        run(subject, grid, rows, folder, once, report)
+
+
+def _finish(folder: Path, grid: "Grid", allow_code_execution: bool, json: bool) -> None:
+    """Scores, tables, and what was refused."""
+    import json as library
+
+    from kvtrim.bench.eval import scores
+
+    rows = scores.derive(folder, grid.tasks, allow_code_execution)
+    made: dict[str, Any] = library.loads((folder / scores.TABLE).read_text("utf-8"))
+    if json:
+        output.print_json(made)
+        return
+    output.table(grid.protocol, scores.COLUMNS, scores.cells(rows), wide=True)
+    output.lines([*made["without_samples"], *made["refused"]])

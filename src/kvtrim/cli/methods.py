@@ -1,0 +1,70 @@
+"""`methods`: what there is, and one method in detail."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvtrim.cli import options, output
+from kvtrim.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvtrim.methods.describe.entries import Entry
+
+Name = Annotated[str | None, typer.Argument(help="Explain this method.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the page of docs/methods.md.")]
+
+
+def methods(name: Name = None, json: options.Json = False, markdown: Markdown = False) -> None:
+    """List the methods, or explain one."""
+    from kvtrim.methods.describe.entries import entry
+    from kvtrim.methods.describe.markdown import manual, section
+    from kvtrim.methods.registry import METHODS
+
+    if json and markdown:
+        raise UsageError("--json and --markdown: choose one")
+    if markdown:
+        typer.echo(manual() if name is None else section(entry(name)), nl=False)
+    elif name is not None:
+        _explain(entry(name), json)
+    else:
+        _list([entry(key) for key in METHODS], json)
+
+
+def _list(entries: "list[Entry]", json: bool) -> None:
+    records = [e.record() for e in entries]
+    if json:
+        output.print_json(records)
+        return
+    headings = ("name", "scores by", "budget", "evicts", "propagation", "source")
+    keys = ("name", "scorer", "budget", "schedule", "propagation", "source")
+    rows = [[record[key] for key in keys] for record in records]
+    output.table("kvtrim methods", [(heading, "left") for heading in headings], rows)
+    output.out.print("kvtrim methods NAME explains one", highlight=False)
+
+
+def _explain(e: "Entry", json: bool) -> None:
+    if json:
+        output.print_json(e.full_record())
+        return
+    policy, budget, unit, propagation = e.parts
+    output.out.print(f"[bold]{e.name}[/bold]", highlight=False)
+    output.facts(
+        [
+            ("use", e.method.use),
+            ("cost", e.method.cost),
+            ("score", policy.sentences),
+            ("budget", budget.sentences),
+            ("keeps", unit.sentences),
+            ("reads", propagation.sentences),
+            ("evicts", e.schedule),
+            ("source", e.method.source),
+            *((label.lower(), said) for label in e.LABELS for said in e.labelled(label)),
+        ]
+    )
+    columns = [(heading, "left") for heading in ("name", "default", "takes", "meaning")]
+    rows = [[p.name, p.default, p.takes, p.meaning] for p in e.parameters]
+    output.table("parameters (--set name=value)", columns, rows)
+    if e.presets:
+        presets = [[name, changes or "nothing"] for name, changes in e.presets.items()]
+        columns = [(heading, "left") for heading in ("name", "changes")]
+        output.table("presets (--set preset=NAME)", columns, presets)

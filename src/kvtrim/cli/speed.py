@@ -1,0 +1,275 @@
+"""`speed`: seconds and bytes beside plain transformers, measured in this run."""
+
+import json as library
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvtrim.cli import options, output
+from kvtrim.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvtrim.bench.candidates import Candidate
+    from kvtrim.bench.jsonl import Journal
+    from kvtrim.bench.speed.clock import Plan
+
+MODEL = "smollm2"
+PEERS = ("kvpress",)
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help=f"As in `ask`. Default: {MODEL}."),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        help="A model of published dimensions with random weights instead of --model: "
+        "llama-3.1-8b, llama-3.2-1b, llama-3.2-3b, ministral-8b, mistral-nemo-12b, phi-3.5-mini, "
+        "qwen3-8b or smollm2-135m.",
+    ),
+]
+Layers = Annotated[
+    int | None, typer.Option(min=1, help="With --config: decoder layers. Default: all.")
+]
+Width = Annotated[
+    str | None,
+    typer.Option(
+        help="With --config: KV heads per layer (2) or their share (0.25, 25%). Query heads, "
+        "hidden and MLP size shrink alike; head size, RoPE and vocabulary stay. Default: all."
+    ),
+]
+Lengths = Annotated[
+    list[int] | None,
+    typer.Option("--length", "--context", min=1, help="Prompt length; repeat for several."),
+]
+Batches = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--batch",
+        help="Prompts at once; repeat for several. Default: 1. `max` searches for the largest "
+        "batch that decodes within --memory, prompts being read one after the other.",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="With --batch max: bytes for weights, caches and work (40GiB)."),
+]
+Capture = Annotated[
+    bool,
+    typer.Option(
+        "--capture/--no-capture",
+        help="Capture decoding steps as CUDA graphs where a method allows it. No effect on CPUs.",
+    ),
+]
+Repeats = Annotated[
+    int, typer.Option(min=1, help="Counted rounds; warm-up and a round for memory come before.")
+]
+Steps = Annotated[
+    int, typer.Option("--new-tokens", min=1, help="Decoding steps after each prompt.")
+]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option("--peer", help="Measure another library in the same run: kvpress."),
+]
+OutFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="A folder for run.json, speed.jsonl, speed.json, speed.md and plots. A run that was "
+        "cut off goes on where it stopped when asked for again.",
+    ),
+]
+
+
+def speed(
+    length: Lengths = None,
+    method: options.Methods = None,
+    keep: options.Keeps = None,
+    batch: Batches = None,
+    memory: Memory = None,
+    set_: options.Set = None,
+    new_tokens: Steps = 32,
+    repeats: Repeats = 3,
+    prefill_chunk: options.Chunk = None,
+    capture: Capture = True,
+    peer: Peers = None,
+    out: OutFolder = None,
+    model: Model = None,
+    config: Config = None,
+    layers: Layers = None,
+    width: Width = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Measure first token, time per token, end to end and memory, by length, method, keep, batch.
+
+    Plain transformers is always measured in the same run, and ratios are to it. With --config no
+    weights are needed. FastKV's published times are put beside as ratios to its full cache.
+    """
+    from kvtrim.bench.speed.clock import Plan
+    from kvtrim.cli import max_batch
+
+    lengths, most = (
+        tuple(length or [512, 2048]),
+        max_batch.wanted(batch, memory, peer, prefill_chunk),
+    )
+    if most is None:
+        batches = max_batch.batches(batch)
+        plan: Any = Plan(lengths, batches, new_tokens, repeats, prefill_chunk, capture)
+    else:
+        plan = max_batch.plan(lengths, most, new_tokens, capture)
+    chosen = _candidates(method, keep, set_, peer or [])
+    if out is not None and not out.parent.is_dir():
+        raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
+    about = {"name": _name(model, config, layers, width), "config": config}
+    loaded = _model(model, config, layers, width, device, dtype, threads)
+    plan.require_fits(loaded, trained=config is None)
+    record = _record(loaded, about, plan, chosen)
+    journal, record = _opened(out, record)
+    if most is not None:
+        max_batch.fill(loaded, plan, chosen, journal, record, out, json)
+        return
+    _measure(loaded, plan, chosen, journal)
+    _finish(out, record, journal.lines, json)
+
+
+def _candidates(
+    methods: list[str] | None, keeps: list[str] | None, set_: list[str] | None, peers: list[str]
+) -> "list[Candidate]":
+    from kvtrim.bench.candidates import candidates
+    from kvtrim.bench.speed import peer_kvpress
+
+    methods, keeps = methods or ["full", "snapkv", "adakv"], keeps or ["512"]
+    chosen = candidates(methods, keeps, options.parse_settings(set_))
+    for name in dict.fromkeys(peers):
+        options.require_choice("--peer", name, PEERS)
+        peer_kvpress.require()
+        chosen += peer_kvpress.candidates(methods, keeps)
+    return chosen
+
+
+def _name(model: str | None, config: str | None, layers: int | None, width: str | None) -> str:
+    """The model in words."""
+    if config is None:
+        return model or MODEL
+    cut = [f"{layers} layers"] if layers is not None else []
+    cut += [f"width {width}"] if width is not None else []
+    return f"{config} ({', '.join(['random weights', *cut])})"
+
+
+def _model(
+    model: str | None,
+    config: str | None,
+    layers: int | None,
+    width: str | None,
+    device: str | None,
+    dtype: str | None,
+    threads: int | None,
+) -> Any:
+    """The model asked for: loaded, or made with random weights."""
+    if config is None:
+        if layers is not None or width is not None:
+            raise UsageError("--layers and --width need --config: a loaded model stays as it is")
+        return options.load(model or MODEL, device, dtype, threads)[0]
+    if model is not None:
+        raise UsageError("give --model or --config, not both")
+    share = None if width is None else _width(width)
+    with output.busy(f"making {config}"):
+        import torch
+
+        from kvtrim.hf.models.random import build
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return build(config, layers=layers, width=share, device=device, dtype=dtype)
+
+
+def _width(text: str) -> int | float:
+    """A number of KV heads (2), or a share of them (0.25, 25%)."""
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise UsageError(f"--width {text}: give KV heads (2) or a share (0.25 or 25%)") from None
+
+
+def _record(model: Any, about: dict[str, Any], plan: Any, chosen: Any) -> dict[str, Any]:
+    """Everything that decides what the figures mean."""
+    from dataclasses import asdict
+
+    from kvtrim.bench.provenance import provenance
+    from kvtrim.bench.speed import roofline
+    from kvtrim.hf.models import fingerprint
+
+    own = fingerprint.of_model(model) | {"identity": fingerprint.identity(model)}
+    return {
+        "model": about | {"dtype": own["dtype"]} | own,
+        "plan": asdict(plan),
+        "candidates": [asdict(candidate) for candidate in chosen],
+        "machine": provenance(model.device),
+        "limits": roofline.of_model(model) | roofline.of_machine(model.device, model.dtype),
+    }
+
+
+def _opened(out: Path | None, record: dict[str, Any]) -> "tuple[Journal, dict[str, Any]]":
+    from kvtrim.bench import jsonl as journal
+
+    return (journal.Journal(), record) if out is None else journal.opened(out, record)
+
+
+def _measure(model: Any, plan: "Plan", chosen: "list[Candidate]", journal: "Journal") -> None:
+    from kvtrim.bench.speed.clock import measure, turns
+
+    total, left = len(list(turns(plan, chosen))) + 1, len(journal.lines)
+    with output.progress() as report:
+
+        def tell(what: str) -> None:
+            nonlocal left
+            left += 1
+            report(what, left, total)
+
+        measure(model, plan, chosen, journal, tell)
+
+
+def _finish(
+    out: Path | None, record: dict[str, Any], lines: list[dict[str, Any]], json: bool
+) -> None:
+    """Tables, files, and the record as the last line."""
+    from kvtrim.report import published
+    from kvtrim.report import speed as tables
+
+    rows = tables.rows(lines, record["limits"])
+    if out is not None:
+        section = published.section(record["model"], rows)
+        _write(out, record, rows, tables.page(record, rows, section), tables.title(record))
+    if not json:
+        columns, cells = tables.table(rows, short=True)
+        output.table(tables.title(record), columns, cells, wide=True)
+        for line in tables.reasons(rows):
+            output.out.print(f"not measured: {line}", markup=False, highlight=False)
+        beside = published.cells(record["model"], rows, only_measured=True)
+        if beside:
+            name = "FastKV's published times as ratios to its full cache, ours to transformers"
+            output.table(f"{name} (arXiv 2502.01068)", published.COLUMNS, beside)
+    output.print_json(record | {"rows": rows})
+
+
+def _write(
+    out: Path, record: dict[str, Any], rows: list[dict[str, Any]], page: str, title: str
+) -> None:
+    """The files that are made from the journal."""
+    from kvtrim.files import replace
+    from kvtrim.report.plots import speed as plots
+
+    replace(out / "speed.json", (library.dumps(record | {"rows": rows}, indent=1) + "\n").encode())
+    replace(out / "speed.md", page.encode())
+    try:
+        plots.speed(rows, out, title.partition(";")[0])
+    except UsageError as error:
+        output.err.print(f"kvtrim: {error}; everything else is in {out}", markup=False)

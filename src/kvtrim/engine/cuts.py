@@ -1,0 +1,259 @@
+"""What one pass evicts: each layer as the policy sees it, and the cuts that follow."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from kvtrim.cache.store import LayerStore
+from kvtrim.engine.eviction import Cutters, Evictor, merge, trimmers
+from kvtrim.engine.layer import Call, real_queries
+from kvtrim.engine.propagation import Narrowing, narrowed
+from kvtrim.engine.state import State
+from kvtrim.engine.tokens import Pass
+from kvtrim.errors import UsageError
+from kvtrim.kernels import explicit
+from kvtrim.methods.keep import Keep
+from kvtrim.methods.method import Method
+from kvtrim.methods.policies.base import observed
+from kvtrim.types import Float, Kept, LayerView, Probed, Tensor
+
+CARRIED = "carried"  # the store's column for a policy's running statistic
+SCORE = "score"  # and for scores, while layers compete for one budget
+
+
+@dataclass
+class Cutting:
+    """The cuts of one pass over all layers of a session."""
+
+    method: Method
+    keep: Keep
+    state: State
+    now: Pass  # as the layer at hand sees it
+    prompt: bool  # the pass reads the prompt
+    coming: int = 0  # columns of the prompt that later passes bring
+    due: Sequence[bool] | None = None  # prompts that are cut in this pass; all if not said
+    probed: list[Probed] | None = None  # the pass probes these parts of each prompt
+    known: dict[int, Tensor] | None = None  # what `observe` found in an equal pass, by layer
+    narrowing: Narrowing | None = None  # what the layer at hand and those above it read
+    whole: Pass = field(init=False)  # as the model was handed it
+    attended: set[int] = field(default_factory=set)  # layers that have stored what is new
+    _cutters: Cutters = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.whole = self.now
+
+    def observe(
+        self, index: int, call: Call, store: LayerStore, shown: LayerStore, attend: bool = False
+    ) -> Float[Tensor, "B H Q E"] | None:
+        """Let the policy update its running statistic with this pass's queries.
+
+        Args:
+            attend: attention may be worked out on the way, if the policy knows what to note.
+
+        Returns:
+            The output of attention, if it was worked out; zeros for padding.
+        """
+        store.add_column(CARRIED)
+        if self.known is not None and index in self.known:
+            store.set_column(CARRIED, self.known[index])
+            return None
+        policy, out = self.method.policy, call.no_output() if attend else None
+        for rows in self._groups(self.now):
+            queries = real_queries(call.queries, self.now, rows)
+            if queries.shape[2]:
+                hidden = self._hidden(call, rows)
+                part = self._part(shown, rows)
+                view = self._view(index, call, part, queries, rows, keep=0, hidden=hidden)
+                noted = policy.compared(view) if out is not None else None
+                if out is not None and noted is not None and view.lengths is None:
+                    given = queries, view.keys, view.values, noted, view.scale, view.softcap
+                    mixed, most = explicit.largest(*given)
+                    columns = slice(None) if self.now.real is None else self.now.real[rows.start]
+                    out[rows, :, columns] = mixed
+                    view = replace(view, received=most)
+                else:
+                    out = None
+                self._part(store, rows).set_column(CARRIED, observed(policy, view))
+        return out
+
+    def foreseen(self, index: int, call: Call) -> Float[Tensor, "B K Q"]:
+        """What the policy says of a layer's new tokens, padding included, for every head stored.
+
+        Raises:
+            UsageError: their hidden states were not handed over.
+        """
+        if call.hidden is None:
+            raise UsageError("this method reads hidden states; pass hidden=[states, ...]")
+        own = self.method.policy.foresee(index, call.hidden)
+        return own.repeat_interleave(call.keys.shape[1] // own.shape[1], dim=1)
+
+    def propagate(self, index: int, call: Call, shown: LayerStore) -> Narrowing | None:
+        """Choose the tokens that the layers above this one read; None if all of them do."""
+        chosen, policy = [], self.method.policy
+        for rows, cutter in self._cutters_for(call, ahead=False):
+            prompt, slots = self.whole.lengths()[rows.start], None
+            if prompt > cutter.keep:
+                queries = real_queries(call.queries, self.now, rows)
+                part = self._part(shown, rows)
+                hidden = self._hidden(call, rows)
+                view = self._view(index, call, part, queries, rows, cutter.keep, hidden)
+                slots = self.method.propagation.choose(view, policy, prompt)
+            chosen.append((rows, slots))
+        return narrowed(index, self.now, chosen, self.narrowing)
+
+    def narrow(self, narrowing: Narrowing) -> None:
+        """The layers from here on read a part of the prompt."""
+        self.narrowing, self.now = narrowing, narrowing.now
+        self.state.cut_at = self.state.reading.seen + self.whole.columns
+
+    def cut(
+        self,
+        index: int,
+        call: Call,
+        store: LayerStore,
+        shown: LayerStore,
+        last: Tensor,
+        ahead: bool = False,
+        hidden: Tensor | None = None,
+    ) -> None:
+        """Evict from one layer what exceeds its budget.
+
+        Args:
+            store, shown: what the layer holds, and the same as this pass's queries see it.
+            last: the last queries, as many as the policy looks back to.
+            ahead: the new tokens are still to come: leave room for them.
+            hidden: what the attention received for them, where the policy reads it.
+        """
+        competing = self.method.budget.model_wide
+        if competing:
+            store.add_column(SCORE)
+        parts = []
+        for rows, cutter in self._cutters_for(call, ahead):
+            own, part = None if hidden is None else hidden[rows], self._part(shown, rows)
+            view = self._view(index, call, part, last[rows], rows, cutter.keep, own)
+            won = self.state.layers[index].share_of(rows) if self.method.budget.settles else None
+            parts.append((rows, cutter.choose(view, won)))
+            if cutter.scored is not None:
+                self._part(store, rows).set_column(SCORE, cutter.scored)
+        self._retain(store, merge(parts, store.length), ahead)
+        if competing:
+            store.settle()
+            self._cut_again(index)
+
+    def _cut_again(self, index: int) -> None:
+        """Layers compete: what this one won, the earlier ones lose; the last one settles it."""
+        layers, last = self.state.layers, index == len(self.state.layers) - 1
+        dealt = any(cutter.dealt for _, cutter in self._cutters)
+        for earlier, held in enumerate(layers[:index]):
+            store = held.store
+            if store is None or not dealt:
+                continue
+            parts = []
+            for rows, cutter in self._cutters:
+                scores = self._part(store, rows).column(SCORE)
+                parts.append((rows, cutter.again(earlier, scores, store.length[rows], last)))
+            self._retain(store, merge(parts, store.length))
+        for layer, held in enumerate(layers if last else []):
+            if held.store is not None:
+                held.store.drop_column(SCORE)
+            for rows, cutter in self._cutters:
+                held.settle_share(rows, self.now.rows, cutter.dealt, layer)
+
+    def _retain(self, store: LayerStore, kept: Kept | None, ahead: bool = False) -> None:
+        if kept is not None:
+            store.retain(kept)
+            new = 0 if ahead or self.probed else self.whole.columns
+            self.state.cut_at = self.state.reading.seen + new
+
+    def _cutters_for(self, call: Call, ahead: bool) -> Cutters:
+        if not self._cutters:
+            self._cutters = self._new_cutters(call, ahead)
+        return self._cutters
+
+    def _new_cutters(self, call: Call, ahead: bool) -> Cutters:
+        due = self.due or [True] * self.now.rows
+        groups = [rows for rows in self._groups(self.whole) if due[rows.start]]
+        if not (self.prompt or self.probed) and self.method.schedule.region == "generated":
+            return trimmers(self.method, self.state, self.now, groups)
+        if self.prompt or self.probed:
+            entry = len(self.state.layers) * call.keys.shape[1] * call.entry_bytes * self.now.rows
+            lengths = [length + self.coming for length in self._lengths(self.whole)]
+            self.state.keeps = [self._budget(length, entry) for length in lengths]
+        cutters, read = [], self._lengths(self.whole)
+        decoding = not (self.prompt or self.probed)
+        for rows in groups:
+            (keep, asked), tokens = self.state.keeps[rows.start], read[rows.start]
+            room = max(1, keep - (tokens - self.whole.first[rows.start])) if ahead else keep
+            cutters.append((rows, Evictor(self.method, room, asked, tokens, decoding)))
+        return cutters
+
+    def _groups(self, of: Pass) -> list[slice]:
+        """Prompts that are seen together: those alike in all that scores and cuts depend on.
+
+        The others are seen alone, so that a prompt keeps in any batch what it keeps alone.
+        """
+        together = of.groups()
+        if len(together) > 1 or self._alike:
+            return together
+        return [slice(row, row + 1) for row in range(of.rows)]
+
+    @cached_property
+    def _alike(self) -> bool:
+        """Prompts of one length have the same budget, schedule, and entries in every head."""
+        state = self.state
+        listed = (state.keeps, state.generated, self.due or [])
+        if any(one != each[0] for each in listed for one in each):
+            return False
+        return all(bool((store.length == store.length[:1]).all()) for store in state.stores())
+
+    def _budget(self, length: int, entry_bytes: int) -> tuple[int, float]:
+        """Entries per head for a prompt of this length, and the same before rounding."""
+        asked, policy = self.keep.asked(length, entry_bytes), self.method.policy
+        protected = policy.sinks + policy.recent(int(asked))
+        return self.keep.entries(length, protected, entry_bytes), asked
+
+    def _lengths(self, of: Pass) -> list[int]:
+        """Tokens of each prompt after a pass; those of a probe do not count."""
+        return of.first if self.probed else of.lengths()
+
+    def _part(self, store: LayerStore, rows: slice) -> LayerStore:
+        everyone = rows.stop - rows.start == self.now.rows
+        return store if everyone else store.row(rows.start)
+
+    def _hidden(self, call: Call, rows: slice) -> Tensor | None:
+        """What the attention received for a group's new tokens."""
+        if call.hidden is None:
+            return None
+        return real_queries(call.hidden[:, None], self.now, rows)[:, 0]
+
+    def _view(
+        self,
+        index: int,
+        call: Call,
+        store: LayerStore,
+        queries: Tensor,
+        rows: slice,
+        keep: int,
+        hidden: Tensor | None = None,
+    ) -> LayerView:
+        dense, lengths = store.dense()
+        return LayerView(
+            index=index,
+            layers=len(self.state.layers),
+            keep=keep,
+            tokens=self._lengths(self.now)[rows.start],
+            queries=queries,
+            keys=dense["keys"],
+            values=dense["values"],
+            positions=dense["positions"],
+            scale=call.scale,
+            softcap=call.softcap,
+            lengths=lengths,
+            carried=dense.get(CARRIED),
+            decoding=not self.prompt,
+            probed=None if self.probed is None else self.probed[rows.start],
+            hidden=hidden,
+            output=call.output,
+            factor=call.factor,
+            spans=tuple(self.state.spans[rows]),
+        )

@@ -1,0 +1,263 @@
+"""Running a model over a kvtrim cache: reading a prompt in chunks, generating with a clock."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from inspect import signature
+from typing import Annotated, Any
+
+import torch
+from transformers import Cache as TransformersCache
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from kvtrim.hf.cache import Cache
+from kvtrim.hf.decode import Captured, why_plain
+from kvtrim.hf.keyword import cache_in, passing
+from kvtrim.methods.ranges import Positive, Range, Share, Some, Tokens, check, declared
+from kvtrim.types import Int, Tensor
+
+_INPUTS = {"self", "inputs", "kwargs", "custom_generate", "max_new_tokens"}  # ours to give
+
+Progress = Callable[[str, int, int], None]
+"""Told what is going on, how much of it is done, and out of how much."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """New tokens and when they came, in seconds since the prompt was handed over."""
+
+    token_ids: list[int]
+    ttft_s: float  # time to first token
+    tpot_s: float | None  # time per output token after the first; None if there was one only
+    decoding: str  # "captured", or "plain" and why
+    capture_s: float = 0.0  # what making the graph took; part of no other figure
+
+
+@dataclass
+class _Clock(StoppingCriteria):
+    """Notes when each token is there; stops nothing."""
+
+    device: torch.device
+    on_first: Callable[[], None]
+    on_token: Callable[[int], None]
+    times: list[float] = field(default_factory=list)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        synchronize(self.device)
+        self.times.append(time.perf_counter())
+        if len(self.times) == 1:
+            self.on_first()
+        self.on_token(len(self.times))
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def watched(
+    model: Any, cache: TransformersCache, tokens: int, progress: Progress | None
+) -> Iterator[None]:
+    """Report how far a prompt of so many tokens has come into a cache, layer by layer."""
+    if progress is None:
+        yield
+        return
+    decoder, base, columns, before, shown = model.get_decoder(), 0, 0, 0, 0
+
+    def own(kwargs: Any) -> bool:
+        """Other threads may use the model meanwhile; to them torch may hand no keywords."""
+        return isinstance(kwargs, dict) and cache_in(kwargs) is cache
+
+    def begun(module: Any, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        nonlocal columns, before
+        if not own(kwargs):
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = kwargs.get("inputs_embeds") if ids is None else ids
+        if ids is not None and ids.shape[1] > 1:
+            columns, before = ids.shape[1], cache.get_seq_length()
+
+    def ended(module: Any, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
+        nonlocal base, columns, shown
+        if own(kwargs) and columns:
+            base, columns = base + cache.get_seq_length() - before, 0
+            if base > shown:  # a part stood for all of these
+                shown = min(tokens, base)
+                progress("reading", shown, tokens)
+
+    def passed(
+        number: int, module: Any, args: tuple[Any, ...], kwargs: Any, output: Any = None
+    ) -> None:
+        nonlocal shown
+        if own(kwargs) and columns:
+            shown = max(shown, min(tokens, base + columns * number // len(decoder.layers)))
+            progress("reading", shown, tokens)
+
+    hooks = [
+        decoder.register_forward_pre_hook(begun, with_kwargs=True),
+        decoder.register_forward_hook(ended, with_kwargs=True),
+    ]
+    for number, block in enumerate(decoder.layers, start=1):
+        hooks.append(block.register_forward_hook(partial(passed, number), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def read(
+    model: Any,
+    ids: Int[Tensor, "B n"],
+    cache: TransformersCache,
+    chunk: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Read tokens into a cache, at most `chunk` of them at a time; the logits are not wanted."""
+    with torch.no_grad(), watched(model, cache, ids.shape[1], progress):
+        for part in ids.split(chunk or ids.shape[1], dim=1):
+            model(input_ids=part, **passing(cache), logits_to_keep=1)
+
+
+def generate(
+    model: Any,
+    ids: Int[Tensor, "1 n"],
+    cache: TransformersCache,
+    max_new_tokens: int,
+    chunk: int | None = None,
+    on_first: Callable[[], None] = lambda: None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Generated:
+    """Continue `ids`, of which the cache may have read a part, with transformers' `generate`.
+
+    Args:
+        chunk: read at most so many tokens in one pass.
+        on_first: called when the first new token is there.
+        progress: told of every layer of the prompt and every new token.
+        options: as `model.generate` takes them; greedy unless they say otherwise.
+    """
+
+    def on_token(count: int) -> None:
+        if progress is not None:
+            progress("answering", count, max_new_tokens)
+
+    clock = _Clock(model.device, on_first, on_token)
+    criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), clock])
+    start = time.perf_counter()
+    unread = ids[:, cache.get_seq_length() :]
+    with watched(model, cache, unread.shape[1], progress):
+        if chunk is not None and unread.shape[1] > chunk:
+            last = (unread.shape[1] - 1) % chunk + 1
+            read(model, unread[:, :-last], cache, chunk)
+        beams = options.get("num_beams", 1)
+        if (
+            beams > 1 and cache.get_seq_length()
+        ):  # transformers repeats the input, not what was read
+            cache.batch_repeat_interleave(beams)
+        reason = why_plain(model, cache, max_new_tokens, options)
+        loop = Captured(options.get("streamer")) if reason is None else None
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            **passing(cache),
+            max_new_tokens=max_new_tokens,
+            stopping_criteria=criteria,
+            custom_generate=loop,
+            **{**_greedy(model), **options},
+        )
+    return _timed(out[0, ids.shape[1] :].tolist(), start, clock.times, loop, reason)
+
+
+def _timed(
+    new: list[int], start: float, times: list[float], loop: Captured | None, reason: str | None
+) -> Generated:
+    """Times from the clock's; making a graph belongs to no token."""
+    steps, capture_s = len(times) - 1, 0.0
+    if loop is not None:
+        reason, capture_s = loop.plain, loop.capture_s
+    tpot = (times[-1] - times[0] - capture_s) / steps if steps else None
+    decoding = "captured" if reason is None else f"plain: {reason}"
+    return Generated(new, times[0] - start, tpot, decoding, capture_s)
+
+
+class Sampling:
+    """What options of transformers' `generate` may be, where it says so late or not at all."""
+
+    num_beams: Some
+    num_return_sequences: Some
+    temperature: Positive | None
+    top_k: Tokens | None
+    top_p: Annotated[float, Range(0, 1, above=True)] | None
+    min_p: Share | None
+    repetition_penalty: Positive | None
+    no_repeat_ngram_size: Tokens | None
+    min_new_tokens: Tokens | None
+
+
+@cache
+def sampling_names() -> frozenset[str]:
+    """Every option of transformers' `generate`."""
+    own = signature(vars(GenerationMixin)["generate"]).parameters.keys()
+    return frozenset(own | vars(GenerationConfig()).keys()) - _INPUTS
+
+
+def require_sampling(options: Mapping[str, Any]) -> None:
+    """Refuse what transformers would refuse late, or take for something else.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    known = declared(Sampling)
+    for name in known.keys() & options.keys():
+        check(name, options[name], known[name])
+
+
+def _greedy(model: Any) -> dict[str, Any]:
+    """Greedy decoding, also for models whose own configuration samples."""
+    pad = model.generation_config.pad_token_id
+    if pad is None:
+        eos = model.generation_config.eos_token_id
+        pad = eos[0] if isinstance(eos, list) else eos
+    return {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        "pad_token_id": pad,
+    }
+
+
+def plain_cache(model: Any) -> TransformersCache:
+    """What transformers uses by default: a full cache that grows."""
+    return DynamicCache(config=model.config)
+
+
+def stored_bytes(cache: TransformersCache) -> tuple[int, int]:
+    """Bytes held and bytes that a full cache would hold, for kvtrim's cache and for any other."""
+    if isinstance(cache, Cache):
+        return cache.held_bytes, cache.full_bytes
+    layers: list[Any] = list(cache.layers)
+    held = sum(x.keys.nbytes + x.values.nbytes for x in layers if x.is_initialized)
+    return held, held
+
+
+def mean_entries(cache: TransformersCache) -> float:
+    """Entries per KV head on average, for kvtrim's cache and for any other."""
+    layers: list[Any] = list(cache.layers)
+    if isinstance(cache, Cache):
+        counts = [float(layer.float().mean()) for layer in cache.entries()]
+    else:
+        counts = [float(layer.keys.shape[2]) for layer in layers]
+    return sum(counts) / len(counts)

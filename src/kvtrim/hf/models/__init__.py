@@ -1,0 +1,1 @@
+"""Models: loading them, what kvtrim reads off them, whether it works on them."""

@@ -1,0 +1,161 @@
+"""Which models kvtrim is tested on, and what it reads off one: layers, windows, projections."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from kvtrim.errors import UnsupportedModelError
+from kvtrim.methods.policies.output import output_factor
+from kvtrim.types import Float, Tensor
+
+SUPPORTED = (
+    *(
+        "cohere",
+        "cohere2",
+        "exaone4",
+        "flex_olmo",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+    ),
+    *("granite", "llama", "ministral", "ministral3", "mistral", "mixtral", "olmo", "olmo2"),
+    *("olmo3", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+    *("seed_oss", "smollm3", "stablelm", "starcoder2"),
+)
+"""`config.model_type` of the architectures that the test suite proves."""
+
+
+_OUTPUT = ("o_proj", "dense")  # what the output projection is called; Phi's is dense
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The attention layers of a model, in order."""
+
+    decoder: torch.nn.Module
+    blocks: list[torch.nn.Module]  # decoder layers
+    attention: list[torch.nn.Module]  # one module per decoder layer
+    query_heads: int
+    managed: list[int]  # layers that attend to everything; the others slide and are left alone
+
+
+def layout(model: PreTrainedModel, allow_untested: bool = False) -> Layout:
+    """Find the attention layers that kvtrim can manage.
+
+    Raises:
+        UnsupportedModelError: an architecture outside `SUPPORTED` (unless allowed), or one whose
+            parts cannot be found.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type not in SUPPORTED and not allow_untested:
+        raise UnsupportedModelError(
+            f"architecture {config.model_type!r} is untested; tested are {', '.join(SUPPORTED)}. "
+            "Run `kvtrim check MODEL` to see whether it works, then pass allow_untested=True"
+        )
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{config.model_type} caches a latent of {config.kv_lora_rank} numbers a token that "
+            "all heads share (MLA); kvtrim would hold what every head makes of it, more than "
+            "transformers' full cache. Use the model as it is"
+        )
+    decoder = model.get_decoder()
+    blocks = list(getattr(decoder, "layers", []))
+    attention = [module for block in blocks for module in _attention_in(block)]
+    if not blocks or not len(blocks) == len(attention) == config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: cannot find one attention module "
+            "with a layer_idx per decoder layer"
+        )
+    return Layout(decoder, blocks, attention, config.num_attention_heads, _managed(config))
+
+
+def _attention_in(block: torch.nn.Module) -> list[torch.nn.Module]:
+    children = block.children()
+    return [
+        child for child in children if hasattr(child, "layer_idx") and hasattr(child, "scaling")
+    ]
+
+
+def _managed(config: Any) -> list[int]:
+    """Layers whose cache would grow with the whole input."""
+    managed = []
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) is DynamicLayer or _never_slides(layer, config):
+            managed.append(index)
+        elif type(layer) is not DynamicSlidingWindowLayer:
+            raise UnsupportedModelError(
+                f"layer {index} of {config.model_type} caches a {type(layer).__name__}; "
+                "kvtrim manages layers with ordinary or sliding-window attention only"
+            )
+    if not managed:
+        raise UnsupportedModelError(
+            f"every layer of this {config.model_type} model slides over "
+            f"{config.sliding_window} tokens: its cache is bounded already, "
+            "there is nothing to evict"
+        )
+    return managed
+
+
+def _never_slides(layer: Any, config: Any) -> bool:
+    """A window that no input of this model can fill (Phi-3.5 declares 262,144)."""
+    window = getattr(layer, "sliding_window", None)
+    return window is not None and window >= config.max_position_embeddings
+
+
+def require_managed(model: PreTrainedModel, managed: list[int]) -> None:
+    """Refuse models some layers of which slide: what these would see of a part is undefined.
+
+    Raises:
+        UnsupportedModelError: saying how many.
+    """
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if len(managed) != layers:
+        raise UnsupportedModelError(
+            f"{layers - len(managed)} of the {layers} layers of this model slide over a window of "
+            "neighbouring tokens; methods that let deeper layers read a part of the prompt cannot "
+            "serve it. Use one that only evicts, such as snapkv"
+        )
+
+
+class OutputProjection:
+    """W_O of one layer by query head, and the factor that stands for it in norms.
+
+    The factor is computed once, and again if the weight is another or was changed.
+    """
+
+    def __init__(self, module: torch.nn.Module, heads: int):
+        self._module, self._heads = module, heads
+        self._made: tuple[Tensor, int, Tensor] | None = None  # weight, its version, its factor
+
+    def weight(self) -> Float[Tensor, "H E M"]:
+        """The slice of the projection that each query head feeds.
+
+        Raises:
+            UnsupportedModelError: the projection is not a plain floating-point matrix.
+        """
+        weight = self._weight()
+        local = getattr(weight, "to_local", lambda: weight)()
+        return local.detach().unflatten(1, (self._heads, -1)).permute(1, 2, 0)
+
+    def factor(self) -> Float[Tensor, "H E E"]:
+        """See `ops.output_factor`. Raises as `weight`."""
+        weight = self._weight()
+        version = 0 if weight.is_inference() else weight._version
+        if self._made is None or self._made[0] is not weight or self._made[1] != version:
+            self._made = (weight, version, output_factor(self.weight()))
+        return self._made[2]
+
+    def _weight(self) -> Tensor:
+        name = next((name for name in _OUTPUT if hasattr(self._module, name)), _OUTPUT[0])
+        weight = getattr(getattr(self._module, name, None), "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise UnsupportedModelError(
+                f"{type(self._module).__name__} has no floating-point {name}.weight; this method "
+                "weighs values by it"
+            )
+        return weight

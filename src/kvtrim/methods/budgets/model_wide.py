@@ -1,0 +1,76 @@
+"""Global: one top-k over the scores of all layers, heads and tokens together.
+
+Paper: LaProx, https://arxiv.org/abs/2605.07234, Algorithm 2;
+       KVzip, https://arxiv.org/abs/2505.23416.
+Ours:  a pool of the best entries so far is carried from layer to layer, and what falls out of it
+       is freed. The result equals the top-k of all layers side by side: ties go to the lower
+       layer, then head, then position.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvtrim.methods.budgets.base import Ledger, ModelWide
+from kvtrim.methods.ranges import Number, Share
+from kvtrim.types import Bool, Counts, Float, Int, Room, Scores, Tensor
+
+
+@dataclass(frozen=True)
+class Global(ModelWide):
+    floor: Share = 0.0  # the share of `keep` that every head gets whatever its scores
+    threshold: Number | None = None  # entries that score less go, even if there is room for them
+    anew: bool = False  # cuts after the first are dealt anew, not by what each head won; for
+    # scores that mean the same at every cut
+
+    @property
+    def selective(self) -> bool:
+        return self.threshold is not None
+
+    @property
+    def settles(self) -> bool:
+        return not self.anew
+
+    def open(self) -> Ledger:
+        return _Pool(self.floor, -torch.inf if self.threshold is None else self.threshold)
+
+
+class _Pool(Ledger):
+    """The best entries so far, best first, as score and owner (layer and head in one number)."""
+
+    def __init__(self, floor: float, threshold: float):
+        self.floor, self.threshold = floor, threshold
+        self.scores: Float[Tensor, "B E"] | None = None
+        self.owners: Int[Tensor, "B E"] | None = None
+        self.layers = 0
+
+    def add(self, room: Room, scores: Scores, wanted: Float[Tensor, " B"]) -> list[Counts]:
+        batch, heads, width = scores.shape
+        lifted = self._lifted(scores, int(self.floor * room.free))
+        new = lifted.flatten(1)
+        owner = torch.arange(heads, device=scores.device).repeat_interleave(width)
+        owners = (self.layers * heads + owner).expand(batch, -1)
+        if self.scores is not None and self.owners is not None:
+            new = torch.cat([self.scores, new], dim=1)
+            owners = torch.cat([self.owners, owners], dim=1)
+        self.layers += 1
+        entries = room.layers * heads * room.free
+        best = new.argsort(dim=1, descending=True, stable=True)[:, :entries]
+        self.scores, self.owners = new.gather(1, best), owners.gather(1, best)
+        worth = (self.scores >= self.threshold) & ~self.scores.isneginf()
+        return self._dealt(self.owners, worth, batch, heads)
+
+    def _dealt(
+        self, owners: Int[Tensor, "B E"], worth: Bool[Tensor, "B E"], batch: int, heads: int
+    ) -> list[Counts]:
+        won = torch.zeros(batch, self.layers * heads, dtype=torch.int64, device=owners.device)
+        won.scatter_add_(1, owners, worth.long())
+        return list(won.cpu().unflatten(1, (self.layers, heads)).unbind(1))
+
+    @staticmethod
+    def _lifted(scores: Scores, safe: int) -> Scores:
+        """The best `safe` of each head above every other score."""
+        if safe == 0:
+            return scores
+        ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        return scores.masked_fill((ranks < safe) & ~scores.isneginf(), torch.inf)

@@ -1,0 +1,109 @@
+"""docs/methods.md: every method of the registry as Markdown."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from kvtrim.methods.budgets import BUDGETS, Budget
+from kvtrim.methods.describe.entries import (
+    Entry,
+    Parameter,
+    described,
+    entry,
+    parameters_of,
+    part_of,
+)
+from kvtrim.methods.method import Method
+from kvtrim.methods.policies.full import Full
+from kvtrim.methods.propagation import PROPAGATIONS, Propagation
+from kvtrim.methods.registry import METHODS
+from kvtrim.methods.settings import UNITS
+from kvtrim.methods.unit import Unit
+
+_HEAD = """# Methods
+
+<!-- Written by `make docs` from the registry and the docstrings: edits here are lost. -->
+
+A method is a policy that scores, a budget that counts, a unit that is kept as a whole, a schedule
+that says when, and a propagation that says what deeper layers read. `kvtrim methods NAME` prints
+one of these sections. A parameter is set with `--set name=value` or as a keyword, a preset with
+`--set preset=NAME`.
+"""
+_COLUMNS = ("method", "scores by", "budget", "evicts", "propagation", "source")
+_KEYS = ("scorer", "budget", "schedule", "propagation")
+_PARAMETER = ("parameter", "default", "takes", "meaning")
+
+
+def manual() -> str:
+    """The whole file."""
+    entries = [entry(name) for name in METHODS]
+    rows = [
+        [f"[{e.name}](#{e.name})", *(e.record()[key] for key in _KEYS), _linked(e.method.source)]
+        for e in entries
+    ]
+    usual = [p for p in described("", Method(Full())).parameters if p.usual]
+    return "\n".join(
+        [
+            _HEAD,
+            _table(_COLUMNS, rows),
+            *(section(e) for e in entries),
+            "## Parameters of every method\n",
+            _table(_PARAMETER, map(_row, usual)),
+            *_choices("Budgets", "budget", BUDGETS),
+            *_choices("Units", "unit", UNITS),
+            *_choices("Propagations", "propagation", PROPAGATIONS),
+        ]
+    )
+
+
+def section(e: Entry) -> str:
+    """One method."""
+    policy, budget, unit, propagation = e.parts
+    facts = [
+        ("When to use it", e.method.use),
+        ("Cost", e.method.cost),
+        ("Score", policy.sentences),
+        ("Budget", budget.sentences),
+        ("Keeps", unit.sentences),
+        ("Deeper layers read", propagation.sentences),
+        ("Evicts", e.schedule),
+        ("Source", _linked(e.method.source)),
+        *((label, said) for label in e.LABELS for said in e.labelled(label)),
+    ]
+    said_of_it = "".join(f"- **{label}.** {said}\n" for label, said in facts if said)
+    pieces = [f"## {e.name}\n", said_of_it]
+    own = [p for p in e.parameters if not p.usual]
+    if own:
+        pieces.append(_table(_PARAMETER, map(_row, own)))
+    if e.presets:
+        rows = [[f"`{name}`", changes or "nothing"] for name, changes in e.presets.items()]
+        pieces.append(_table(("preset", "changes"), rows))
+    return "\n".join(pieces)
+
+
+def _choices(
+    title: str,
+    part: str,
+    table: Mapping[str, type[Budget]] | Mapping[str, type[Unit]] | Mapping[str, type[Propagation]],
+) -> list[str]:
+    """Every budget, unit or propagation that can be chosen by name, with its parameters."""
+    pieces = [f"## {title}\n", f"`--set {part}=NAME` gives a method another one.\n"]
+    for name, owner in table.items():
+        said = part_of(part, owner).sentences
+        pieces += [f"**{name}**: {said}\n"]
+        own = parameters_of(owner)
+        if own:
+            pieces.append(_table(_PARAMETER, map(_row, own)))
+    return pieces
+
+
+def _row(parameter: Parameter) -> list[str]:
+    return [f"`{parameter.name}`", f"`{parameter.default}`", parameter.takes, parameter.meaning]
+
+
+def _linked(source: str) -> str:
+    return re.sub(r"arXiv ([\d.]+)", r"[arXiv \1](https://arxiv.org/abs/\1)", source)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(c.replace("|", "\\|") for c in x) + " |\n" for x in lines)

@@ -1,0 +1,271 @@
+"""From a context and a question to token ids, once for both protocols. Knows nothing of models.
+
+The two parts are tokenised separately, so the ids are the same whether the question is read
+together with the context (question-aware) or after it was compressed (question-agnostic).
+
+Named parts go along as spans of tokens: `system` (all that stands before the context, start token
+and template included), `context`, `question`, what a `Document` names (`shots`), and `sentences`
+of the context. A token belongs to the unit in which it begins.
+"""
+
+import sys
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from kvtrim.errors import UsageError
+from kvtrim.prompts.document import Document, require_characters
+from kvtrim.prompts.spans import joined, moved, without
+from kvtrim.types import Spans
+
+# what templates may want to escape, quote, strip or format stands in them, so that it shows
+_HARD = "\"'`<&>{}[]\\%é\n\t|"
+_CONTEXT, _QUESTION = f"\u2980context{_HARD}\u2980", f"\u2980question{_HARD}\u2980"
+_BETWEEN = "\n\n"
+_WITHOUT_CHAT = "use chat=False (--no-chat)"
+_TEMPLATE_S = 10.0  # a template takes milliseconds
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The text around a context and a question: chat template, special tokens, separators."""
+
+    before: str
+    between: str
+    after: str
+
+    @classmethod
+    def chat(cls, tokenizer: Any, system: str | None = None) -> "Frame":
+        """The tokenizer's chat template around one user message "context, blank line, question".
+
+        Raises:
+            UsageError: the tokenizer has no chat template, or one that fails, does not end, or
+                does not print the message once and as it is.
+        """
+        if not tokenizer.chat_template:
+            raise UsageError(f"this tokenizer has no chat template; {_WITHOUT_CHAT}")
+        messages = [{"role": "user", "content": f"{_CONTEXT}{_BETWEEN}{_QUESTION}"}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        text = _rendered(tokenizer, messages)
+        times = max(text.count(_CONTEXT), text.count(_QUESTION))
+        before, found, rest = text.partition(_CONTEXT)
+        between, also_found, after = rest.partition(_QUESTION)
+        if times > 1:
+            raise UsageError(
+                f"the chat template prints the user's message {times} times; {_WITHOUT_CHAT}"
+            )
+        if not (found and also_found):
+            raise UsageError(f"the chat template alters the user's message; {_WITHOUT_CHAT}")
+        if system is not None and text == _rendered(tokenizer, messages[1:]):
+            raise UsageError("the chat template ignores the system message; leave it out")
+        return cls(before, between, after)
+
+    @classmethod
+    def plain(cls, tokenizer: Any) -> "Frame":
+        """No template: the start token if the tokenizer sets one, the context, the question."""
+        starts = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+        return cls(tokenizer.bos_token if starts else "", _BETWEEN, "")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A context and a question, or one of them alone, as token ids with their named parts."""
+
+    context: list[int]
+    question: list[int]
+    spans: Spans = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.context) + len(self.question)
+
+    @property
+    def ids(self) -> list[int]:
+        """The whole prompt."""
+        return self.context + self.question
+
+    def asked(self, question: "Prompt") -> "Prompt":
+        """This context with a question encoded alone."""
+        spans = joined(self.spans, question.spans, len(self.context))
+        return Prompt(self.context, question.question, spans)
+
+
+@dataclass(frozen=True)
+class Words:
+    """What stands around the repeated text, as token ids; nothing by default."""
+
+    first: list[int] = field(default_factory=list)  # asks for the whole context
+    later: list[int] = field(default_factory=list)  # asks for what starts with the next tokens
+    suffix: list[int] = field(default_factory=list)  # ends the request, begins the answer
+    prefix: list[int] = field(default_factory=list)  # before the context: kept, not repeated
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """What a chat template makes of messages, within a bound of time and memory.
+
+    Raises:
+        UsageError: it fails, or does not come to an end.
+    """
+    try:
+        with _bounded(_TEMPLATE_S):
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+    except Exception as error:  # whatever a template may raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UsageError(f"the chat template fails: {reason}; {_WITHOUT_CHAT}") from error
+
+
+@contextmanager
+def _bounded(seconds: float) -> Iterator[None]:
+    """Stop Python code that runs for longer, or makes its process larger by a gigabyte.
+
+    A template's loops are Python: a trace sees each of their lines, in any thread.
+    """
+    before, end, size = sys.gettrace(), monotonic() + seconds, _peak_bytes()
+
+    def watch(frame: Any, event: str, argument: Any) -> Any:
+        if monotonic() > end:
+            raise TimeoutError(f"it has not ended after {seconds:g} seconds")
+        if _peak_bytes() > size + (1 << 30):
+            raise MemoryError("it needs more than 1 GiB")
+        return watch
+
+    sys.settrace(watch)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def _peak_bytes() -> int:
+    """The largest size that this process ever had; 0 where the system does not say."""
+    if resource is None:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+def frame(tokenizer: Any, chat: bool | None = None, system: str | None = None) -> Frame:
+    """The frame to use: the chat template where there is one, unless told otherwise."""
+    require_characters("system message", system or "")
+    if chat is None:
+        chat = bool(tokenizer.chat_template)
+    if system is not None and not chat:
+        raise UsageError("a system message needs the chat template; drop system= or chat=False")
+    return Frame.chat(tokenizer, system) if chat else Frame.plain(tokenizer)
+
+
+def encode(tokenizer: Any, around: Frame, context: str | Document, question: str) -> Prompt:
+    """Token ids of both parts. Special tokens come from the frame alone, never twice."""
+    asked = encode_question(tokenizer, around, question)
+    return encode_context(tokenizer, around, context).asked(asked)
+
+
+def encode_context(tokenizer: Any, around: Frame, context: str | Document) -> Prompt:
+    """Token ids of a context and what stands before it.
+
+    Raises:
+        UsageError: the document has spans, and the tokenizer does not say where tokens begin.
+    """
+    document = Document.of(context)
+    before, parts = _before(around), _parts(tokenizer, document)
+    spans = joined(before, parts, len(around.before))
+    ids, spans = _encoded(tokenizer, around.before + document.text, spans)
+    return Prompt(ids, [], spans)
+
+
+def encode_ends(tokenizer: Any, around: Frame, context: str | Document, room: int) -> Prompt:
+    """As `encode_context`, the middle of the context cut out to fit into `room` tokens.
+
+    Raises:
+        UsageError: no token of the context fits in.
+    """
+    document = Document.of(context)
+    first, before = _encoded(tokenizer, around.before, _before(around))
+    ids, spans = _encoded(tokenizer, document.text, _parts(tokenizer, document))
+    left = room - len(first)
+    if left < 1:
+        raise UsageError(
+            f"what stands around the context and the answer leave {max(0, left)} tokens for the "
+            "context; shorten the question, ask for fewer new tokens, or use a model with a "
+            "longer window"
+        )
+    if len(ids) > left:
+        head = (left + 1) // 2
+        spans = without(spans, head, head + len(ids) - left)
+    return Prompt(first + cut_middle(ids, left), [], joined(before, spans, len(first)))
+
+
+def encode_question(tokenizer: Any, around: Frame, question: str) -> Prompt:
+    """Token ids of a question that follows a context already read.
+
+    Raises:
+        UsageError: it holds half of a surrogate pair.
+    """
+    require_characters("question", question)
+    start = len(around.between)
+    parts: Spans = {"question": (((start, start + len(question)),),)} if question else {}
+    ids, spans = _encoded(tokenizer, around.between + question + around.after, parts)
+    return Prompt([], ids, spans)
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, special tokens in it included, none added."""
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def cut_middle(ids: list[int], length: int) -> list[int]:
+    """The first and the last half of a list that is too long (LongBench's truncation)."""
+    if len(ids) <= length:
+        return ids
+    head = (length + 1) // 2
+    return ids[:head] + ids[len(ids) - (length - head) :]
+
+
+def repeat_words(tokenizer: Any, around: Frame) -> Words:
+    """Token ids that ask for the repetition of a context.
+
+    Source: KVzip, https://arxiv.org/abs/2505.23416, section 3.2.
+    """
+    whole = "\n\nRepeat the previous context exactly."
+    part = "\n\nRepeat the part of the previous context exactly, starting with"
+    return Words(
+        first=encode_text(tokenizer, whole),
+        later=encode_text(tokenizer, part),
+        suffix=encode_text(tokenizer, around.after) if around.after else [],
+        prefix=encode_text(tokenizer, around.before) if around.before else [],
+    )
+
+
+def _before(around: Frame) -> Spans:
+    """What stands before the context, as a named part."""
+    return {"system": (((0, len(around.before)),),)} if around.before else {}
+
+
+def _parts(tokenizer: Any, document: Document) -> Spans:
+    """The named parts of a document, if the tokenizer can place them."""
+    if document.spans and not tokenizer.is_fast:
+        raise UsageError(
+            "this tokenizer does not say where its tokens begin, so named spans cannot be found "
+            "in its output; load the fast one (use_fast=True), or drop the spans"
+        )
+    return joined({"context": (((0, len(document.text)),),)}, document.parts(), 0)
+
+
+def _encoded(tokenizer: Any, text: str, parts: Spans) -> tuple[list[int], Spans]:
+    """Token ids of a text, and its parts in tokens; no parts from a tokenizer without offsets."""
+    if not tokenizer.is_fast:
+        return encode_text(tokenizer, text), {}
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    begins = [start for start, _ in found.offset_mapping]
+    return found.input_ids, moved(parts, lambda at: bisect_left(begins, at))

@@ -1,0 +1,48 @@
+"""A report as Markdown: `report.md`, whose tables stand between markers that `--check` reads."""
+
+from collections.abc import Mapping, Sequence
+
+from kvtrim.report.document import Chapter, anchor
+from kvtrim.report.tables import Table
+
+TITLE = "kvtrim report"
+ABOUT = (
+    "Made by `kvtrim report` from the lines of single samples; `kvtrim report --check` makes it "
+    "again and compares. Every score says under which protocol it was measured and carries a 95 % "
+    "bootstrap interval; held bytes are measured, not nominal."
+)
+
+
+def markdown(chapters: Sequence[Chapter], plots: Mapping[str, str]) -> str:
+    """The page.
+
+    Args:
+        plots: the files that were drawn, by chapter and picture: (title, path) as a link needs it.
+    """
+    parts = [f"# {TITLE}\n\n{ABOUT}\n", _contents(chapters)]
+    for chapter in chapters:
+        parts.append(f"## {chapter.title}\n")
+        parts += [f"{chapter.about}\n"] if chapter.about else []
+        parts += [marked(table) for table in chapter.tables]
+        names = [picture["name"] for picture in chapter.pictures]
+        parts += [_linked(name, plots[name]) for name in names if name in plots]
+    return "\n".join(parts)
+
+
+def _contents(chapters: Sequence[Chapter]) -> str:
+    return "".join(f"- [{chapter.title}](#{anchor(chapter.title)})\n" for chapter in chapters)
+
+
+def marked(table: Table) -> str:
+    """A table under its heading, between its markers."""
+    return f"### {table.title}\n\n{table.about}\n\n{between(table.name, '', table)}"
+
+
+def between(name: str, wanted: str, table: Table) -> str:
+    """A table between its markers."""
+    start = f"<!-- kvtrim:table {name}{wanted} -->"
+    return f"{start}\n\n{table.markdown()}\n<!-- /kvtrim:table -->\n"
+
+
+def _linked(name: str, path: str) -> str:
+    return f"![{name}]({path})\n"

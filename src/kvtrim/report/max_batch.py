@@ -1,0 +1,73 @@
+"""The largest batches that fit into a memory, from the journal of `kvtrim speed --batch max`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvtrim.report.format import markdown, ratio, seconds, size
+
+PLAIN = "transformers"
+Row = dict[str, Any]
+
+
+def rows(journal: Sequence[Row]) -> list[Row]:
+    """One row per length, method and budget: its largest batch, and ratios to plain."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for line in journal:
+        groups.setdefault((line["length"], line["method"], line["keep"]), []).append(line)
+    found: dict[tuple[Any, ...], Row] = {}
+    for key, lines in groups.items():
+        fitting = [line for line in lines if line["fits"]]
+        best = max(fitting, key=lambda line: line["batch"]) if fitting else None
+        failed = [line.get("reason", "too large") for line in lines if not line["fits"]]
+        row = best or {"batch": 0, "reason": failed[0]}
+        found[key] = dict(zip(("length", "method", "keep"), key, strict=True)) | row
+    for (length, _, _), row in found.items():
+        plain = found.get((length, PLAIN, ""), {})
+        for name in ("batch", "tokens_per_s"):
+            both = row.get(name) and plain.get(name)
+            row[f"{name}_ratio"] = row[name] / plain[name] if both else None
+    return list(found.values())
+
+
+def table(rows: Sequence[Row]) -> tuple[list[tuple[str, str]], list[list[str]]]:
+    """Columns and cells."""
+    names = ("batch", "to plain", "tokens/s", "to plain", "per step", "held", "in use")
+    columns = [("tokens", "right"), ("method", "left"), ("keep", "right")]
+    return [*columns, *((name, "right") for name in names)], [_cells(row) for row in rows]
+
+
+def _cells(row: Row) -> list[str]:
+    start = [f"{row['length']}", row["method"], row["keep"] or "all"]
+    if not row["batch"]:
+        return [*start, "none", "-", row["reason"], "-", "-", "-", "-"]
+    return [
+        *start,
+        f"{row['batch']}",
+        ratio(row["batch_ratio"]),
+        f"{row['tokens_per_s']:.1f}",
+        ratio(row["tokens_per_s_ratio"]),
+        seconds(row["token_s"]),
+        size(row["held_bytes"]),
+        size(row["used_bytes"]),
+    ]
+
+
+def title(record: Mapping[str, Any]) -> str:
+    """What was measured where, in a line."""
+    machine, plan = record["machine"], record["plan"]
+    return (
+        f"{record['model']['name']}, {record['model']['dtype']}, on {machine['device']}, "
+        f"{machine['threads']} CPU thread{'s' * (machine['threads'] > 1)}: the largest batch that "
+        f"decodes within {size(plan['memory'])}, weights included"
+    )
+
+
+def page(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """`largest.md`."""
+    columns, cells = table(rows)
+    said = (
+        "Prompts are read one after the other, their caches decode together; in use is the most "
+        "at any moment of both, "
+        "from measured peaks. Tokens per second are those of the median step.\n"
+    )
+    return f"# Largest batches\n\n{title(record)}.\n\n{said}\n{markdown(columns, cells)}"

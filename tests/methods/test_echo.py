@@ -1,0 +1,225 @@
+"""Echo: every token is scored when it is read, and the whole model shares one pool."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import kvtrim
+import models
+from kvtrim.errors import UsageError
+from kvtrim.hf.models import fingerprint
+from kvtrim.hf.replay import record
+from kvtrim.methods import echo_tables
+from kvtrim.methods.echo_tables import EchoTable
+from kvtrim.methods.settings import find
+from small import small
+
+N, KEEP, SINKS = 48, 20, 4
+TABLE = small("echo")
+
+
+def foretold(model, ids):
+    """Scores of all tokens of one pass with nothing evicted, [L][K][n], number by number."""
+    table = echo_tables.read(TABLE["table"])
+    found = []
+    for layer, call in enumerate(record(model, ids).calls):
+        weight, bias = table.weight[layer].double(), table.bias[layer].double()
+        states = call.hidden[0].double()
+        found.append(
+            [
+                [float((weight[head] @ state + bias[head]).exp()) for state in states]
+                for head in range(len(weight))
+            ]
+        )
+    return found
+
+
+def best_of_all(scores, keep, recent=0, least=0.0):
+    """Sinks, the newest, and the best of the others over the whole model."""
+    n, heads = (
+        len(scores[0][0]),
+        [(a, b) for a in range(len(scores)) for b in range(len(scores[0]))],
+    )
+    listed = sorted(
+        (-scores[layer][head][at], layer, head, at)
+        for layer, head in heads
+        for at in range(SINKS, n - recent)
+        if scores[layer][head][at] >= least
+    )
+    chosen = {entry[1:] for entry in listed[: len(heads) * (keep - SINKS - recent)]}
+    always = [*range(SINKS), *range(n - recent, n)]
+    return [
+        [
+            sorted([*always, *(at for one, other, at in chosen if (one, other) == (layer, head))])
+            for head in range(len(scores[0]))
+        ]
+        for layer in range(len(scores))
+    ]
+
+
+def read(model, cache, ids, *widths):
+    with torch.no_grad(), kvtrim.attach(model):
+        for part in ids.split(list(widths) or [ids.shape[1]], dim=1):
+            model(part, past_key_values=cache)
+    return cache
+
+
+def test_the_best_of_the_whole_model_stay(llama):
+    ids = models.prompt(N)
+    cache = read(llama, kvtrim.Cache(llama, "echo", KEEP, **TABLE), ids)
+    assert models.positions(cache) == best_of_all(foretold(llama, ids), KEEP)
+    assert sum(int(heads.sum()) for heads in cache.entries()) == KEEP * 6
+    assert all("carried" not in store.buffers for store in cache.session.state.stores())
+
+
+def test_one_pass_over_the_model_is_all_it_takes(llama):
+    passes = []
+    handle = llama.model.register_forward_hook(lambda *_: passes.append(1))
+    read(llama, kvtrim.Cache(llama, "echo", KEEP, **TABLE), models.prompt(N))
+    handle.remove()
+    assert len(passes) == 1
+
+
+@pytest.mark.parametrize("widths", [(5, 20, 23), (1, 47), (30, 18)])
+def test_the_size_of_chunks_changes_nothing_where_the_prompt_is_cut_at_its_end(llama, widths):
+    ids = models.prompt(N)
+    cache = kvtrim.Cache(llama, "echo", KEEP, prompt_tokens=N, **TABLE)
+    assert models.positions(read(llama, cache, ids, *widths)) == best_of_all(
+        foretold(llama, ids), KEEP
+    )
+
+
+def noted(cache):
+    """A dict that fills with what is foretold of every token: (layer, head, position) to score."""
+    scores, policy = {}, cache.session.method.policy
+    read_so_far = {}
+
+    @dataclasses.dataclass(frozen=True)
+    class Noting(type(policy)):
+        def foresee(self, index, hidden):
+            found = policy.foresee(index, hidden)
+            first = read_so_far.get(index, 0)
+            for head, own in enumerate(found[0].tolist()):
+                scores.update({(index, head, first + i): x for i, x in enumerate(own)})
+            read_so_far[index] = first + hidden.shape[1]
+            return found
+
+    own = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
+    cache.session.method = dataclasses.replace(cache.session.method, policy=Noting(**own))
+    return scores
+
+
+def nested(scores, layers=3, heads=2):
+    count = len(scores) // (layers * heads)
+    return [
+        [[scores[layer, head, at] for at in range(count)] for head in range(heads)]
+        for layer in range(layers)
+    ]
+
+
+def test_cut_after_every_chunk_the_best_of_what_was_foretold_stay(llama):
+    """One pool over the model: nothing that left could have come back."""
+    ids = models.prompt(N)
+    cache = kvtrim.Cache(llama, "echo", KEEP, chunks=True, prompt_tokens=N, **TABLE)
+    scores, most = noted(cache), []
+    with torch.no_grad(), kvtrim.attach(llama):
+        for part in ids.split(8, dim=1):
+            llama(part, past_key_values=cache)
+            most.append(sum(int(heads.sum()) for heads in cache.entries()))
+    assert max(most) <= KEEP * 6
+    assert models.positions(cache) == best_of_all(nested(scores), KEEP)
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+def test_while_generating_the_budget_holds_and_the_newest_stay(llama, chunks):
+    ids, every, newest = models.prompt(N + 24), 6, 5
+    settings = {"chunks": chunks, "every": every, "local": newest, **TABLE}
+    cache = kvtrim.Cache(llama, "echo", KEEP, prompt_tokens=N, **settings)
+    scores = noted(cache)
+    read(llama, cache, ids[:, :N], 24, 24)
+    with torch.no_grad(), kvtrim.attach(llama):
+        for step in range(1, 25):
+            llama(ids[:, N + step - 1 : N + step], past_key_values=cache)
+            held = sum(int(heads.sum()) for heads in cache.entries())
+            assert held <= (KEEP + every - 1) * 6
+            if step % every == 0:
+                assert held <= KEEP * 6
+                alive = best_of_all(nested(scores), KEEP, recent=newest)
+                assert models.positions(cache) == alive
+                for layer in models.positions(cache):
+                    for head in layer:
+                        assert set(range(N + step - newest, N + step)) <= set(head)
+                        assert set(range(SINKS)) <= set(head)
+
+
+def test_saved_while_generating_it_goes_on_as_before(llama, tmp_path):
+    ids = models.prompt(N + 12)
+    cache = kvtrim.Cache(llama, "echo", KEEP, every=5, local=3, **TABLE)
+    read(llama, cache, ids[:, : N + 3], N, 1, 1, 1)
+    cache.save(tmp_path / "cache")
+    again = kvtrim.load_cache(tmp_path / "cache", llama)
+    for each in (cache, again):
+        read(llama, each, ids[:, N + 3 :], *[1] * 9)
+    assert models.positions(again) == models.positions(cache)
+    assert sum(int(heads.sum()) for heads in cache.entries()) < 6 * (KEEP + 5)
+
+
+def test_a_threshold_lets_what_is_held_follow_the_text(llama):
+    ids = models.prompt(N)
+    scores = foretold(llama, ids)
+    least = sorted(x for layer in scores for head in layer for x in head)[60]
+    for keep in (1.0, 30):
+        cache = kvtrim.Cache(llama, "echo", keep, threshold=least, **TABLE)
+        expected = best_of_all(scores, N if keep == 1.0 else keep, least=least)
+        assert models.positions(read(llama, cache, ids)) == expected
+
+
+def test_every_head_may_get_a_share_first(llama):
+    ids = models.prompt(N)
+    cache = read(llama, kvtrim.Cache(llama, "echo", KEEP, floor=0.5, **TABLE), ids)
+    counts = [len(head) - SINKS for layer in models.positions(cache) for head in layer]
+    assert min(counts) >= (KEEP - SINKS) // 2 and sum(counts) == 6 * (KEEP - SINKS)
+
+
+def test_query_heads_with_entries_of_their_own_have_their_groups_scores(llama):
+    ids = models.prompt(N)
+    cache = kvtrim.Cache(llama, "echo", KEEP, granularity="query", budget="uniform", **TABLE)
+    for layer in models.positions(read(llama, cache, ids)):
+        assert layer[0] == layer[1] == layer[2] != layer[3] == layer[4] == layer[5]
+
+
+def test_tables_are_of_exactly_one_model(llama, tmp_path):
+    with pytest.raises(UsageError, match="calibrate echo"):
+        kvtrim.Cache(llama, "echo", KEEP)
+    path = tmp_path / "own.safetensors"
+    echo_tables.write(path, EchoTable(torch.zeros(3, 2, 48), torch.zeros(3, 2)), {})
+    kvtrim.Cache(llama, "echo", KEEP, table=str(path))
+    for shape in ((2, 2, 48), (3, 6, 48), (3, 2, 47)):
+        echo_tables.write(path, EchoTable(torch.zeros(shape), torch.zeros(shape[:2])), {})
+        with pytest.raises(UsageError, match=f"{shape[0]} layers, {shape[1]} KV heads"):
+            kvtrim.Cache(llama, "echo", KEEP, table=str(path))
+
+
+def test_a_shipped_table_is_taken_for_exactly_its_weights(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(echo_tables, "SHIPPED", tmp_path)
+    table = EchoTable(torch.zeros(3, 2, 48), torch.zeros(3, 2))
+    record = {"identity": fingerprint.identity(llama)}
+    echo_tables.write(tmp_path / "tiny.safetensors", table, record)
+    assert kvtrim.Cache(llama, "echo", KEEP).method.policy.table == "tiny"
+    with pytest.raises(UsageError, match="fitted on other weights"):
+        kvtrim.Cache(models.tiny("llama", seed=5), "echo", KEEP)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", None])
+def test_a_file_that_is_no_table_says_so(tmp_path, content):
+    path = tmp_path / "table.safetensors"
+    if content is None:
+        weight = torch.full((3, 2, 48), torch.nan)
+        echo_tables.write(path, EchoTable(weight, torch.zeros(3, 2)), {})
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match="no echo table"):
+        find("echo", table=str(path))
+    with pytest.raises(UsageError, match="neither a file nor one that comes"):
+        find("echo", table=str(tmp_path / "absent"))

