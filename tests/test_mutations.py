@@ -72,3 +72,31 @@ def test_a_damaged_file_of_a_model_is_one_clear_error(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError, match=r"cannot load|is a '"):
         load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_of_another_place_are_not_taken(tmp_path):
+    """A reader would give a tensor whatever lies where its header points."""
+    path, _ = mutations.ggufs(tmp_path)
+    content = bytearray(path.read_bytes())
+
+    def place(name):
+        at = content.index(name) + len(name)
+        dimensions = int.from_bytes(content[at : at + 4], "little")
+        return at + 4 + 8 * dimensions + 4  # where its offset stands
+
+    mine, other = place(b"blk.0.attn_k.weight"), place(b"blk.0.attn_v.weight")
+    content[mine : mine + 8] = content[other : other + 8]
+    path.write_bytes(bytes(content))
+    with pytest.raises(ModelError, match=r"damaged: blk\.0\.attn_k\.weight begins at \d+, not"):
+        load(path)
+
+
+@pytest.mark.parametrize("place", [8, 16])
+def test_counts_that_do_not_fit_into_a_file_cost_nothing(tmp_path, place):
+    path, _ = mutations.ggufs(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[place : place + 8] = (2**60).to_bytes(8, "little")
+    path.write_bytes(bytes(content))
+    with pytest.raises(ModelError, match="more tensors and values than fit into it"):
+        load(path)

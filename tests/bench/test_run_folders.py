@@ -63,9 +63,6 @@ DAMAGED = [
     "{",
     "[1]",
     "null",
-    "{}",
-    '{"method": 3, "outcome": "ok"}',
-    '{"method": "a"}',
     "\0" * 20,
 ]
 DAMAGED += ['{"method": "\\ud800", "outcome": "ok"}', "[" * 2000, '{"a"' + json.dumps(LINE)]
@@ -80,6 +77,15 @@ def test_a_damaged_line_is_named_and_the_file_is_left_alone(tmp_path, damage):
     with pytest.raises(FileError, match=r"speed\.jsonl:2: .*remove it and the lines behind it"):
         Journal(path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("line", [{}, {"method": 3, "outcome": "ok"}, {"method": "a"}])
+def test_a_line_that_lacks_what_it_must_hold_is_named_where_it_is_read(tmp_path, line):
+    path = tmp_path / records.SPEED
+    Journal(path).extend([LINE, line])
+    assert Journal(path).lines == [LINE, line]
+    with pytest.raises(FileError, match=r"speed\.jsonl:2: its '\w+' is damaged; remove it"):
+        records.lines(path)
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "5", "[" * 2000, '{"a": "\\ud800"}'])

@@ -169,7 +169,7 @@ def _differences(name: str, there: Any, here: Any) -> list[str]:
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a journal; one that was cut off in the middle is taken out of the file."""
-    found = records.lines(path)
+    found = records.lines(path, checked=False)
     if path.exists():
         with files.told("read", path):
             content = path.read_bytes()

@@ -41,5 +41,7 @@ def _parse_error(error: Exception) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    sys.stderr.write(f"kvtrim: {message}\n")
+    from kvtrim.report.format import visible  # a message may quote a file or a question
+
+    sys.stderr.write(f"kvtrim: {visible(message)}\n")
     sys.exit(code)

@@ -139,7 +139,7 @@ def _print_answers(result: "Result", questions: list[str], json: bool) -> None:
         return
     for question, text in zip(questions, result.texts, strict=True):
         if len(questions) > 1:
-            output.out.print(f"[bold]{question}[/bold]")
+            output.out.print(question, style="bold")
         output.out.print(text, markup=False, highlight=False)
     share = 100 * result.held_bytes / result.full_bytes
     output.err.print(

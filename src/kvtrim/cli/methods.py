@@ -47,7 +47,7 @@ def _explain(e: "Entry", json: bool) -> None:
         output.print_json(e.full_record())
         return
     policy, budget, unit, propagation = e.parts
-    output.out.print(f"[bold]{e.name}[/bold]", highlight=False)
+    output.out.print(e.name, style="bold")
     output.facts(
         [
             ("use", e.method.use),

@@ -1,6 +1,7 @@
 """How results look: tables, bytes, sparklines, progress on standard error."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,31 +20,50 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from kvtrim.report.format import seconds, size
+from kvtrim.report.format import seconds, size, visible
 
 __all__ = ["seconds", "size"]  # a name for them here too, beside `entries`
 
 _SHORT = 16  # a cell up to this width is never broken
 _BARS = "▁▂▃▄▅▆▇█"
 
-out = Console(width=None if sys.stdout.isatty() else 110)
-err = Console(stderr=True)
+_ACTING = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class Terminal(Console):
+    """A console on which text is text.
+
+    Questions, answers, names of files and models may hold anything: what looks like markup is
+    shown as it stands, and what would act on the terminal is shown instead of obeyed.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """As rich does, with text made visible."""
+        super().print(*(visible(x) if isinstance(x, str) else x for x in objects), **how)
+
+
+out = Terminal(width=None if sys.stdout.isatty() else 110)
+err = Terminal(stderr=True)
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on one line, for machines."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    """One JSON object on one line, for machines; what would act on a terminal is spelled out."""
+    text = json.dumps(value, ensure_ascii=False)
+    sys.stdout.write(_ACTING.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def note(text: str) -> None:
     """A remark beside the results, on the error stream."""
-    err.print(f"kvtrim: {text}", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"kvtrim: {text}", soft_wrap=True)
 
 
 def lines(texts: Sequence[str]) -> None:
     """Sentences as they are, one a line."""
     for text in texts:
-        out.print(text, markup=False, highlight=False)
+        out.print(text)
 
 
 def table(
@@ -56,7 +76,10 @@ def table(
 
     A wide one breaks its headings and, in a file, is as wide as it needs to be.
     """
-    drawn = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+    rows = [[visible(cell) for cell in row] for row in rows]
+    drawn = Table(
+        title=visible(title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD
+    )
     for number, (heading, side) in enumerate(columns):
         short = side == "right" or all(len(row[number]) <= _SHORT for row in rows)
         drawn.add_column(
@@ -79,7 +102,7 @@ def facts(rows: Sequence[tuple[str, str]]) -> None:
     grid.add_column()
     for label, said in rows:
         if said:
-            grid.add_row(label, Text(said))
+            grid.add_row(label, Text(visible(said)))
     out.print(grid, highlight=False)
 
 
@@ -105,8 +128,8 @@ def busy(what: str) -> Iterator[Callable[[str], None]]:
     if not err.is_terminal:
         yield lambda what: None
         return
-    with err.status(what) as status:
-        yield status.update
+    with err.status(Text(visible(what))) as status:
+        yield lambda what: status.update(Text(visible(what)))
 
 
 @contextmanager
@@ -116,7 +139,7 @@ def progress(left: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     With `left` it says how much time is left, of parts that take about as long as each other.
     """
     columns = [
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
@@ -127,6 +150,6 @@ def progress(left: bool = False) -> Iterator[Callable[[str, int, int], None]]:
         task = bars.add_task("starting", total=1)
 
         def report(what: str, done: int, out_of: int) -> None:
-            bars.update(task, description=what, completed=done, total=max(1, out_of))
+            bars.update(task, description=visible(what), completed=done, total=max(1, out_of))
 
         yield report

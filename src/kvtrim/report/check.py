@@ -211,7 +211,10 @@ def _differ(there: str, here: str) -> str:
 
 
 def _text(path: Path) -> str:
-    return files.text_of(path)
+    try:
+        return files.text_of(path)
+    except FileError as error:
+        raise UsageError(str(error)) from None
 
 
 def all_tables(chapters: Sequence[Chapter]) -> list[Table]:

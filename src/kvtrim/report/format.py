@@ -1,4 +1,7 @@
-"""Figures as people read them."""
+"""Figures and foreign text as people read them."""
+
+import re
+import unicodedata
 
 
 def size(count: int | float | None) -> str:
@@ -39,9 +42,46 @@ def _three(value: float) -> str:
     return f"{value:,.{places + (abs(value) < 1)}f}"
 
 
+def visible(text: str) -> str:
+    r"""Text of anybody's, with what would act on a terminal or a page shown instead of obeyed.
+
+    Control characters but line breaks and tabs, marks that turn the direction of writing, other
+    separators of lines, and halves of characters become escapes such as \x1b and \u202e.
+    """
+    return "".join(map(_shown, text)) if not text.isascii() or _CONTROL.search(text) else text
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+_JOINERS = "\u200c\u200d"  # which letters and emoji need
+
+
+def _shown(letter: str) -> str:
+    kind = unicodedata.category(letter)
+    if letter in "\n\t" or letter in _JOINERS or kind not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        return letter
+    code = ord(letter)
+    return (
+        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    )
+
+
+def escaped(text: str) -> str:
+    """Foreign text for Markdown, in which it then is text: no tags, comments, links or breaks."""
+    line = " ".join(visible(text).split("\n"))
+    html = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKS.sub(r"\\\g<0>", html)
+
+
+_MARKS = re.compile(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)|^[#+-](?=\s)|~(?=~)")
+
+
+def prose(text: str) -> str:
+    """A sentence of ours with foreign names in it, for Markdown: its code marks stay, tags go."""
+    return visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
 def markdown(columns: list[tuple[str, str]], rows: list[list[str]]) -> str:
-    """A Markdown table; each column is (heading, "left" or "right")."""
+    """A Markdown table; each column is (heading, "left" or "right"). Cells are text."""
     rule = ["---:" if side == "right" else "---" for _, side in columns]
-    lines = [[heading for heading, _ in columns], rule, *rows]
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
+    head, *lines = [[escaped(cell) for cell in line] for line in ([h for h, _ in columns], *rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines)) + "\n"

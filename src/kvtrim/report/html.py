@@ -4,9 +4,10 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
+from html import escape as html_escape
 
 from kvtrim.report.document import Chapter
+from kvtrim.report.format import visible
 from kvtrim.report.markdown import ABOUT, TITLE
 from kvtrim.report.names import plain
 from kvtrim.report.tables import Table
@@ -50,6 +51,11 @@ figure img { display: block; max-width: 100%; height: auto; background: #ffffff;
 code { font-size: 12px; color: var(--soft); }
 """
 _LONG = 40  # characters of a cell that may be broken
+
+
+def escape(text: str) -> str:
+    """Foreign text, shown as it stands."""
+    return html_escape(visible(text))
 
 
 def page(chapters: Sequence[Chapter], drawn: Mapping[str, Sequence[tuple[str, bytes]]]) -> str:

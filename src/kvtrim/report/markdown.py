@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from kvtrim.report.document import Chapter, anchor
+from kvtrim.report.format import escaped, prose
 from kvtrim.report.tables import Table
 
 TITLE = "kvtrim report"
@@ -21,8 +22,8 @@ def markdown(chapters: Sequence[Chapter], plots: Mapping[str, str]) -> str:
     """
     parts = [f"# {TITLE}\n\n{ABOUT}\n", _contents(chapters)]
     for chapter in chapters:
-        parts.append(f"## {chapter.title}\n")
-        parts += [f"{chapter.about}\n"] if chapter.about else []
+        parts.append(f"## {escaped(chapter.title)}\n")
+        parts += [f"{prose(chapter.about)}\n"] if chapter.about else []
         parts += [marked(table) for table in chapter.tables]
         names = [picture["name"] for picture in chapter.pictures]
         parts += [_linked(name, plots[name]) for name in names if name in plots]
@@ -30,12 +31,15 @@ def markdown(chapters: Sequence[Chapter], plots: Mapping[str, str]) -> str:
 
 
 def _contents(chapters: Sequence[Chapter]) -> str:
-    return "".join(f"- [{chapter.title}](#{anchor(chapter.title)})\n" for chapter in chapters)
+    return "".join(
+        f"- [{escaped(chapter.title)}](#{anchor(chapter.title)})\n" for chapter in chapters
+    )
 
 
 def marked(table: Table) -> str:
     """A table under its heading, between its markers."""
-    return f"### {table.title}\n\n{table.about}\n\n{between(table.name, '', table)}"
+    title, about = escaped(table.title), prose(table.about)
+    return f"### {title}\n\n{about}\n\n{between(table.name, '', table)}"
 
 
 def between(name: str, wanted: str, table: Table) -> str:
@@ -45,4 +49,4 @@ def between(name: str, wanted: str, table: Table) -> str:
 
 
 def _linked(name: str, path: str) -> str:
-    return f"![{name}]({path})\n"
+    return f"![{escaped(name)}](<{path}>)\n" if " " in path else f"![{escaped(name)}]({path})\n"

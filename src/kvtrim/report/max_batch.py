@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvtrim.report.format import markdown, ratio, seconds, size
+from kvtrim.report.format import markdown, prose, ratio, seconds, size
 
 PLAIN = "transformers"
 Row = dict[str, Any]
@@ -70,4 +70,4 @@ def page(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
         "at any moment of both, "
         "from measured peaks. Tokens per second are those of the median step.\n"
     )
-    return f"# Largest batches\n\n{title(record)}.\n\n{said}\n{markdown(columns, cells)}"
+    return f"# Largest batches\n\n{prose(title(record))}.\n\n{said}\n{markdown(columns, cells)}"

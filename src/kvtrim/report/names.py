@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable
 
+_ODD = re.compile(r"[^\w.+=%:,-]+|-{2,}(?=>)")  # what no marker, file name or link can hold
+
 
 def plain(name: str) -> str:
     """A name as the end of a link: lower case, - for all that is no letter or digit."""
@@ -43,5 +45,5 @@ def short(models: Iterable[str]) -> dict[str, str]:
             ends = [plain("-".join(parts[o][-few:])) for o in wanted if o != model]
             if plain("-".join(own[-few:])) not in ends:
                 depth = few
-        found[model] = "-".join(names.new("-".join(own[-depth:])).split())
+        found[model] = _ODD.sub("-", names.new("-".join(own[-depth:])))
     return found

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from kvtrim.report.format import markdown, ratio, seconds, size, spread
+from kvtrim.report.format import markdown, prose, ratio, seconds, size, spread
 
 PLAIN = "transformers"
 Row = dict[str, Any]
@@ -141,7 +141,7 @@ def title(record: Mapping[str, Any]) -> str:
 def page(record: Mapping[str, Any], rows: Sequence[Row], published: str = "") -> str:
     """`speed.md`: the table, its spread and floors, what failed, published figures."""
     columns, cells = table(rows)
-    parts = [f"# Speed\n\n{title(record)}.\n", markdown(columns, cells)]
+    parts = [f"# Speed\n\n{prose(title(record))}.\n", markdown(columns, cells)]
     failed = reasons(rows)
     parts += ["Not measured:\n\n" + "".join(f"- {line}\n" for line in failed)] if failed else []
     parts += [_detail(record, rows), published]

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from kvtrim import records
 from kvtrim.bench.failures import OK
-from kvtrim.bench.jsonl import Journal
 from kvtrim.errors import UsageError
 from kvtrim.files import replace
 from kvtrim.prompts.document import Document
 from kvtrim.records import INPUTS, RECORD, SAMPLES, SCORES, Line
-from kvtrim.report.format import markdown, size
+from kvtrim.report.format import escaped, markdown, prose, size
 from kvtrim.report.statistics import mean, summary
 from kvtrim.tasks import sandbox
 from kvtrim.tasks.base import Sample, Task
@@ -43,7 +42,7 @@ def derive(folder: Path, tasks: Iterable[Task], allow_code_execution: bool = Fal
     if not (folder / RECORD).is_file():
         raise UsageError(f"{folder} holds no {RECORD}; name the folder of a kvtrim eval")
     record = records.record(folder / RECORD, records.EVAL)
-    inputs, lines = (Journal(folder / name).lines for name in (INPUTS, SAMPLES))
+    inputs, lines = (records.lines(folder / name) for name in (INPUTS, SAMPLES))
     found = list(scored(inputs, lines, {task.name: task for task in tasks}, allow_code_execution))
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
     replace(folder / SCORES, text.encode())
@@ -201,15 +200,16 @@ def _refused(lines: Sequence[Line]) -> list[str]:
 def page(record: Line, rows: Sequence[Line]) -> str:
     """The table in Markdown, and what was measured."""
     machine = record["machine"]
+    model = record["model"]
     about = (
-        f"{record['model']['name']} ({record['model']['dtype']}), {record['protocol']}, greedy; "
+        f"{escaped(model['name'])} ({model['dtype']}), {record['protocol']}, greedy; "
         f"kvtrim {machine['kvtrim']}, {machine['device']}. Scores are 0 to 100, ± standard error; "
         "95 %: bootstrap interval of the mean. Loss: nats per token of the right answer. KL: from "
         "the full cache, nats. Held: bytes measured after the prompt.\n\n"
     )
     if record.get("max_new_tokens"):
         about = f"Answers of at most {record['max_new_tokens']} tokens. {about}"
-    empty = "".join(f"\n{line}\n" for line in record["without_samples"])
+    empty = "".join(f"\n{prose(line)}\n" for line in record["without_samples"])
     return f"# Evaluation\n\n{about}{markdown(COLUMNS, cells(rows))}{empty}"
 
 
