@@ -287,8 +287,8 @@ def test_reading_results_needs_no_torch(tmp_path):
     evaluation(tmp_path / "run", TASKS[:1], ["snapkv"], ["128"])
     code = (
         "import sys; sys.modules['torch'] = None; from pathlib import Path; "
-        "from kvtrim.report import document as chapters, results as folders; "
-        f"print(len(chapters.chapters(*results.found([Path({str(tmp_path)!r})]))))"
+        "from kvtrim.report import document, results; "
+        f"print(len(document.chapters(*results.found([Path({str(tmp_path)!r})]))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "1", done.stderr
