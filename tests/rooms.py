@@ -49,31 +49,38 @@ ROOMS = {
         "errors methods.budgets methods.policies methods.ranges methods.selection types",
         shapes=True,
     ),
+    "methods.refit": Room("errors methods.ranges types", shapes=True),
     "methods.method": Room(
         "errors methods.budgets methods.policies methods.propagation methods.ranges "
-        "methods.schedule methods.unit types",
+        "methods.refit methods.schedule methods.unit types",
         shapes=True,
     ),
     "methods.registry": Room(
         "methods.budgets methods.method methods.policies methods.presets methods.propagation "
         "methods.schedule methods.unit"
     ),
+    "methods.auto": Room(
+        "errors methods.budgets methods.echo_tables methods.method methods.policies "
+        "methods.registry types",
+        shapes=True,
+    ),
     "methods.settings": Room(
-        "errors methods.budgets methods.method methods.policies methods.propagation "
-        "methods.ranges methods.registry methods.schedule methods.unit"
+        "errors methods.auto methods.budgets methods.method methods.policies methods.propagation "
+        "methods.ranges methods.refit methods.registry methods.schedule methods.unit"
     ),
     "methods.describe": Room(
-        "methods.budgets methods.method methods.policies methods.propagation methods.registry "
-        "methods.schedule methods.settings methods.unit"
+        "methods.auto methods.budgets methods.method methods.policies methods.propagation "
+        "methods.refit methods.registry methods.schedule methods.settings methods.unit"
     ),
     "engine": Room(
-        "cache errors kernels methods.budgets methods.keep methods.method methods.policies "
-        "methods.selection methods.settings prompts prompts.spans types",
+        "cache errors kernels methods.auto methods.budgets methods.keep methods.method "
+        "methods.policies methods.refit methods.selection methods.settings prompts "
+        "prompts.spans types",
         shapes=True,
     ),
     "hf": Room(
-        "cache engine errors hf.models kernels methods.keep methods.method methods.ranges "
-        "methods.registry methods.settings prompts prompts.spans types version",
+        "cache engine errors hf.models kernels methods.auto methods.keep methods.method "
+        "methods.ranges methods.registry methods.settings prompts prompts.spans types version",
         owns="transformers",
         shapes=True,
     ),

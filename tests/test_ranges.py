@@ -17,12 +17,14 @@ from kvtrim.methods.policies.base import Policy
 from kvtrim.methods.policies.snapkv import SnapKV
 from kvtrim.methods.propagation import PROPAGATIONS
 from kvtrim.methods.ranges import Range, Share, Some, Tokens, checked
+from kvtrim.methods.refit import REFITS
 from kvtrim.methods.registry import METHODS
 from kvtrim.methods.schedule import Schedule
 from kvtrim.methods.settings import UNITS, find, parameters, split
 
 POLICIES = {type(method.policy) for method in METHODS.values()}
 PARTS = [*POLICIES, *BUDGETS.values(), *UNITS.values(), *PROPAGATIONS.values(), Schedule, Method]
+PARTS += [type(make()) for make in REFITS.values()]
 
 
 def numbers(owner):

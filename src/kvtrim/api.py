@@ -179,13 +179,13 @@ def generate(
         )
         cache.prompt = {"chat": chat, "system": system}
         return _ask(model, tokenizer, cache, questions, perf_counter() - start, asking)
-    answers = []
+    answers, name = [], method
     for own in follow:
         whole = prompt.asked(own)
         cache = Cache(model, method, keep, prompt_tokens=len(whole), spans=whole.spans, **settings)
-        cache.words = repeat_words(tokenizer, around)
+        cache.words, name = repeat_words(tokenizer, around), cache.request[0]
         answers.append(_answer(model, tokenizer, cache, whole.ids, asking))
-    return Result(answers, AWARE, _name(method), str(Keep.parse(keep)), 0.0)
+    return Result(answers, AWARE, _name(name), str(Keep.parse(keep)), 0.0)
 
 
 @checked

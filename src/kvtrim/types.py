@@ -27,6 +27,7 @@ else:
         Bool = Float = Int = _Unchecked
 
 __all__ = [
+    "Aim",
     "Bool",
     "Counts",
     "Float",
@@ -35,6 +36,7 @@ __all__ = [
     "LayerView",
     "Noted",
     "Probed",
+    "Refitted",
     "Room",
     "Scores",
     "Spans",
@@ -97,7 +99,25 @@ class LayerView:
     # query's token, after the norm; given where the policy `reads_hidden`
     output: Callable[[], Float[Tensor, "H E M"]] | None = None  # W_O per query head
     factor: Callable[[], Float[Tensor, "H E E"]] | None = None  # R with |v @ W_O| = |v @ R.T|
+    bias: Float[Tensor, "B K S"] | None = None  # added to the logits of each slot, see `refit`
     spans: tuple[Spans, ...] = ()  # named parts, one mapping per prompt; empty if none were given
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What one layer's full cache answers to reference queries of one prompt, fp32."""
+
+    queries: Float[Tensor, "K Q D"]  # those of a group's heads one after the other
+    out: Float[Tensor, "K Q E"]  # attention over every entry
+    lse: Float[Tensor, "K Q"]  # log of the sum of the exponentiated logits
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """What a layer's kept entries became."""
+
+    values: Float[Tensor, "K S E"]
+    bias: Float[Tensor, "K S"] | None  # to be added to the logits of each entry; None is 0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from kvtrim.kernels.programs import append, columns, split
 SMALL = ("scale", "cap")
 PLACES = ("start", "length")
 INDICES = ("tile_row", "tile_first", "flat_positions", "positions")
-SUMS = ("parts", "sums", "lse", "weights")
+SUMS = ("parts", "sums", "lse", "weights", "bias")
 HALVES = ("queries", "keys", "values", "flat_keys", "flat_values")
 FIXED = {"GROUP": 4, "D": 128, "BLOCK_D": 128, "CAPPED": True, "PRECISION": "tf32"}
 
@@ -39,8 +39,8 @@ def compiled(program, **fixed):
 tiled = FIXED | {"COUNT": 1, "ROWS": 16, "SIZE": 256, "BLOCK_N": 64}
 wide = FIXED | {"D": 256, "BLOCK_D": 256, "COUNT": 16, "ROWS": 32, "SIZE": 256, "BLOCK_N": 32}
 summed = FIXED | {"BLOCK_M": 64, "BLOCK_N": 64}
-compiled(split.tile, **tiled, E=128)
-compiled(split.tile, **wide, E=256)
+compiled(split.tile, **tiled, E=128, BIASED=True)
+compiled(split.tile, **wide, E=256, BIASED=False)
 compiled(split.received, **tiled)
 compiled(split.merge, E=128, BLOCK_E=128, BLOCK_T=16)
 compiled(columns.normalisers, **summed)

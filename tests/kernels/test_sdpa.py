@@ -37,8 +37,9 @@ def test_ragged_attention_equals_the_reference(data):
     keys, values, start, length = ragged(draw, rows, kv_heads, least=count)
     queries = torch.randn(rows, kv_heads * group, count, 8, dtype=torch.float64)
     softcap = draw(st.sampled_from([None, 5.0]))
-    got = sdpa.ragged(queries, keys, values, start, length, 0.3, softcap)
-    want = reference.ragged(queries, keys, values, start, length, 0.3, softcap)
+    bias = draw(st.sampled_from([None, torch.randn(len(keys))]))
+    got = sdpa.ragged(queries, keys, values, start, length, 0.3, softcap, bias)
+    want = reference.ragged(queries, keys, values, start, length, 0.3, softcap, bias)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
@@ -102,6 +103,11 @@ def test_uniform_attention_equals_the_reference(data):
     values = torch.randn(rows, kv_heads, before + count, 5, dtype=torch.float64)
     positions = torch.arange(before + count).int().expand(1, 1, -1)
     store = LayerStore.borrow({"keys": keys, "values": values, "positions": positions})
+    if before and draw(st.booleans()):  # what is read now has none
+        bias = torch.randn(rows, kv_heads, before + count)
+        bias[..., before:] = 0
+        store.add_column("bias")
+        store.set_column("bias", bias)
     for softcap in (None, 5.0):
         fast = attend(queries, store, 0.4, softcap)
         slow = attend(queries, LayerStore.borrow(store.borrowed), 0.4, softcap, impl="reference")

@@ -36,11 +36,12 @@ def runs(rows, kv_heads, lengths, width, dtype=torch.float32):
     return keys.to(DEVICE, dtype), values.to(DEVICE, dtype), start, length
 
 
-def compare(queries, keys, values, start, length, softcap=None, size=64):
+def compare(queries, keys, values, start, length, softcap=None, size=64, bias=None):
     tiles = split.Tiles.of(length, queries.device, size)
-    got = split.ragged(queries, keys, values, start, length, 0.2, softcap, tiles).out
+    got = split.ragged(queries, keys, values, start, length, 0.2, softcap, tiles, bias).out
     exact = (x.double().cpu() for x in (queries, keys, values))
-    want = reference.ragged(*exact, start, length, 0.2, softcap)
+    added = None if bias is None else bias.cpu()
+    want = reference.ragged(*exact, start, length, 0.2, softcap, added)
     close = CLOSE[queries.dtype]
     torch.testing.assert_close(got.double().cpu(), want, rtol=close, atol=close)
 
@@ -54,7 +55,9 @@ def test_ragged_attention_equals_the_reference(data):
     lengths = [draw(st.sampled_from([0, 1, 7, 33, 70])) for _ in range(rows * kv_heads)]
     flat = runs(rows, kv_heads, lengths, draw(st.sampled_from([64, 96])))
     queries = torch.randn(rows, kv_heads * group, count, flat[0].shape[-1], device=DEVICE)
-    compare(queries, *flat, draw(st.sampled_from([None, 5.0])))
+    softcap = draw(st.sampled_from([None, 5.0]))
+    bias = draw(st.sampled_from([None, torch.randn(len(flat[0]), device=DEVICE)]))
+    compare(queries, *flat, softcap, bias=bias)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)

@@ -1,7 +1,7 @@
 """Attention of new queries over a store, by the implementation asked for."""
 
-from kvtrim.cache.store import LayerStore
-from kvtrim.errors import UnknownNameError
+from kvtrim.cache.store import BIAS, LayerStore
+from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.kernels import reference, sdpa
 from kvtrim.kernels.available import FORMATS, MOST_QUERIES, WIDEST, obstacle, require_triton
 from kvtrim.types import Float, Tensor
@@ -53,18 +53,25 @@ def attend(
     name = "sdpa"
     if queries.is_cuda or impl not in ("auto", "sdpa"):
         name = chosen(impl, queries, int(store.length.max()), store.values)
+    bias = store.buffers.get(BIAS)
     if name == "sdpa" and store.width is not None:
-        return sdpa.dense(queries, *store.keys_and_values(), scale, softcap)
+        own = None if bias is None else store.column(BIAS)
+        return sdpa.dense(queries, *store.keys_and_values(), scale, softcap, own)
     store.settle()
     run = store.keys, store.values, store.start, store.length
     if name == "triton":
         require_triton(queries.device)
         from kvtrim.kernels import split
 
-        return split.ragged(queries, *run, scale, softcap).out
+        return split.ragged(queries, *run, scale, softcap, bias=bias).out
     if name == "varlen":
         from kvtrim.kernels import varlen
 
+        if bias is not None:
+            raise UsageError(
+                "impl='varlen' is torch's FlashAttention, which adds nothing to logits; use "
+                "impl='triton' or 'sdpa', or refit=values"
+            )
         return varlen.ragged(queries, *run, scale, softcap)
     kernel = reference.ragged if name == "reference" else sdpa.ragged
-    return kernel(queries, *run, scale, softcap)
+    return kernel(queries, *run, scale, softcap, bias)

@@ -46,6 +46,10 @@ def slots_of(start: Counts, length: Counts) -> Int[Tensor, " N"]:
     return offset + torch.arange(int(flat.sum()))
 
 
+BIAS = "bias"
+"""The column of what is added to each entry's logit, where entries were refitted."""
+
+
 class LayerStore:
     """K, V and original position of every entry that one layer holds."""
 
@@ -160,6 +164,12 @@ class LayerStore:
         """Make room for so many more entries in every head: buffers stay put until they are in."""
         self.settle()
         self._make_room(torch.full_like(self.length, count))
+        if BIAS in self.buffers:  # what is written behind the runs has none
+            held = slots_of(self.start, self.length).to(self.keys.device)
+            bias = torch.zeros_like(self.buffers[BIAS])
+            bias[held] = self.buffers[BIAS][held]
+            self.buffers[BIAS] = bias
+            self._resize(self.length)
 
     def grow(self, count: int) -> None:
         """Take in entries that were written behind every head, where room was reserved."""
@@ -256,14 +266,14 @@ class LayerStore:
             self.buffers[name] = torch.zeros(self.keys.shape[0], device=self.keys.device)
             self._resize(self.length)
 
-    def set_column(self, name: str, values: Float[Tensor, "B K S"]) -> None:
-        """Fill an added column, given as in `dense`."""
+    def set_column(self, name: str, values: Float[Tensor, "B K S *rest"]) -> None:
+        """Fill an added column, or other values, given as in `dense`."""
         if self.borrowed is not None:
             self.borrowed = {**self.borrowed, name: values}
         elif self.width is not None:
             self._views[name][:, :, : self.width] = values
         else:
-            inside = torch.arange(values.shape[-1]) < self.length[..., None]
+            inside = torch.arange(values.shape[2]) < self.length[..., None]
             slots = slots_of(self.start, self.length).to(values.device)
             self.buffers[name][slots] = values[inside.to(values.device)]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvtrim.cache.store import LayerStore
+from kvtrim.cache.store import BIAS, LayerStore
 from kvtrim.engine.layer import Held
 from kvtrim.engine.session import Session
 from kvtrim.engine.state import State
@@ -59,5 +59,9 @@ def joined(sessions: Sequence[Session]) -> State:
 def _stores(stores: Sequence[LayerStore]) -> LayerStore:
     """One store with the rows of all of these."""
     packed = [store.copy() for store in stores]
-    buffers = {name: torch.cat([store.buffers[name] for store in packed]) for name in _OWN}
+    if any(BIAS in store.buffers for store in packed):
+        for store in packed:
+            store.add_column(BIAS)
+    names = [*_OWN, *([BIAS] if BIAS in packed[0].buffers else [])]
+    buffers = {name: torch.cat([store.buffers[name] for store in packed]) for name in names}
     return LayerStore.packed(buffers, torch.cat([store.length for store in packed]))

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from kvtrim.cache.store import LayerStore
+from kvtrim.cache.store import BIAS, LayerStore
 from kvtrim.engine.eviction import Cutters, Evictor, merge, trimmers
 from kvtrim.engine.layer import Call, real_queries
 from kvtrim.engine.propagation import Narrowing, narrowed
+from kvtrim.engine.refit import Aims, Refitting, gathered
 from kvtrim.engine.state import State
 from kvtrim.engine.tokens import Pass
 from kvtrim.errors import UsageError
@@ -34,6 +35,7 @@ class Cutting:
     due: Sequence[bool] | None = None  # prompts that are cut in this pass; all if not said
     probed: list[Probed] | None = None  # the pass probes these parts of each prompt
     known: dict[int, Tensor] | None = None  # what `observe` found in an equal pass, by layer
+    aims: Aims | None = None  # and what the full cache answered to reference queries
     narrowing: Narrowing | None = None  # what the layer at hand and those above it read
     whole: Pass = field(init=False)  # as the model was handed it
     attended: set[int] = field(default_factory=set)  # layers that have stored what is new
@@ -41,6 +43,7 @@ class Cutting:
 
     def __post_init__(self) -> None:
         self.whole = self.now
+        self._refitting = Refitting(self.method.refit)
 
     def observe(
         self, index: int, call: Call, store: LayerStore, shown: LayerStore, attend: bool = False
@@ -87,6 +90,15 @@ class Cutting:
         own = self.method.policy.foresee(index, call.hidden)
         return own.repeat_interleave(call.keys.shape[1] // own.shape[1], dim=1)
 
+    def refer(self, index: int, call: Call) -> None:
+        """Gather reference queries for a refit: the probe's, or else the prompt's own."""
+        if self.method.policy.probes != (self.probed is not None):
+            return
+        totals = [length + self.coming for length in self._lengths(self.whole)]
+        held = self.state.layers[index]
+        given = self.method.refit, call, self.now, held, totals, self.probed
+        held.references = gathered(*given)
+
     def propagate(self, index: int, call: Call, shown: LayerStore) -> Narrowing | None:
         """Choose the tokens that the layers above this one read; None if all of them do."""
         chosen, policy = [], self.method.policy
@@ -125,12 +137,16 @@ class Cutting:
             hidden: what the attention received for them, where the policy reads it.
         """
         competing = self.method.budget.model_wide
+        references, self.state.layers[index].references = self.state.layers[index].references, None
         if competing:
             store.add_column(SCORE)
         parts = []
         for rows, cutter in self._cutters_for(call, ahead):
             own, part = None if hidden is None else hidden[rows], self._part(shown, rows)
             view = self._view(index, call, part, last[rows], rows, cutter.keep, own)
+            if isinstance(cutter, Evictor) and cutter.cuts and references is not None:
+                self._refitting.known = self.aims
+                self._refitting.aim(index, view, rows, references)
             won = self.state.layers[index].share_of(rows) if self.method.budget.settles else None
             parts.append((rows, cutter.choose(view, won)))
             if cutter.scored is not None:
@@ -139,6 +155,8 @@ class Cutting:
         if competing:
             store.settle()
             self._cut_again(index)
+        elif references is not None:
+            self._refitting.apply(index, store)
 
     def _cut_again(self, index: int) -> None:
         """Layers compete: what this one won, the earlier ones lose; the last one settles it."""
@@ -156,6 +174,8 @@ class Cutting:
         for layer, held in enumerate(layers if last else []):
             if held.store is not None:
                 held.store.drop_column(SCORE)
+                if self._refitting.aims:
+                    self._refitting.apply(layer, held.store)
             for rows, cutter in self._cutters:
                 held.settle_share(rows, self.now.rows, cutter.dealt, layer)
 
@@ -255,5 +275,6 @@ class Cutting:
             hidden=hidden,
             output=call.output,
             factor=call.factor,
+            bias=dense.get(BIAS),
             spans=tuple(self.state.spans[rows]),
         )

@@ -61,6 +61,11 @@ class Evictor(Cutter):
     _ledger: Ledger | None = None
     _leader: tuple[int, Kept | None] = (-1, None)
 
+    @property
+    def cuts(self) -> bool:
+        """Something may have to go."""
+        return self.tokens > self.keep or self.method.budget.selective
+
     def choose(self, view: LayerView, share: Counts | None = None) -> Kept | None:
         """See `Cutter.choose`."""
         method = self.method

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from kvtrim.cache.store import BIAS
 from kvtrim.engine.layer import Call, writable
 from kvtrim.engine.session import Session
 from kvtrim.engine.tokens import Pass
@@ -109,6 +110,7 @@ class Steps:
             call.scale,
             call.softcap,
             self.tiles[index],
+            store.buffers.get(BIAS),
         ).out
 
     def snapshot(self) -> Tensor:

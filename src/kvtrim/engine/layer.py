@@ -70,6 +70,7 @@ class Held:
     store: LayerStore | None = None
     queries: Float[Tensor, "B H W D"] | None = None  # each prompt's last queries, newest last
     hidden: Float[Tensor, "B W M"] | None = None  # and what the attention received for them
+    references: tuple[Float[Tensor, "H r D"], ...] | None = None  # of each prompt, for a refit
     full_entry: int = 0  # bytes of K and V that one token adds to this layer of a full cache
     share: Counts | None = None  # [B, K] entries won from a model-wide budget, for later cuts
 
@@ -111,7 +112,7 @@ class Held:
     @property
     def nbytes(self) -> int:
         """Bytes of entries, slack, per-entry columns and remembered queries."""
-        parts = (self.queries, self.hidden, self.store)
+        parts = (self.queries, self.hidden, self.store, *(self.references or ()))
         return sum(part.nbytes for part in parts if part is not None)
 
 

@@ -37,6 +37,8 @@ def export(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors[f"queries.{index}"] = held.queries
         if held.hidden is not None:
             tensors[f"hidden.{index}"] = held.hidden
+        for row, own in enumerate(held.references or ()):
+            tensors[f"references.{index}.{row}"] = own
         if held.share is not None:
             tensors[f"share.{index}"] = held.share
     reading = session.state.reading
@@ -92,6 +94,9 @@ def restore(
             held.queries = None if queries is None else queries.to(devices[index])
             hidden = _of_rows(tensors.get(f"hidden.{index}"), 3, reading.lengths)
             held.hidden = None if hidden is None else hidden.to(devices[index])
+            names = [f"references.{index}.{row}" for row in range(len(reading.lengths))]
+            if names and names[0] in tensors:
+                held.references = tuple(tensors[name].to(devices[index]) for name in names)
             held.share = _of_rows(tensors.get(f"share.{index}"), 2, reading.lengths)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CacheFileError(

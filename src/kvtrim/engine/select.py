@@ -10,9 +10,11 @@ import torch
 from kvtrim.engine.layer import Call
 from kvtrim.engine.session import Session
 from kvtrim.errors import UsageError
+from kvtrim.methods import auto
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method
 from kvtrim.methods.policies.output import output_factor
+from kvtrim.methods.refit import Unchanged
 from kvtrim.methods.settings import find
 from kvtrim.prompts.spans import Given
 from kvtrim.types import Float, Int, Target, Tensor
@@ -64,12 +66,13 @@ def select(
             "give the same number"
         )
     layers = len(stacks[0])
-    chosen = find(method, **settings)
-    states = _states(hidden, stacks, chosen.policy.reads_hidden)
+    chosen = replace(find(method, **settings), refit=Unchanged())  # which selects nothing
+    needed = chosen.policy.reads_hidden and chosen != auto.AUTO
+    states = _states(hidden, stacks, needed)
     heads, kv_heads = stacks[0][0].shape[0], stacks[1][0].shape[0]
     width = states[0].shape[-1] if states else None
     target = Target("the given queries", layers, heads, lambda: None, kv_heads, width)
-    chosen = chosen.fitted(target)
+    chosen, _ = auto.resolved(chosen, target, aware=True)
     if chosen.policy.probes:
         raise UsageError(
             "this method reads its prompt a second time and so needs a model: use "

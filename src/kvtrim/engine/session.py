@@ -15,6 +15,7 @@ from kvtrim.engine.cuts import CARRIED, Cutting
 from kvtrim.engine.layer import Call, attended, last_hidden, last_queries, stored, writable
 from kvtrim.engine.plan import Plan, in_prompt, planned
 from kvtrim.engine.propagation import Narrowing
+from kvtrim.engine.refit import Aims
 from kvtrim.engine.remark import remark
 from kvtrim.engine.reposition import rolled
 from kvtrim.engine.state import Mark, State
@@ -63,6 +64,7 @@ class Session:
         self.prompt_tokens, self.spans = prompt_tokens, per_prompt(spans)
         self.tap: Callable[[int, Call], None] | None = None  # sees every call, for recording
         self.known: dict[int, Tensor] | None = None  # see `Cutting.known`
+        self.aims: Aims | None = None  # see `Cutting.aims`
         self.steps: Any = None  # `graph.Steps`, while they append single tokens in its place
         self.state = State.empty(layers)
         self._plan = Plan()
@@ -99,7 +101,7 @@ class Session:
             self._plan.coming,
             self._plan.due,
         )
-        self._cutting.known = self.known
+        self._cutting.known, self._cutting.aims = self.known, self.aims
 
     def begin_probe(
         self, columns: int, mask: Tensor | None, probed: list[Probed], last: bool
@@ -118,7 +120,8 @@ class Session:
         now = self.state.reading.plan(len(probed), columns, mask)
         self._plan = Plan(after=last, observe=True, again=not last, carry=not last, probe=True)
         self._cutting = Cutting(self.method, self.keep, self.state, now, False, probed=probed)
-        self._cutting.known, self._announced = self.known, True
+        self._cutting.known, self._cutting.aims = self.known, self.aims
+        self._announced = True
 
     def announced(self) -> bool:
         """Whether the pass that the model begins is the one of `begin_probe`; true once."""
@@ -331,6 +334,8 @@ class Session:
             store.forget_from(self._now.first)
         if plan.observe and self.known is not None and (plan.after or not plan.probe):
             self.known.setdefault(index, store.column(CARRIED).clone())
+        if self.method.refit.changes and (self.in_prompt or plan.probe):
+            self._cuts.refer(index, call)
         if plan.after or plan.again:
             last = last_queries(held.queries, call.queries, self._now, plan.lookback)
             hidden = call.hidden if self.method.policy.reads_hidden else None

@@ -147,6 +147,8 @@ class State:
             held.store = None if held.store is None else held.store.select_rows(rows)
             if held.queries is not None:
                 held.queries = held.queries[rows.to(held.queries.device)]
+            if held.references is not None:
+                held.references = tuple(held.references[row] for row in rows.tolist())
             if held.hidden is not None:
                 held.hidden = held.hidden[rows.to(held.hidden.device)]
             if held.share is not None:

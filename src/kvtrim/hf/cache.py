@@ -18,12 +18,13 @@ from kvtrim.errors import CacheError, NotAttachedError, UsageError
 from kvtrim.hf.models import fingerprint
 from kvtrim.hf.models.architectures import layout, require_managed
 from kvtrim.hf.rotary import rotations
+from kvtrim.methods import auto
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method
 from kvtrim.methods.ranges import Some, checked
 from kvtrim.methods.settings import find
 from kvtrim.prompts import Words, frame, repeat_words
-from kvtrim.prompts.spans import Given
+from kvtrim.prompts.spans import Given, per_prompt
 from kvtrim.types import Int, Tensor
 
 # What stands in a transformers cache for a layer that a session holds.
@@ -146,8 +147,14 @@ class Cache(TransformersCache):
         self.managed = layout(model, allow_untested=True).managed
         if chosen.propagation.narrows:
             require_managed(model, self.managed)
-        chosen = chosen.fitted(fingerprint.target(model, len(self.managed)))
-        self.rotations = rotations(model) if chosen.positions == "rolled" else []
+        named = per_prompt(spans)
+        aware = not named or any("question" in own for own in named)
+        target = fingerprint.target(model, len(self.managed))
+        chosen, self.choice = auto.resolved(chosen, target, aware)
+        if self.choice is not None:
+            method = self.choice.name
+        turns = chosen.refit.changes and not chosen.policy.probes
+        self.rotations = rotations(model) if chosen.positions == "rolled" or turns else []
         self.session = Session(chosen, budget, len(self.managed), prompt_tokens, impl, spans)
         self.words = Words() if tokenizer is None else repeat_words(tokenizer, frame(tokenizer))
         self.request = (method, settings)  # as asked for, to be saved
@@ -209,8 +216,9 @@ class Cache(TransformersCache):
 
     @property
     def remark(self) -> str | None:
-        """What is held of the prompt and why, where that is clearly not what was asked for."""
-        return self.session.remark
+        """What auto became and why; what is held, where that is clearly not what was asked for."""
+        own = None if self.choice is None else f"auto is {self.choice.name}: {self.choice.why}"
+        return "; ".join(filter(None, [own, self.session.remark])) or None
 
     def save(self, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """Write everything to a file for `kvtrim.load_cache`; see `kvtrim.hf.saving.save`."""

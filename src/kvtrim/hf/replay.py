@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvtrim.engine.layer import Call
+from kvtrim.engine.refit import Aims
 from kvtrim.errors import UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
@@ -37,6 +38,7 @@ class Recording:
     spans: Given | Sequence[Given] | None = None  # named parts of the prompt, as `Cache` has them
     words: Words | None = None  # for methods that probe in words; else by the `tokenizer` setting
     _known: dict[Hashable, dict[int, Tensor]] = field(default_factory=dict)
+    _aims: dict[Hashable, Aims] = field(default_factory=dict)
 
     def cache(
         self, method: str | Method, keep: int | float | str | Keep, **settings: Any
@@ -62,21 +64,28 @@ class Recording:
                 f"{method} reads hidden states, and this pass was recorded without them; "
                 "use record(..., hidden=True)"
             )
+        calls = self.calls
+        if other.rotations:
+            turning = zip(self.calls, other.rotations, strict=True)
+            calls = [replace(call, rotate=rotate) for call, rotate in turning]
         which = (other.method.policy, other.method.granularity, words)
+        refit = other.method.refit
         other.session.known = self._known.setdefault(which, {})
+        if refit.changes:
+            other.session.aims = self._aims.setdefault((which, refit.queries, refit.behind), {})
         rows, columns = self.ids.shape
         other.begin_pass(rows, columns, None, self.ids)
-        for index, call in enumerate(self.calls):
+        for index, call in enumerate(calls):
             other.session.absorb(index, call)
         other.end_pass()
         if other.session.probe_due:
             self._probe(other)
-        other.session.known = None
+        other.session.known = other.session.aims = None
         return other
 
     def unshared(self) -> "Recording":
         """The same pass with nothing kept of what policies observed: to time one by itself."""
-        return replace(self, _known={})
+        return replace(self, _known={}, _aims={})
 
     @property
     def observed(self) -> int:
@@ -85,7 +94,9 @@ class Recording:
 
     def _probe(self, other: Cache) -> None:
         """Read the probe, or cut by what it found before."""
-        if not other.session.known:
+        if not other.session.known or other.session.aims == {}:
+            if other.session.known:
+                other.session.known.clear()  # what is asked again is seen again
             with attach(self.model):
                 probe(self.model.get_decoder(), other)
             return

@@ -61,6 +61,13 @@ def _known(
         ),
         rf"layers\.{layer}\.\w+": lambda _, shape: len(shape) == 1 and shape[0] <= most,
         rf"queries\.{layer}": dense(queries),
+        rf"references\.{layer}\.[0-9]+": lambda kind, shape: (
+            kind.is_floating_point
+            and len(shape) == 3
+            and shape[0] == queries
+            and shape[1] <= seen
+            and shape[2] in widths
+        ),
         rf"hidden\.{layer}": lambda kind, shape: (
             kind.is_floating_point
             and len(shape) == 3

@@ -16,11 +16,13 @@ def ragged(
     length: Counts,
     scale: float,
     softcap: float | None = None,
+    bias: Float[Tensor, " T"] | None = None,
 ) -> Float[Tensor, "B H Q E"]:
     """Attend to T flat slots, of which KV head (b, h) owns `length[b, h]` from `start[b, h]`.
 
     The last Q slots of a head belong to the Q queries, and query i sees nothing behind its own.
-    Computed in float64; a query that sees nothing gets zeros.
+    `bias` is added to the logits of each slot. Computed in float64; a query that sees nothing
+    gets zeros.
     """
     batch, heads, count, _ = queries.shape
     kv_heads = start.shape[1]
@@ -37,5 +39,7 @@ def ragged(
                 logits = keys[run].double() @ queries[b, h, i].double() * scale
                 if softcap is not None:
                     logits = softcap * torch.tanh(logits / softcap)
+                if bias is not None:
+                    logits = logits + bias[run].double()
                 out[b, h, i] = (logits.softmax(dim=0) @ values[run].double()).to(out.dtype)
     return out

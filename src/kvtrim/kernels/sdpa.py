@@ -32,11 +32,15 @@ def dense(
     values: Float[Tensor, "B K S E"],
     scale: float,
     softcap: float | None = None,
+    bias: Float[Tensor, "B K S"] | None = None,
 ) -> Float[Tensor, "B H Q E"]:
-    """Attend to S slots per KV head, the last Q of which belong to the queries."""
-    if queries.shape[2] == keys.shape[2]:
+    """Attend to S slots per KV head, the last Q of which belong to the queries.
+
+    `bias` is added to the logits of each slot.
+    """
+    if queries.shape[2] == keys.shape[2] and bias is None:
         return causal(queries, keys, values, scale, softcap)
-    return up_to(queries, keys, values, _newest(queries, keys), scale, softcap)
+    return up_to(queries, keys, values, _newest(queries, keys), scale, softcap, bias)
 
 
 def up_to(
@@ -46,6 +50,7 @@ def up_to(
     last: Int[Tensor, " Q"],
     scale: float,
     softcap: float | None = None,
+    bias: Float[Tensor, "B K S"] | None = None,
 ) -> Float[Tensor, "B H Q E"]:
     """Attend to all slots up to one per query, `last` ascending; some queries at a time."""
     batch, heads, count, width = queries.shape
@@ -61,6 +66,8 @@ def up_to(
         if rows.stop - first > 1:
             slots = torch.arange(seen, device=own.device)
             mask = (slots <= own[rows, None]).repeat(groups, 1)
+        if bias is not None:
+            mask = _biased(bias[:, :, None, :seen].to(queries.dtype), mask)
         mixed = _mixed(packed, keys[:, :, :seen], values[:, :, :seen], mask, scale, softcap)
         out[:, :, rows] = mixed.view(batch, heads, -1, values.shape[-1])
     return out
@@ -70,18 +77,30 @@ def _mixed(
     packed: Float[Tensor, "B K GQ D"],
     keys: Float[Tensor, "B K S D"],
     values: Float[Tensor, "B K S E"],
-    mask: Bool[Tensor, "GQ S"] | None,
+    mask: Bool[Tensor, "GQ S"] | Float[Tensor, "B K R S"] | None,
     scale: float,
     softcap: float | None,
 ) -> Float[Tensor, "B K GQ E"]:
-    """Attention under a mask. Torch's fused kernels have no softcap (Gemma 2)."""
+    """Attention under a mask, or with what is added to logits.
+
+    Torch's fused kernels have no softcap (Gemma 2).
+    """
     if softcap is None:
         return F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
     wide = torch.promote_types(packed.dtype, torch.float32)
     logits = softcap * torch.tanh((packed @ keys.transpose(-1, -2)).to(wide) * scale / softcap)
     if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
+        logits = (
+            logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        )
     return logits.softmax(dim=-1).to(values.dtype) @ values
+
+
+def _biased(
+    bias: Float[Tensor, "B K 1 S"], mask: Bool[Tensor, "GQ S"] | None
+) -> Float[Tensor, "B K R S"]:
+    """What is added to the logits: the slots' biases, and -inf where a query does not look."""
+    return bias if mask is None else torch.where(mask, bias, -torch.inf)
 
 
 def _newest(
@@ -99,6 +118,7 @@ def ragged(
     length: Counts,
     scale: float,
     softcap: float | None = None,
+    bias: Float[Tensor, " T"] | None = None,
 ) -> Float[Tensor, "B H Q E"]:
     """Attend to flat slots where KV heads hold different numbers of them; nothing is copied.
 
@@ -107,15 +127,17 @@ def ragged(
     batch, heads, count, width = queries.shape
     starts, lengths = start.flatten().tolist(), length.flatten().tolist()
     if count == 1 and len(set(lengths)) == len(lengths):
-        return _one_by_one(queries, keys, values, starts, lengths, scale, softcap)
+        return _one_by_one(queries, keys, values, starts, lengths, scale, softcap, bias)
     per_head = queries.reshape(start.numel(), -1, count, width)
     mixed = []
     for run in _buckets(starts, lengths):
         own, k, v = per_head[run.heads], run.of(keys), run.of(values)
+        b = None if bias is None else run.of(bias[:, None])[..., 0]
         if count == 1:
-            mixed.append(_one_step(own[:, :, 0], k, v, scale, softcap)[:, :, None])
+            mixed.append(_one_step(own[:, :, 0], k, v, scale, softcap, b)[:, :, None])
         else:
-            mixed.append(dense(own.flatten(0, 1)[None], k[None], v[None], scale, softcap)[0])
+            given = own.flatten(0, 1)[None], k[None], v[None]
+            mixed.append(dense(*given, scale, softcap, None if b is None else b[None])[0])
     if len(mixed) == 1:
         return mixed[0].reshape(batch, heads, count, -1)
     return torch.cat([each.flatten(0, -3) for each in mixed]).view(batch, heads, count, -1)
@@ -129,6 +151,7 @@ def _one_by_one(
     lengths: list[int],
     scale: float,
     softcap: float | None,
+    bias: Float[Tensor, " T"] | None,
 ) -> Float[Tensor, "B H 1 E"]:
     """One new token, every head's run alone: as few operations as there can be."""
     batch, heads, _, width = queries.shape
@@ -137,10 +160,13 @@ def _one_by_one(
     mixed = []
     for own, first, slots in zip(per_head, starts, lengths, strict=True):
         k, v = keys.narrow(0, first, slots), values.narrow(0, first, slots)
+        b = None if bias is None else bias.narrow(0, first, slots)
         if exact:
-            mixed.append(torch.mm(torch.mm(own, k.t()).softmax(dim=-1), v))
+            logits = torch.mm(own, k.t())
+            logits = logits if b is None else logits + b
+            mixed.append(torch.mm(logits.softmax(dim=-1), v))
         else:
-            mixed.append(_one_step(own, k, v, scale, softcap))
+            mixed.append(_one_step(own, k, v, scale, softcap, b))
     return torch.cat(mixed).view(batch, heads, 1, -1)
 
 
@@ -183,6 +209,7 @@ def _one_step(
     values: Float[Tensor, "*N S E"],
     scale: float,
     softcap: float | None,
+    bias: Float[Tensor, "*N S"] | None,
 ) -> Float[Tensor, "*N G E"]:
     """One new token's queries: two small products beat a fused call here.
 
@@ -194,4 +221,6 @@ def _one_step(
     logits = torch.matmul(queries.to(own), keys.to(own).transpose(-1, -2)).to(wide) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias[..., None, :]
     return torch.matmul(logits.softmax(dim=-1).to(own), values.to(own)).to(values.dtype)

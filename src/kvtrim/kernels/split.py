@@ -66,6 +66,7 @@ def ragged(
     scale: float,
     softcap: float | None = None,
     tiles: Tiles | None = None,
+    bias: Float[Tensor, " T"] | None = None,
 ) -> Attended:
     """Attend to flat slots, of which KV head (b, h) owns `length[b, h]` from `start[b, h]`.
 
@@ -75,6 +76,7 @@ def ragged(
     Args:
         start, length: on the CPU, or on the device if `tiles` are given.
         tiles: a plan made before, for runs that are at most as long as its bound.
+        bias: added to the logits of each slot, fp32.
 
     Raises:
         UsageError: Triton is missing, or the tensors are on a CPU and its interpreter is off.
@@ -82,7 +84,7 @@ def ragged(
     start, length, tiles = _placed(queries.device, start, length, tiles)
     with on(queries.device):
         found = [
-            _launched(part, keys, values, start, length - later, scale, softcap, tiles)
+            _launched(part, keys, values, start, length - later, scale, softcap, tiles, bias)
             for part, later in _parts(queries)
         ]
     if len(found) == 1:
@@ -169,6 +171,7 @@ def _launched(
     scale: float,
     softcap: float | None,
     tiles: Tiles,
+    bias: Float[Tensor, " T"] | None,
 ) -> Attended:
     rows, heads, count, width = queries.shape
     kv_heads, wide, device = start.shape[1], values.shape[-1], queries.device
@@ -185,6 +188,7 @@ def _launched(
         length,
         tiles.row,
         tiles.first,
+        sums if bias is None else bias,
         parts,
         sums,
         scale,
@@ -202,6 +206,7 @@ def _launched(
         SIZE=tiles.size,
         BLOCK_N=_slots_at_once(tiles.size, block, queries),
         CAPPED=softcap is not None,
+        BIASED=bias is not None,
         PRECISION=_precision(queries),
     )
     out = torch.empty(rows, heads, count, wide, dtype=queries.dtype, device=device)

@@ -52,7 +52,7 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(SHIPPED.glob(f"*{SUFFIX}"))}
 
 
-def fitted_on(identity: str | None) -> str | None:
+def measured_on(identity: str | None) -> str | None:
     """The name of the first shipped table that was fitted on exactly these weights."""
     for name, path in shipped().items():
         if identity is not None and record_of(path).get("identity") == identity:

@@ -1,4 +1,4 @@
-"""A method is a product: policy x budget x schedule x propagation x unit."""
+"""A method is a product: policy x budget x schedule x propagation x unit x refit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,6 +9,7 @@ from kvtrim.methods.budgets import Budget, Uniform
 from kvtrim.methods.policies.base import Policy
 from kvtrim.methods.propagation import Everything, Propagation
 from kvtrim.methods.ranges import Declared, Some, Tokens
+from kvtrim.methods.refit import Refit, Unchanged
 from kvtrim.methods.schedule import Schedule
 from kvtrim.methods.unit import Token, Unit
 from kvtrim.types import Target
@@ -25,6 +26,7 @@ class Method(Declared):
     schedule: Schedule = field(default_factory=Schedule)
     propagation: Propagation = field(default_factory=Everything)
     unit: Unit = field(default_factory=Token)
+    refit: Refit = field(default_factory=Unchanged)  # what the entries that stay become
     granularity: Literal["kv", "query"] = "kv"  # which heads hold entries of their own
     skip_layers: tuple[Tokens, ...] = ()  # layers that keep everything
     reuse: Some = 1  # so many neighbouring layers share the slots that the first of them kept
@@ -47,6 +49,11 @@ class Method(Declared):
             raise UsageError(
                 f"budget={type(self.budget).__name__} never evicts, so a schedule and skip_layers "
                 "have nothing to act on: leave them out, or set another budget"
+            )
+        if self.refit.changes and (self.schedule.chunks or self.positions == "rolled"):
+            raise UsageError(
+                "a refit fits what stays to what the full cache answers at the original "
+                "positions: set chunks=false and positions=original, or refit=none"
             )
         if self.propagation.narrows:
             self._require_narrowable()

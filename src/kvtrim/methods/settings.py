@@ -1,8 +1,8 @@
 """Changing a method's parameters by name, from Python values or from text (`--set name=value`).
 
 A name is searched in the method itself and in its parts (policy, budget, schedule, propagation,
-unit); where two parts have it, say which: `budget.floor=0.5`. `budget=per-head` replaces a whole
-part.
+unit, refit); where two parts have it, say which: `budget.floor=0.5`. `budget=per-head` replaces a
+whole part.
 """
 
 import re
@@ -12,17 +12,18 @@ from importlib import import_module
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from kvtrim.errors import UnknownNameError, UsageError
-from kvtrim.methods import ranges
+from kvtrim.methods import auto, ranges
 from kvtrim.methods.budgets import BUDGETS, Budget
 from kvtrim.methods.method import Method
 from kvtrim.methods.policies.base import Policy
 from kvtrim.methods.propagation import PROPAGATIONS
+from kvtrim.methods.refit import REFITS
 from kvtrim.methods.registry import METHODS
 from kvtrim.methods.schedule import Schedule
 from kvtrim.methods.unit import Chunk, Shot, Token, Unit
 
 Own = TypeVar("Own")
-PARTS = ("policy", "budget", "schedule", "propagation", "unit")
+PARTS = ("policy", "budget", "schedule", "propagation", "unit", "refit")
 UNITS: dict[str, type[Unit]] = {"token": Token, "chunk": Chunk, "shot": Shot}
 _SAMPLING = "sampling."
 _NOT_SETTINGS = {"source", "use", "cost", "presets", *PARTS}
@@ -121,10 +122,12 @@ def _drafted(name: "str | Method", method: Method, preset: Any) -> "_Draft":
 
 
 def _named(name: str) -> Method:
+    if name == auto.NAME:
+        return auto.AUTO
     if name in METHODS:
         return METHODS[name]
     if ":" not in name:
-        raise UnknownNameError("method", name, METHODS)
+        raise UnknownNameError("method", name, [*METHODS, auto.NAME])
     return imported(name, Method)
 
 
@@ -268,6 +271,7 @@ def _part(part: str, value: Any) -> Any:
         "schedule": _schedule,
         "propagation": lambda name: _lookup("propagation", name, PROPAGATIONS)(),
         "unit": lambda name: _lookup("unit", name, UNITS)(),
+        "refit": lambda name: _lookup("refit", name, REFITS)(),
     }
     return makers[part](value)
 

@@ -15,6 +15,7 @@ def tile(
     length,
     tile_row,
     tile_first,
+    bias,
     parts,
     sums,
     scale,
@@ -34,6 +35,7 @@ def tile(
     SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr,
+    BIASED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile: the group's queries (head-major) over its slots, normalised, and log-sum-exp."""
@@ -53,6 +55,9 @@ def tile(
         slots = low + tl.arange(0, BLOCK_N)
         key = keys_at(keys + first * k_slot, slots, end, k_slot, D, BLOCK_D)
         seeing = logits(q, key, slots, seen, end, scale, cap, CAPPED, PRECISION)
+        if BIASED:
+            more = tl.load(bias + first + slots, mask=slots < end, other=0.0)
+            seeing += more[None, :] * 1.4426950408889634
         higher = tl.maximum(top, tl.max(seeing, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(seeing - base[:, None])

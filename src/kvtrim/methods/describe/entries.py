@@ -10,6 +10,7 @@ from kvtrim.methods.describe.sources import Text, meanings_of, text_of
 from kvtrim.methods.method import Method
 from kvtrim.methods.policies.base import Policy
 from kvtrim.methods.propagation import Propagation
+from kvtrim.methods.refit import Refit
 from kvtrim.methods.registry import METHODS
 from kvtrim.methods.schedule import Schedule
 from kvtrim.methods.settings import PARTS, find, parameters, takes
@@ -120,8 +121,10 @@ def part_of(kind: str, owner: type) -> Part:
     return Part(kind, owner.__name__, text_of(owner))
 
 
-def parameters_of(owner: type[Budget] | type[Unit] | type[Propagation]) -> list[Parameter]:
-    """The parameters of a budget, unit or propagation that is chosen by name."""
+def parameters_of(
+    owner: type[Budget] | type[Unit] | type[Propagation] | type[Refit],
+) -> list[Parameter]:
+    """The parameters of a budget, unit, propagation or refit that is chosen by name."""
     part = owner()
     names = [field.name for field in fields(cast(Any, part))]
     return [_described(owner, name, getattr(part, name)) for name in names]

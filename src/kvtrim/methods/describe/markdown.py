@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from kvtrim.methods import auto
 from kvtrim.methods.budgets import BUDGETS, Budget
 from kvtrim.methods.describe.entries import (
     Entry,
@@ -15,6 +16,7 @@ from kvtrim.methods.describe.entries import (
 from kvtrim.methods.method import Method
 from kvtrim.methods.policies.full import Full
 from kvtrim.methods.propagation import PROPAGATIONS, Propagation
+from kvtrim.methods.refit import LeastSquares, Refit, Unchanged
 from kvtrim.methods.registry import METHODS
 from kvtrim.methods.settings import UNITS
 from kvtrim.methods.unit import Unit
@@ -24,9 +26,9 @@ _HEAD = """# Methods
 <!-- Written by `make docs` from the registry and the docstrings: edits here are lost. -->
 
 A method is a policy that scores, a budget that counts, a unit that is kept as a whole, a schedule
-that says when, and a propagation that says what deeper layers read. `kvtrim methods NAME` prints
-one of these sections. A parameter is set with `--set name=value` or as a keyword, a preset with
-`--set preset=NAME`.
+that says when, a propagation that says what deeper layers read, and a refit that says what kept
+entries become. `kvtrim methods NAME` prints one of these sections. A parameter is set with
+`--set name=value` or as a keyword, a preset with `--set preset=NAME`.
 """
 _COLUMNS = ("method", "scores by", "budget", "evicts", "propagation", "source")
 _KEYS = ("scorer", "budget", "schedule", "propagation")
@@ -45,12 +47,15 @@ def manual() -> str:
         [
             _HEAD,
             _table(_COLUMNS, rows),
+            section(entry(auto.NAME)),
             *(section(e) for e in entries),
             "## Parameters of every method\n",
             _table(_PARAMETER, map(_row, usual)),
             *_choices("Budgets", "budget", BUDGETS),
             *_choices("Units", "unit", UNITS),
             *_choices("Propagations", "propagation", PROPAGATIONS),
+            *_choices("Refits", "refit", {"none": Unchanged, "values": LeastSquares}),
+            "`refit=values+bias` is `values` with `bias`.\n",
         ]
     )
 
@@ -83,9 +88,12 @@ def section(e: Entry) -> str:
 def _choices(
     title: str,
     part: str,
-    table: Mapping[str, type[Budget]] | Mapping[str, type[Unit]] | Mapping[str, type[Propagation]],
+    table: Mapping[str, type[Budget]]
+    | Mapping[str, type[Unit]]
+    | Mapping[str, type[Propagation]]
+    | Mapping[str, type[Refit]],
 ) -> list[str]:
-    """Every budget, unit or propagation that can be chosen by name, with its parameters."""
+    """Every budget, unit, propagation or refit that can be chosen by name, with its parameters."""
     pieces = [f"## {title}\n", f"`--set {part}=NAME` gives a method another one.\n"]
     for name, owner in table.items():
         said = part_of(part, owner).sentences

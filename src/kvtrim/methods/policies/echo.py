@@ -44,7 +44,7 @@ class Echo(Policy):
         if self.table != AUTO:
             echo_tables.require_shape(self.table, target)
             return self
-        found = echo_tables.fitted_on(target.identity())
+        found = echo_tables.measured_on(target.identity())
         if found is None:
             raise UsageError(
                 f"echo needs a table fitted on {target.name}; those that come with kvtrim "

@@ -61,7 +61,7 @@ def column_sums(
 def _has_kernel(layer: LayerView) -> bool:
     """Whether the sums can be made without the weights themselves: on CUDA, by Triton."""
     fits = layer.keys.is_cuda and layer.keys.dtype in FORMATS and layer.keys.shape[-1] <= WIDEST
-    return fits and obstacle("cuda") is None
+    return fits and layer.bias is None and obstacle("cuda") is None
 
 
 def column_max(layer: LayerView, observers: Weights | None = None) -> Float[Tensor, "B H S"]:
@@ -140,6 +140,8 @@ def _weights(
     if layer.softcap is not None:
         logits = layer.softcap * torch.tanh(logits / layer.softcap)
     logits = logits.view(batch, kv_heads, -1, rows, seen)
+    if layer.bias is not None:
+        logits = logits + layer.bias[:, :, None, None, :seen]
     slot = torch.arange(seen, device=logits.device)
     last = _own_slots(layer, rows, newer, seen)
     if layer.lengths is not None:
@@ -286,6 +288,6 @@ def narrowed(layer: LayerView, slots: Int[Tensor, " N"]) -> LayerView:
     """The layer as if every head held these slots alone, the newest queries' own among them."""
     slots = slots.to(layer.keys.device)
     keys, values = layer.keys[:, :, slots], layer.values[:, :, slots]
-    return replace(
-        layer, keys=keys, values=values, positions=layer.positions[:, :, slots], carried=None
-    )
+    positions = layer.positions[:, :, slots]
+    bias = None if layer.bias is None else layer.bias[:, :, slots]
+    return replace(layer, keys=keys, values=values, positions=positions, carried=None, bias=bias)

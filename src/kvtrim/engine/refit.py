@@ -1,0 +1,118 @@
+"""Refitting: reference queries are gathered as a prompt is read, and kept entries fitted to them.
+
+What the full cache answers is worked out where a layer is cut, before anything leaves it. Layers
+that share one budget are refitted once the last of them was read and the counts are settled.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from kvtrim.cache.store import BIAS, LayerStore
+from kvtrim.engine.layer import Call, Held
+from kvtrim.engine.tokens import Pass
+from kvtrim.errors import UsageError
+from kvtrim.methods.refit import Refit, answered
+from kvtrim.types import Aim, Float, Int, LayerView, Probed, Tensor
+
+Aims = dict[int, dict[int, Aim]]
+"""For each layer and prompt what its full cache answers."""
+
+
+def gathered(
+    refit: Refit,
+    call: Call,
+    now: Pass,
+    held: Held,
+    totals: Sequence[int],
+    probed: Sequence[Probed] | None,
+) -> tuple[Float[Tensor, "H r D"], ...]:
+    """Each prompt's reference queries so far, this pass's included.
+
+    Args:
+        totals: tokens of each complete prompt.
+        probed: what each prompt's probe is about, if this pass reads one; its queries stand behind
+            the prompt already.
+
+    Raises:
+        UsageError: the prompt's own queries have to be turned, and the call has no rotation.
+    """
+    heads = call.queries.shape[1]
+    most = -(-refit.queries * call.keys.shape[1] // heads)
+    found = []
+    for row, total in enumerate(totals):
+        real = torch.arange(now.columns) if now.real is None else now.real[row]
+        own = call.queries[row][:, real.to(call.queries.device)]
+        if probed is None:
+            at = now.row_positions(row, torch.device("cpu"))[0, 0].long()
+            chosen = _evenly(at, most, total).to(own.device)
+            own = _turned(call, own[:, chosen], total + refit.behind - at.to(own.device)[chosen])
+        else:
+            about = probed[row].stop - probed[row].start
+            share = -(-most * about // max(1, total))
+            chosen = _evenly(torch.arange(len(real)), share, max(1, len(real)))
+            own = own[:, chosen.to(own.device)]
+        before = () if held.references is None else (held.references[row],)
+        found.append(torch.cat([*before, own], dim=1))
+    return tuple(found)
+
+
+def _evenly(at: Int[Tensor, " n"], most: int, total: int) -> Int[Tensor, " r"]:
+    """Which of these positions are among `most` that lie evenly in `total`, wherever cut."""
+    if most >= total:
+        return torch.arange(len(at))
+    return ((at * most // total) != ((at - 1) * most).div(total, rounding_mode="floor")).nonzero()[
+        :, 0
+    ]
+
+
+def _turned(
+    call: Call, queries: Float[Tensor, "H r D"], by: Int[Tensor, " r"]
+) -> Float[Tensor, "H r D"]:
+    if call.rotate is None:
+        raise UsageError(
+            "a refit turns the prompt's queries with the model's rotary embedding, and none was "
+            "given; use kvtrim.Cache on a model, or set refit=none"
+        )
+    flat = queries.flatten(0, 1)
+    return call.rotate(flat, by.repeat(queries.shape[0])).view_as(queries)
+
+
+@dataclass
+class Refitting:
+    """The refits of one pass over all layers."""
+
+    refit: Refit
+    known: Aims | None = None  # of an equal pass
+    aims: Aims = field(default_factory=dict)
+    _logits: dict[int, tuple[float, float | None]] = field(default_factory=dict)
+
+    def aim(self, index: int, view: LayerView, rows: slice, references: Sequence[Tensor]) -> None:
+        """Note what a layer answers before it is cut, for a group of its prompts."""
+        own = self.aims.setdefault(index, {})
+        self._logits[index] = view.scale, view.softcap
+        kv_heads = view.keys.shape[1]
+        for number, row in enumerate(range(rows.start, rows.stop)):
+            if self.known is not None and row in self.known.get(index, {}):
+                own[row] = self.known[index][row]
+                continue
+            queries = references[row].unflatten(0, (kv_heads, -1)).flatten(1, 2)
+            given = queries, view.keys[number], view.values[number]
+            own[row] = answered(*given, view.scale, view.softcap)
+            if self.known is not None:
+                self.known.setdefault(index, {})[row] = own[row]
+
+    def apply(self, index: int, store: LayerStore) -> None:
+        """Refit what stayed of a layer."""
+        store.settle()
+        if self.refit.biases and self.aims.get(index):
+            store.add_column(BIAS)
+        for row, aim in self.aims.pop(index, {}).items():
+            part = store.row(row)
+            dense, _ = part.dense()
+            given = aim, dense["keys"][0], dense["values"][0], part.length
+            became = self.refit.fitted(*given, *self._logits[index])
+            part.set_column("values", became.values[None])
+            if became.bias is not None:
+                part.set_column(BIAS, became.bias[None])

@@ -1,0 +1,94 @@
+"""auto: what was measured best for the protocol and the model at hand.
+
+Rule:  where the question is not known yet, `echo` if a table of exactly these weights comes with
+       kvtrim, else `kvzip`, which reads the prompt a second time; where context and question are
+       read together, `headkv` if there is such a table, else `adakv`.
+Ours:  the choice is what lost least of the answer's likelihood on the committed prompts, at an
+       eighth and a sixteenth of the cache (experiments/quality, experiments/echo); it is made
+       when a cache meets its model, and saved with it under its own name.
+"""
+
+from dataclasses import dataclass
+
+from kvtrim.errors import UsageError
+from kvtrim.methods import echo_tables
+from kvtrim.methods.budgets import head_scores
+from kvtrim.methods.method import Method
+from kvtrim.methods.policies.base import Policy
+from kvtrim.methods.registry import METHODS
+from kvtrim.types import LayerView, Scores, Target
+
+NAME = "auto"
+
+
+@dataclass(frozen=True)
+class Auto(Policy):
+    """Stands for another method until it meets a model."""
+
+    @property
+    def reads_hidden(self) -> bool:
+        """It may become echo."""
+        return True
+
+    def lookback(self) -> int:
+        """None: it never scores."""
+        return 0
+
+    def score(self, layer: LayerView) -> Scores:
+        """Refused: TypeError."""
+        raise TypeError("auto stands for another method until a cache meets its model")
+
+
+AUTO = Method(
+    Auto(),
+    source="measured here",
+    use="Whenever you do not want to choose: what was measured best for model and protocol.",
+    cost="Question-agnostic: one prefill with a table of the model (echo), else a second reading "
+    "(kvzip). Question-aware: a window's attention and, at most, one sort per layer.",
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The method that auto became, and why."""
+
+    name: str
+    why: str
+
+
+def choice(target: Target, aware: bool) -> Choice:
+    """What auto becomes on a model.
+
+    Args:
+        aware: context and question are read together.
+    """
+    tables = head_scores if aware else echo_tables
+    found = tables.measured_on(target.identity())
+    if aware:
+        if found is not None:
+            return Choice("headkv", f"the question is known, and {found} is a table of this model")
+        return Choice("adakv", "the question is known, and no table of this model's heads is here")
+    if found is not None:
+        return Choice("echo", f"no question is known yet, and {found} is a table of this model")
+    return Choice(
+        "kvzip",
+        "no question is known yet, and no table of this model is here: the prompt is read twice. "
+        f"Once fitted, a table saves that: {echo_tables.HOW_TO}",
+    )
+
+
+def resolved(method: Method, target: Target, aware: bool) -> tuple[Method, Choice | None]:
+    """A method made ready for a model, and what auto became if it was that.
+
+    Raises:
+        UsageError: auto with settings of its own; and as `Method.fitted`.
+    """
+    if not isinstance(method.policy, Auto):
+        return method.fitted(target), None
+    if method != AUTO:
+        raise UsageError(
+            "auto takes no settings, since it chooses the method itself: name one, such as "
+            "--method echo, to set its parameters"
+        )
+    chosen = choice(target, aware)
+    return METHODS[chosen.name].fitted(target), chosen

@@ -1,0 +1,89 @@
+"""auto becomes what was measured best, says why, and is saved under that name."""
+
+import pytest
+import torch
+
+import kvtrim
+import models
+from kvtrim.errors import UsageError
+from kvtrim.hf.models import fingerprint
+from kvtrim.hf.replay import record
+from kvtrim.methods import auto, echo_tables
+from kvtrim.methods.budgets import head_scores
+from kvtrim.methods.echo_tables import EchoTable
+from kvtrim.methods.settings import find
+
+N = 60
+AGNOSTIC = {"context": [(0, N)]}
+AWARE = {"context": [(0, 40)], "question": [(40, N)]}
+
+
+@pytest.fixture
+def tables(llama, tmp_path, monkeypatch):
+    """Tables that come with kvtrim, of this very model."""
+    monkeypatch.setattr(echo_tables, "SHIPPED", tmp_path)
+    monkeypatch.setattr(head_scores, "SHIPPED", tmp_path)
+    own = {"identity": fingerprint.identity(llama)}
+    maps = EchoTable(torch.randn(3, 2, 48) / 8, torch.zeros(3, 2))
+    echo_tables.write(tmp_path / "tiny.safetensors", maps, own)
+    scores = {f"{layer}-{head}": [1.0 + head] for layer in range(3) for head in range(6)}
+    head_scores.write(tmp_path / "heads.json", scores, own)
+
+
+def chosen(model, spans):
+    return kvtrim.Cache(model, "auto", 40, spans=spans).choice
+
+
+def test_without_tables_it_takes_what_needs_none(llama):
+    assert chosen(llama, AGNOSTIC).name == "kvzip"
+    assert "read twice" in chosen(llama, AGNOSTIC).why
+    assert "calibrate echo" in chosen(llama, AGNOSTIC).why
+    assert chosen(llama, AWARE).name == chosen(llama, None).name == "adakv"
+
+
+@pytest.mark.usefixtures("tables")
+def test_with_tables_of_the_model_it_takes_what_they_serve(llama):
+    assert chosen(llama, AGNOSTIC).name == "echo" and "tiny" in chosen(llama, AGNOSTIC).why
+    assert chosen(llama, AWARE).name == chosen(llama, None).name == "headkv"
+    other = models.tiny("llama", seed=7)
+    assert chosen(other, AGNOSTIC).name == "kvzip"
+
+
+@pytest.mark.usefixtures("tables")
+def test_it_keeps_what_its_choice_keeps_and_is_saved_as_that(llama, tmp_path):
+    ids = models.prompt(N)
+    caches = [kvtrim.Cache(llama, name, 20, spans=AGNOSTIC) for name in ("auto", "echo")]
+    with torch.no_grad(), kvtrim.attach(llama):
+        for cache in caches:
+            llama(ids, past_key_values=cache)
+    assert models.positions(caches[0]) == models.positions(caches[1])
+    assert models.positions(record(llama, ids, AGNOSTIC).cache("auto", 20)) == models.positions(
+        caches[1]
+    )
+    caches[0].save(tmp_path / "cache")
+    again = kvtrim.load_cache(tmp_path / "cache", llama)
+    assert again.request[0] == "echo" and again.choice is None
+
+
+def test_from_queries_alone_it_is_that_of_a_known_question():
+    draw = torch.Generator().manual_seed(0)
+    q, k = torch.randn(6, 90, 8, generator=draw), torch.randn(2, 90, 8, generator=draw)
+    kept = [kvtrim.select(name, q, k, k, keep=50) for name in ("auto", "adakv")]
+    assert all(torch.equal(a, b) for a, b in zip(kept[0][0], kept[1][0], strict=True))
+
+
+@pytest.mark.parametrize("protocol", ["question-aware", "question-agnostic"])
+def test_an_answer_says_what_auto_became_and_why(llama, protocol):
+    given = {"method": "auto", "keep": 90, "max_new_tokens": 2, "protocol": protocol}
+    text = "The boat came late and the bell rang. " * 5
+    result = kvtrim.generate(llama, models.tokenizer(), text, "When?", **given)
+    name = "adakv" if protocol == "question-aware" else "kvzip"
+    assert result.method == name and result.answers[0].remark.startswith(f"auto is {name}: ")
+
+
+def test_settings_are_refused_since_nobody_knows_whose_they_are(llama):
+    with pytest.raises(UsageError, match="auto takes no settings"):
+        kvtrim.Cache(llama, "auto", 20, every=4)
+    with pytest.raises(TypeError):
+        find("auto").policy.score(None)
+    assert auto.NAME not in kvtrim.METHODS
