@@ -22,7 +22,7 @@ from kvtrim.methods.registry import METHODS
 from kvtrim.methods.schedule import Schedule
 from kvtrim.methods.settings import UNITS, find, parameters, split
 
-POLICIES = {type(method.policy) for method in METHODS.values()}
+POLICIES = list(dict.fromkeys(type(method.policy) for method in METHODS.values()))  # in order
 PARTS = [*POLICIES, *BUDGETS.values(), *UNITS.values(), *PROPAGATIONS.values(), Schedule, Method]
 PARTS += [type(make()) for make in REFITS.values()]
 
