@@ -12,6 +12,7 @@ from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import Progress, read, require_sampling, sampling_names, synchronize
 from kvtrim.hf.generate import generate as run
+from kvtrim.hf.long_rope import require_reach
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method
 from kvtrim.methods.ranges import Some, checked
@@ -173,10 +174,9 @@ def generate(
     room = _window(model) - max_new_tokens - max(map(len, follow))
     prompt = _context(tokenizer, around, context, room, truncate)
     if protocol == AGNOSTIC:
-        start = perf_counter()
-        cache = _compressed(
-            model, tokenizer, around, prompt, method, keep, prefill_chunk, progress, settings
-        )
+        start, reach = perf_counter(), len(prompt) + max(map(len, follow)) + max_new_tokens - 1
+        given = (model, tokenizer, around, prompt, method, keep, prefill_chunk, progress)
+        cache = _compressed(*given, settings, reach)
         cache.prompt = {"chat": chat, "system": system}
         return _ask(model, tokenizer, cache, questions, perf_counter() - start, asking)
     answers, name = [], method
@@ -228,9 +228,12 @@ def _compressed(
     chunk: int | None,
     progress: Progress | None,
     settings: dict[str, Any],
+    reach: int = 0,
 ) -> Cache:
+    """Read a context; `reach` is how many tokens there will be in all, if that is known."""
     cache = Cache(model, method, keep, prompt_tokens=len(prompt), spans=prompt.spans, **settings)
     cache.words = repeat_words(tokenizer, around)
+    require_reach(cache, min(chunk or len(prompt), len(prompt)), max(reach, len(prompt)))
     with attach(model):
         read(model, torch.tensor([prompt.ids], device=model.device), cache, chunk, progress)
     synchronize(model.device)

@@ -18,7 +18,7 @@ from transformers import (
 
 import kvtrim
 import models
-from kvtrim.errors import UnsupportedModelError
+from kvtrim.errors import UnsupportedModelError, UsageError
 from kvtrim.hf.attach import is_attached
 from kvtrim.hf.keyword import passing
 from kvtrim.hf.models.architectures import layout
@@ -173,3 +173,83 @@ def test_a_cache_is_found_by_the_name_that_transformers_has_or_had_for_it(llama,
     with torch.no_grad(), kvtrim.attach(llama):
         call(input_ids=models.prompt(20), **keyword(cache))
     assert cache.seen == 20 and cache.entries()[0].tolist() == [[20, 20]]
+
+
+def losses(model, ids, cache):
+    model.zero_grad()
+    out = model(ids, **passing(cache)).logits
+    return out[0, -1].log_softmax(-1)[7]
+
+
+def test_gradients_are_refused_where_they_are_asked_for(llama):
+    ids = models.prompt(20)
+    with kvtrim.attach(llama):
+        loss = losses(llama, ids, kvtrim.Cache(llama, "full"))
+        with pytest.raises(UsageError, match="gradients do not pass"):
+            loss.backward()
+        with torch.no_grad():
+            assert losses(llama, ids, kvtrim.Cache(llama, "full")) == loss.detach()
+
+
+def test_gradients_pass_through_an_ordinary_cache_as_ever(llama):
+    ids, weight = models.prompt(20), llama.model.layers[1].self_attn.v_proj.weight
+    losses(llama, ids, DynamicCache(config=llama.config)).backward()
+    want = weight.grad.clone()
+    with kvtrim.attach(llama):
+        losses(llama, ids, DynamicCache(config=llama.config)).backward()
+    torch.testing.assert_close(weight.grad, want)
+    assert want.abs().max() > 0
+
+
+@pytest.mark.parametrize("said", ["as a keyword", "in the configuration"])
+def test_attention_weights_are_handed_out_as_ever_or_refused(llama, said):
+    llama.set_attn_implementation("eager")
+    ids, asked = models.prompt(20), {"output_attentions": True}
+    if said == "in the configuration":
+        llama.config.output_attentions, asked = True, {}
+    with torch.no_grad():
+        want = llama(ids, **asked).attentions
+        with kvtrim.attach(llama):
+            for got, own in zip(llama(ids, **asked).attentions, want, strict=True):
+                assert torch.equal(got, own)
+            cache = kvtrim.Cache(llama, "full")
+            with pytest.raises(UsageError, match="no attention weights"):
+                llama(ids, **passing(cache), **asked)
+            assert cache.seen == 0 and len(want) == 3
+
+
+def test_a_model_with_learnt_sinks_serves_ordinary_caches_and_refuses_ours():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    known = models.config("llama").to_dict()
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    own = {name: known[name] for name in (*names, "num_key_value_heads", "pad_token_id")}
+    config = AutoConfig.for_model(
+        "gpt_oss",
+        **own,
+        intermediate_size=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    )
+    torch.manual_seed(0)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), models.prompt(40)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.normal_(mean=3)
+        want = model(ids).logits
+        with kvtrim.attach(model, allow_untested=True):
+            assert torch.equal(model(ids).logits, want)
+            with pytest.raises(UnsupportedModelError, match="s_aux"):
+                model(ids, **passing(kvtrim.Cache(model, "full")))
+
+
+@pytest.mark.parametrize("said", ["as a keyword", "in its modules"])
+def test_a_model_that_reads_both_ways_is_refused(llama, said):
+    asked = {"is_causal": False} if said == "as a keyword" else {}
+    for layer in llama.model.layers if said == "in its modules" else []:
+        layer.self_attn.is_causal = False
+    with torch.no_grad(), kvtrim.attach(llama):
+        with pytest.raises(UnsupportedModelError, match="left to right"):
+            llama(models.prompt(9), **passing(kvtrim.Cache(llama, "full")), **asked)

@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 
 from kvtrim.engine.graph import Steps
 from kvtrim.errors import CacheError, UsageError
-from kvtrim.hf.attention import HANDLE, NAME, managing, register, stock
+from kvtrim.hf.attention import HANDLE, NAME, Mask, managing, register, stock
 from kvtrim.hf.cache import Cache, Handed
 from kvtrim.hf.keyword import cache_in
+from kvtrim.hf.long_rope import enter
 from kvtrim.hf.models.architectures import Layout, OutputProjection, layout
+from kvtrim.hf.outer import around, entered, padding
 from kvtrim.hf.probe import probe
 from kvtrim.hf.propagation import (
     Hooked,
@@ -61,6 +63,8 @@ class Attachment:
             output = OutputProjection(module, self.layout.query_heads)
             hand_over = partial(_hand_over, number, output)
             self._hooks.append(module.register_forward_pre_hook(hand_over, with_kwargs=True))
+        for module in around(model, decoder):
+            self._hooks.append(module.register_forward_pre_hook(_enter, with_kwargs=True))
 
     def release(self, one: "Attached") -> None:
         """One of those who asked needs it no more; with the last the model is as it was."""
@@ -109,16 +113,26 @@ class Attachment:
         if cache.session.announced():
             managing.cache = True
             return None
-        ids = kwargs.get("input_ids")
+        asked = kwargs.get("output_attentions")
+        if getattr(decoder.config, "output_attentions", False) if asked is None else asked:
+            raise UsageError(
+                "a kvtrim cache has no attention weights to hand out; leave out "
+                "output_attentions, or use an ordinary cache and attn_implementation='eager'"
+            )
+        ids, (coming, cache.coming) = kwargs.get("input_ids"), (cache.coming, None)
         embeds = ids if ids is not None else kwargs["inputs_embeds"]
-        mask = kwargs.get("attention_mask")
-        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
-            raise UsageError("a kvtrim cache needs the 2-D attention mask [batch, tokens] or none")
-        cache.begin_pass(embeds.shape[0], embeds.shape[1], mask, ids)
+        mask, first = padding(kwargs.get("attention_mask")), cache.seen == 0
+        enter(cache, _ends(cache, kwargs, embeds.shape[1]), first)
+        rows, columns = embeds.shape[:2]
+        cache.begin_pass(rows, columns, mask, coming if ids is None else ids)
         captured = isinstance(cache.session.steps, Steps)  # which know their tokens' positions
-        part = None if captured else restarted(self.layout, cache, kwargs)
+        given = {**kwargs, "attention_mask": mask}
+        part = None if captured else restarted(self.layout, cache, given)
+        if part is not None and first:
+            enter(cache, _ends(cache, part[1], 0), first)
         managing.cache = True
-        return part
+        single = isinstance(kwargs.get("attention_mask"), Mask)  # a decoder takes none or several
+        return ((), given) if part is None and single else part
 
     def _end(
         self, decoder: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None
@@ -144,6 +158,25 @@ def _by_name(
         return kwargs
     names = inspect.signature(type(decoder).forward).parameters
     return {**dict(zip([*names][1:], args, strict=False)), **kwargs}
+
+
+def _enter(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> None:
+    """Pre-hook of what stands around the decoder: see what is coming, refuse what is no text."""
+    if kwargs is not None:
+        entered(_by_name(module, args, kwargs))
+
+
+def _ends(cache: Cache, kwargs: dict[str, Any], columns: int) -> list[int]:
+    """Where each prompt's new tokens end, as the rotary embedding sees it."""
+    if cache.switch is None:
+        return []
+    at = kwargs.get("position_ids")
+    if at is None:
+        return [cache.seen + columns - by for by in cache.session.state.closed_up or [0]]
+    ups = torch.tensor(cache.session.state.closed_up or [0]) if columns else 0
+    return (at.amax(dim=-1).cpu() + 1 - ups).tolist()
 
 
 def _narrow(

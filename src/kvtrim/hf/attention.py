@@ -10,13 +10,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn, cast
 from weakref import ref
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from kvtrim.engine.layer import Call
 from kvtrim.errors import UnsupportedModelError, UsageError
@@ -29,7 +29,8 @@ HANDLE = "kvtrim_cache"
 """Keyword of the attention pre-hook: (session, number, projection, rotation, hidden states)."""
 
 _KNOWN_KEYWORDS = {"position_ids", "use_cache", "sliding_window", "output_attentions", "is_causal"}
-_KNOWN_KEYWORDS |= {"output_router_logits", "output_hidden_states", "num_items_in_batch"}
+_OF_OTHERS = {"output_router_logits", "output_hidden_states", "num_items_in_batch"}
+"""Keywords that mean nothing to attention."""
 
 
 class _Managing(threading.local):
@@ -109,14 +110,53 @@ def _none(**arguments: Any) -> None:
 class Mask:
     """The stock mask, made on first use and shared by the layers of one pass."""
 
-    make: Callable[[], Any]
+    make: partial[Any]
     _made: list[Any] = field(default_factory=list)
+    _causal: bool | None = None
 
     def made(self) -> Any:
         """What the stock attention takes."""
         if not self._made:
             self._made.append(self.make())
         return self._made[0]
+
+    @property
+    def padding(self) -> Tensor | None:
+        """The 2-D mask [batch, tokens] that it is made from."""
+        return self.make.keywords.get("attention_mask")
+
+    def require_causal(self) -> None:
+        """Refuse tokens that see later ones, as those of an image or of a prefix do.
+
+        Raises:
+            UnsupportedModelError: saying so.
+        """
+        if self._causal is None:
+            self._causal = _is_causal(**self.make.keywords)
+        if not self._causal:
+            raise UnsupportedModelError(
+                "this model lets tokens of its prompt see later ones (images, or a prefix that is "
+                "read both ways); kvtrim reads from left to right only"
+            )
+
+
+def _is_causal(
+    batch_size: int,
+    q_length: int,
+    q_offset: Any,
+    mask_function: Callable[..., Tensor],
+    device: Any = None,
+    **_: Any,
+) -> bool:
+    """Whether no token sees the next one; patterns that cannot be asked that count as not."""
+    if mask_function is causal_mask_function or q_length == 1:
+        return True
+    now = torch.arange(q_length - 1, device=device)[None] + q_offset
+    rows = torch.arange(batch_size, device=device)[:, None]
+    try:
+        return not bool(mask_function(rows, torch.zeros_like(rows), now, now + 1).any())
+    except (IndexError, RuntimeError, TypeError):  # it takes one number at a time
+        return False
 
 
 def register() -> None:
@@ -155,7 +195,12 @@ def attention(
         raise UsageError(
             "a kvtrim cache needs the 2-D attention mask [batch, tokens], not a prepared 4-D one"
         )
-    unknown = [name for name in set(keywords) - _KNOWN_KEYWORDS if keywords[name] is not None]
+    if isinstance(attention_mask, Mask):
+        attention_mask.require_causal()
+    if getattr(module, "is_causal", True) is False:
+        raise UnsupportedModelError("kvtrim reads from left to right only; this model does not")
+    known = _KNOWN_KEYWORDS | _OF_OTHERS
+    unknown = [name for name in set(keywords) - known if keywords[name] is not None]
     if unknown:
         raise UnsupportedModelError(
             f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which kvtrim "
@@ -164,5 +209,22 @@ def attention(
     session, index, output, rotate, hidden = handle
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = Call(query, key, value, scale, softcap, output.weight, output.factor, rotate, hidden)
-    out = session.attend(index, call)
-    return out.transpose(1, 2).contiguous(), None
+    out = session.attend(index, call).transpose(1, 2).contiguous()
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)):
+        out = cast(Tensor, _NoGradient.apply(out, query, key, value))
+    return out, None
+
+
+class _NoGradient(torch.autograd.Function):
+    """Stands where gradients would be lost: what is stored has no history."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *given: Tensor) -> Tensor:
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise UsageError(
+            "gradients do not pass through a kvtrim cache; train with an ordinary cache or none, "
+            "and run the model under torch.no_grad() otherwise"
+        )

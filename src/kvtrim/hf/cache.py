@@ -17,7 +17,7 @@ from kvtrim.engine.state import Mark as SessionMark
 from kvtrim.errors import CacheError, NotAttachedError, UsageError
 from kvtrim.hf.models import fingerprint
 from kvtrim.hf.models.architectures import layout, require_managed
-from kvtrim.hf.rotary import rotations
+from kvtrim.hf.rotary import rotations, switch
 from kvtrim.methods import auto
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method
@@ -160,6 +160,8 @@ class Cache(TransformersCache):
         self.request = (method, settings)  # as asked for, to be saved
         self.prompt: dict[str, Any] = {}  # how the prompt was built, for questions asked later
         self.token_ids: Int[Tensor, "B seen"] | None = None  # None too if embeddings were fed
+        self.coming: Int[Tensor, "B n"] | None = None  # of the next pass, if its decoder sees none
+        self.switch, self.beyond = switch(model), None  # long RoPE, and how its keys were turned
         self._model, self._decoder = ref(model), ref(model.get_decoder())
         stock = DynamicCache(config=model.config).layers
         own = set(self.managed)
@@ -246,6 +248,10 @@ class Cache(TransformersCache):
         else:
             before = [] if self.token_ids is None or first else [self.token_ids]
             self.token_ids = torch.cat([*before, ids], dim=1)
+
+    def __bool__(self) -> bool:
+        """False where Phi-3 would throw a true cache away, and read everything again."""
+        return self.switch is None
 
     def end_pass(self) -> None:
         """Every layer has attended."""

@@ -21,6 +21,7 @@ from transformers import (
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.decode import Captured, why_plain
 from kvtrim.hf.keyword import cache_in, passing
+from kvtrim.hf.long_rope import require_reach
 from kvtrim.methods.ranges import Positive, Range, Share, Some, Tokens, check, declared
 from kvtrim.types import Int, Tensor
 
@@ -125,6 +126,9 @@ def read(
     progress: Progress | None = None,
 ) -> None:
     """Read tokens into a cache, at most `chunk` of them at a time; the logits are not wanted."""
+    if isinstance(cache, Cache):
+        first = min(chunk or ids.shape[1], ids.shape[1])
+        require_reach(cache, first, cache.seen + ids.shape[1])
     with torch.no_grad(), watched(model, cache, ids.shape[1], progress):
         for part in ids.split(chunk or ids.shape[1], dim=1):
             model(input_ids=part, **passing(cache), logits_to_keep=1)
@@ -157,6 +161,9 @@ def generate(
     criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), clock])
     start = time.perf_counter()
     unread = ids[:, cache.get_seq_length() :]
+    if isinstance(cache, Cache):
+        first = min(chunk or unread.shape[1], unread.shape[1])
+        require_reach(cache, first, ids.shape[1] + max_new_tokens - 1)
     with watched(model, cache, unread.shape[1], progress):
         if chunk is not None and unread.shape[1] > chunk:
             last = (unread.shape[1] - 1) % chunk + 1

@@ -52,6 +52,15 @@ def rotations(model: PreTrainedModel) -> list[Rotation]:
     return [_rotation(rotary, config, layer) for layer in plan.managed]
 
 
+def switch(model: PreTrainedModel) -> int | None:
+    """The length above which a model with long RoPE turns everything by other frequencies."""
+    config = model.config.get_text_config(decoder=True)
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = [given, *(each for each in given.values() if isinstance(each, dict))]
+    long = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min((int(kind["original_max_position_embeddings"]) for kind in long), default=None)
+
+
 def changes_with_length(model: PreTrainedModel) -> bool:
     """Whether the rotary frequencies depend on how long the input is by now."""
     rotary: Any = getattr(layout(model, allow_untested=True).decoder, "rotary_emb", None)
