@@ -58,6 +58,56 @@ def test_per_head_budgets_free_the_memory_they_save(llama):
     assert storage == ragged.held_bytes
 
 
+@pytest.mark.parametrize("name", ["knorm", "ada-curdkv"])
+def test_slots_freed_by_a_later_cut_are_given_back(llama, name):
+    """A turn of 400 tokens is cut back to 40 entries, and so is what was allocated for it."""
+    ids, cache = models.prompt(460), kvtrim.Cache(llama, name, 40, every=400)
+    read(llama, cache, ids[:, :60])
+    read(llama, cache, ids[:, 60:459])
+    assert cache.held_bytes > LAYERS * K * 400 * 2 * D * torch.float64.itemsize
+    read(llama, cache, ids[:, 459:])
+    held = [len(head) for layer in models.positions(cache) for head in layer]
+    assert sum(held) <= 40 * len(held) + len(held)
+    slack = 2 * sum(max(16, count // 16) for count in held)
+    entry = 2 * D * torch.float64.itemsize + torch.int32.itemsize
+    assert cache.held_bytes <= (sum(held) + slack) * entry
+    storage = [
+        b.untyped_storage().nbytes()
+        for s in cache.session.state.stores()
+        for b in s.buffers.values()
+    ]
+    assert sum(storage) == cache.held_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("snapkv", 8), ("tova", 1), ("cake", 1), ("knorm", 0)]
+)
+def test_held_bytes_count_what_is_remembered_beside_entries(llama, name, count):
+    """Queries that later cuts ask for, and no more of them than these need."""
+    window = {"window": 8} if name in ("snapkv", "cake") else {}
+    cache = kvtrim.Cache(llama, name, 24, every=1, **window)
+    read(llama, cache, models.prompt(48))
+    for _ in range(3):
+        entries = sum(b.nbytes for s in cache.session.state.stores() for b in s.buffers.values())
+        remembered = LAYERS * 6 * count * D * torch.float64.itemsize
+        assert cache.held_bytes - entries == remembered
+        read(llama, cache, models.prompt(1))
+
+
+@pytest.mark.parametrize("name", ["snapkv", "cake", "tova", "h2o"])
+def test_a_size_is_that_of_the_whole_cache(llama, name):
+    """Remembered queries and carried statistics are paid for too; slack for appends is not."""
+    window = {"window": 8} if name in ("snapkv", "cake") else {}
+    cache = kvtrim.Cache(llama, name, "24KiB", every=1, **window)
+    read(llama, cache, models.prompt(300))
+    state = cache.session.state
+    slack = sum(
+        int((s.capacity - s.length).sum()) * sum(b[0].nbytes for b in s.buffers.values())
+        for s in state.stores()
+    )
+    assert 0.93 * 24 * 1024 < cache.held_bytes - slack <= 24 * 1024
+
+
 def test_query_head_presets_pay_for_what_they_store(llama):
     ids = models.prompt(48)
     own, upstream = cache_for(llama), cache_for(llama, preset="upstream")

@@ -5,6 +5,8 @@ import torch
 
 import kvtrim
 import models
+from kvtrim.bench.prefilling import replayable
+from kvtrim.bench.subjects import Candidate
 from kvtrim.errors import UsageError
 from kvtrim.hf.replay import record
 from kvtrim.methods.settings import find
@@ -31,6 +33,23 @@ def test_a_replayed_cache_equals_its_own_prefill(llama, name):
 def test_a_method_that_changes_the_prefill_is_refused(llama, name):
     with pytest.raises(UsageError, match="one of its own"):
         record(llama, models.prompt(48)).cache(name, 24, **small(name))
+
+
+def test_a_method_that_cuts_between_chunks_is_refused(llama):
+    """Later chunks see what is left of earlier ones, which no pass over the whole prompt shows."""
+    with pytest.raises(UsageError, match="one of its own"):
+        record(llama, models.prompt(48)).cache("knorm", 24, chunks=True, prompt_tokens=48)
+
+
+@pytest.mark.parametrize("name", sorted(kvtrim.METHODS))
+def test_only_what_leaves_the_prefill_alone_shares_one(name):
+    whole = Candidate(name, "24", small(name))
+    assert replayable(whole) == (name not in NARROWING)
+    try:
+        find(name, chunks=True, **small(name))
+    except UsageError:
+        return
+    assert not replayable(Candidate(name, "24", small(name) | {"chunks": True}))
 
 
 def test_sliding_layers_are_replayed_too():

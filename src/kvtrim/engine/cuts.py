@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import torch
+
 from kvtrim.cache.store import BIAS, LayerStore
 from kvtrim.engine.eviction import Cutters, Evictor, merge, trimmers
 from kvtrim.engine.layer import Call, real_queries
@@ -196,9 +198,15 @@ class Cutting:
         if not (self.prompt or self.probed) and self.method.schedule.region == "generated":
             return trimmers(self.method, self.state, self.now, groups)
         if self.prompt or self.probed:
-            entry = len(self.state.layers) * call.keys.shape[1] * call.entry_bytes * self.now.rows
+            layers, policy = len(self.state.layers), self.method.policy
+            again = self.method.schedule.every is not None
+            column = torch.float32.itemsize if again and policy.observes(decoding=True) else 0
+            entry = layers * call.keys.shape[1] * (call.entry_bytes + column) * self.now.rows
+            count = policy.remembers() if again else 0
+            remembered = call.remembered_bytes(count, policy.reads_hidden)
+            keep = self.keep.beside(layers * remembered)
             lengths = [length + self.coming for length in self._lengths(self.whole)]
-            self.state.keeps = [self._budget(length, entry) for length in lengths]
+            self.state.keeps = [self._budget(keep, length, entry) for length in lengths]
         cutters, read = [], self._lengths(self.whole)
         decoding = not (self.prompt or self.probed)
         for rows in groups:
@@ -226,11 +234,11 @@ class Cutting:
             return False
         return all(bool((store.length == store.length[:1]).all()) for store in state.stores())
 
-    def _budget(self, length: int, entry_bytes: int) -> tuple[int, float]:
+    def _budget(self, keep: Keep, length: int, entry_bytes: int) -> tuple[int, float]:
         """Entries per head for a prompt of this length, and the same before rounding."""
-        asked, policy = self.keep.asked(length, entry_bytes), self.method.policy
+        asked, policy = keep.asked(length, entry_bytes), self.method.policy
         protected = policy.sinks + policy.recent(int(asked))
-        return self.keep.entries(length, protected, entry_bytes), asked
+        return keep.entries(length, protected, entry_bytes), asked
 
     def _lengths(self, of: Pass) -> list[int]:
         """Tokens of each prompt after a pass; those of a probe do not count."""

@@ -43,6 +43,13 @@ class Call:
         """Zeros in the shape of attention's output."""
         return self.queries.new_zeros(*self.queries.shape[:3], self.values.shape[-1])
 
+    def remembered_bytes(self, count: int, hidden: bool) -> int:
+        """What the last `count` queries of every prompt take, and what goes with them."""
+        sizes = [self.queries[:, :, :1].nbytes]
+        if hidden and self.hidden is not None:
+            sizes.append(self.hidden[:, :1].nbytes)
+        return count * sum(sizes)
+
     def row(self, number: int) -> "Call":
         """One prompt's part of it."""
         part = slice(number, number + 1)
@@ -104,6 +111,17 @@ class Held:
         """Keep copies of the last `count` queries and what goes with them; of none, nothing."""
         self.queries = queries.clone() if count else None
         self.hidden = hidden.clone() if count and hidden is not None else None
+
+    def forget(self, count: int) -> None:
+        """Keep the last `count` of the remembered queries alone."""
+        if self.queries is not None and self.queries.shape[2] > count:
+            hidden = None if self.hidden is None else self.hidden[:, -count:]
+            self.remember(self.queries[:, :, -count:], hidden, count)
+
+    @property
+    def settled(self) -> bool:
+        """All prompts' entries here are won from a model-wide budget."""
+        return self.share is not None and bool((self.share >= 0).all())
 
     def copy(self) -> "Held":
         """An independent copy; tensors that are only ever replaced are shared."""

@@ -178,6 +178,9 @@ class Session:
         if prompt and not self._plan.coming:
             self.state.settle()
         self.state.schedule(self._plan.due, self._plan.closes, self.method.schedule.share)
+        for held in self.state.layers if not self.in_prompt else []:
+            if held.settled or not self.method.budget.model_wide:
+                held.forget(self.method.policy.remembers())
         self._cutting = None
 
     @property

@@ -54,7 +54,7 @@ class Recording:
         other = self.full.copy_stock(Cache(self.model, method, keep, **settings))
         words = settings.get("tokenizer") is not None or self.words is not None
         other.words = self.words or other.words
-        if other.method.propagation.narrows:
+        if other.method.propagation.narrows or other.method.schedule.chunks:
             raise UsageError(
                 f"{method} changes the prefill itself and needs one of its own: read the prompt "
                 "into a kvtrim.Cache"

@@ -44,6 +44,10 @@ class Keep:
             return self.amount
         return self.amount * prompt if self.kind == "share" else self.amount / entry_bytes
 
+    def beside(self, taken: int) -> "Keep":
+        """What is left for entries where so many bytes are taken by what goes with them."""
+        return self if self.kind != "bytes" else Keep("bytes", max(1.0, self.amount - taken))
+
     def entries(self, prompt: int, protected: int, entry_bytes: int | float) -> int:
         """`asked` as a whole number; a share or size is lifted to the least the method needs.
 

@@ -72,6 +72,13 @@ class Policy(Declared, ABC):
     def lookback(self) -> int:
         """How many of the last queries `score` reads."""
 
+    def remembers(self) -> int:
+        """How many queries a cut while generating needs of those that were read before it.
+
+        The share of each layer is settled then, if layers compete.
+        """
+        return self.lookback()
+
     def recent(self, keep: int) -> int:
         """How many of the newest slots are kept whatever their score, out of `keep`."""
         return 0

@@ -31,6 +31,9 @@ class Cake(WindowPolicy):
     tau2: Positive = 1.0  # the variance counts to the power of 1 / tau2
     sinks: Tokens = 0
 
+    def remembers(self) -> int:
+        return 1  # the newest ranks, and the window has had its say about the layers
+
     def score(self, layer: LayerView) -> Scores:
         """Queries [B, H, W, D] and keys [B, K, S, D] to scores [B, K, S - W]."""
         rows = 1 if layer.decoding else self.window
