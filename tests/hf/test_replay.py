@@ -5,8 +5,8 @@ import torch
 
 import kvtrim
 import models
-from kvtrim.bench.prefilling import replayable
-from kvtrim.bench.subjects import Candidate
+from kvtrim.bench.candidates import Candidate
+from kvtrim.bench.eval.prefill import replayable
 from kvtrim.errors import UsageError
 from kvtrim.hf.replay import record
 from kvtrim.methods.settings import find

@@ -218,6 +218,14 @@ def test_shares_equal_the_loops_whatever_the_lengths(data):
     assert float(got[garbage].abs().sum()) == 0
 
 
+def test_rows_that_alone_span_a_direction_have_leverage_one_to_the_bit():
+    """Fewer rows than their width: rounding must not rank them, nor order them by the batch."""
+    draw = torch.Generator().manual_seed(0)
+    for count in (1, 5, 8):
+        found = curdkv.leverages(torch.randn(3, 2, count, 8, generator=draw))
+        assert found.unique().tolist() == [1]
+
+
 def leverages_by_gram_schmidt(rows):
     """Squared row norms of an orthonormal basis of the columns, built one column at a time."""
     basis = []

@@ -25,6 +25,7 @@ from kvtrim.types import Float, Int, LayerView, Scores, Tensor
 Padding = Literal["front", "tail"]
 
 _LEAST = 1e-12  # a run of zeros has shares of zero, not of nothing
+_ALONE = 1e-5  # a leverage this near to 1 is 1
 
 
 def gaussian(seed: int, heads: int, width: int, project: int) -> Float[Tensor, "K X R"]:
@@ -49,14 +50,16 @@ def energies(
 def leverages(rows: Float[Tensor, "B K S D"], rank: int | None = None) -> Float[Tensor, "B K S"]:
     """Squared norm of each row of the left singular vectors, all of them or the first `rank`.
 
-    A head's leverages sum to its rank. Directions that only rounding gives do not count.
+    A head's leverages sum to its rank. Directions that only rounding gives do not count. A row
+    that alone spans a direction has exactly 1, so that rounding does not rank such rows.
     """
     left, strengths, _ = torch.linalg.svd(rows.float(), full_matrices=False)
     least = torch.finfo(torch.float32).eps * max(rows.shape[-2:])
     real = strengths > least * strengths[..., :1]
     if rank is not None:
         real[..., rank:] = False
-    return (left.square() * real[..., None, :]).sum(dim=-1)
+    found = (left.square() * real[..., None, :]).sum(dim=-1)
+    return found.masked_fill(found > 1 - _ALONE, 1)
 
 
 def shares(weights: Float[Tensor, "B K S"]) -> Float[Tensor, "B K S"]:
