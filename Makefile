@@ -55,10 +55,12 @@ docs: setup
 report: setup
 	$(BIN)/kvtrim report $(REPORT_DIR)
 
-# needs a CUDA device, and torch, transformers and Triton installed for GPU_PYTHON; no network
+# needs a CUDA device, and torch, transformers and Triton installed for GPU_PYTHON; no network.
+# GPU_ARGS="--dry-run --minutes 1" goes through the same code on a CPU
 GPU_PYTHON ?= python3
+GPU_ARGS ?= --minutes 8
 gpu:
-	PYTHONPATH=src $(GPU_PYTHON) experiments/gpu.py $(GPU_ARGS)
+	$(GPU_PYTHON) experiments/gpu.py $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist

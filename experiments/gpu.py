@@ -1,216 +1,245 @@
-"""Everything that needs a CUDA device, in stages; each writes its own folder and can be repeated.
+"""Everything that needs a CUDA device, in order of value, within the minutes that are given.
 
-    python experiments/gpu.py [--stage NAME ...] [--out experiments/gpu] [--small]
+    python experiments/gpu.py --minutes 8 --out DIR [--commit HASH] [--stage NAME ...]
+    python experiments/gpu.py --dry-run --minutes 1
 
-check     the Triton kernels and torch's varlen attention against float64 loops
-kernels   decode attention alone: implementations, ragged against uniform, share of bandwidth
-prefill   kvtrim speed, 8k to 128k tokens, Llama-3.1-8B and Mistral-Nemo-12B shapes
-decode    kvtrim speed, 128k tokens compressed to 512, 1024, 2048: share of the roofline, captured
-          and plain, beside plain transformers and, where it is installed, kvpress
-batch     the largest batch at 32k tokens, everything kept and 10 % kept
+Each figure is a line of DIR/gpu.jsonl as soon as it is there, with machine, versions and commit; a
+failure is a line too. None is begun that no longer fits. The same command on the same folder goes
+on where it ended. In the end DIR/summary.md has the tables and what of the targets was reached.
+Random weights, bf16, no network. --dry-run is the same code on a CPU: a model of two layers, short
+prompts, Triton's interpreter. Nothing it prints is a figure of a GPU.
 
-Random weights, bf16. --small runs the same on two layers and short prompts, to see that it works.
+check     the kernels against float64, each number format
+tokens    captured decoding gives the tokens of plain decoding
+decode    a step over caches filled with random entries: plain transformers, kvtrim plain and
+          captured, heads alike and from 0.2 to 1.8 of the mean, share of the copy bandwidth
+prefill   time to first token and peak memory, methods in turn, there and back
+probe     h2o and kvzip, which read every query, beside a plain prefill
+kernels   decode attention alone, by implementation and shape
+batch     the largest batch, everything kept and 10 % kept
 """
 
 import argparse
-import json
-import subprocess
+import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from statistics import median
+from typing import Any
 
-import torch
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "src"))
 
-import kvtrim
-from kvtrim.bench.provenance import provenance
-from kvtrim.bench.speed.roofline import of_machine
-from kvtrim.cache.store import starts_of
-from kvtrim.hf.generate import generate
-from kvtrim.hf.models.random import build
-from kvtrim.kernels import columns, reference, sdpa, split, varlen
+import gpu_work as work  # noqa: E402
+from gpu_work import SUBJECTS, Bench, Scale  # noqa: E402
 
-CUDA = torch.device("cuda")
-LLAMA, NEMO = "llama-3.1-8b", "mistral-nemo-12b"
-PREFILL = ["full", "snapkv", "adakv", "gemfilter", "fastkv"]
-CLOSE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+from kvtrim.bench.speed import agenda  # noqa: E402
+from kvtrim.bench.speed.agenda import Agenda, Item  # noqa: E402
 
-
-def runs(lengths: list[list[int]], width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Flat keys and values on the device, starts and lengths on the CPU."""
-    length = torch.tensor(lengths)
-    keys, values = torch.randn(2, int(length.sum()), width, device=CUDA).to(dtype)
-    return keys, values, starts_of(length), length
-
-
-def check(out: Path, small: bool) -> None:
-    """Random ragged shapes against the reference; the worst difference of each kind."""
-    shapes = [[[700, 7, 7, 1]], [[0, 1], [64, 65], [300, 2]], [[1000, 10, 500, 33]]]
-    worst: dict[str, float] = {}
-    widths = (128,) if small else (64, 96, 128, 256)
-    for dtype, width, group, count in product(CLOSE, widths, (1, 3, 4, 8), (1, 5, 16)):
-        for lengths in shapes:
-            keys, values, start, length = runs(lengths, width, dtype)
-            heads = group * length.shape[1]
-            queries = torch.randn(len(length), heads, count, width, device=CUDA).to(dtype)
-            exact = [x.double().cpu() for x in (queries, keys, values)]
-            want = reference.ragged(*exact, start, length, width**-0.5)
-            got = {"triton": split.ragged(queries, keys, values, start, length, width**-0.5).out}
-            if dtype != torch.float32:
-                given = queries, keys, values, start, length, width**-0.5
-                got["varlen"] = varlen.ragged(*given)
-            for name, found in got.items():
-                apart = float((found.double().cpu() - want).abs().max())  # NaN fails as well
-                key = f"{name} {str(dtype).removeprefix('torch.')}"
-                worst[key] = max(worst.get(key, 0.0), apart)
-                if not apart <= CLOSE[dtype]:
-                    raise SystemExit(f"{key}, width {width}, group {group}: off by {apart}")
-    write(out, "check", {"worst absolute difference": worst, **sums(), **answers()})
+STAGES = ("check", "tokens", "decode", "prefill", "probe", "kernels", "batch")
+SUMMARY_S = 5.0  # kept back for the last page
+PREFILL = {  # method: its settings, and its share of the work of reading everything
+    "transformers": ({}, 1.0),
+    "full": ({}, 1.0),
+    "fastkv": ({"preset": "v1"}, 0.55),  # as published: T = 2,048 tokens go on, not a rate
+    "snapkv": ({}, 1.0),
+    "gemfilter": ({}, 0.55),
+    "adakv": ({}, 1.0),
+    "laprox": ({}, 1.05),
+    "headkv": ({"table": "random"}, 1.0),
+}
+LATE = ("adakv", "laprox", "headkv")  # their longest prompt
+PROBE = {"transformers": 1.0, "full": 1.0, "h2o": 1.5, "kvzip": 3.0}
 
 
-def sums() -> dict[str, object]:
-    """Column sums on the device against those of the whole matrix in torch."""
-    queries = torch.randn(2, 8, 300, 128, device=CUDA)
-    keys = torch.randn(2, 700, 2, 128, device=CUDA).transpose(1, 2)
-    logits = queries.double().unflatten(1, (2, 4)) @ keys.double()[:, :, None].mT * 0.1
-    seen = torch.arange(700, device=CUDA) <= torch.arange(400, 700, device=CUDA)[:, None]
-    want = logits.masked_fill(~seen, -torch.inf).softmax(-1).sum(-2).flatten(1, 2)
-    apart = float((columns.sums(queries, keys, 0.1) - want).abs().max())
-    if not apart <= 1e-3:
-        raise SystemExit(f"column sums are off by {apart}")
-    return {"column sums": apart}
+GPU = Scale(
+    device="cuda", config="llama-3.1-8b", layers=None, width=None, dtype="bfloat16",
+    formats=("bfloat16", "float16"), impl="auto",
+    shapes=((128, 4, 1), (128, 4, 5), (64, 3, 1), (256, 2, 1)),
+    runs=([[700, 7, 7, 1]], [[0, 1], [64, 65], [300, 2]], [[1000, 10, 500, 33]]),
+    prompt=1500, keep=256, answers=40,
+    held=((1, 1024), (32, 2048), (1, 2048), (1, 512), (1, 32_768), (1, 131_072), (32, 1024),
+          (32, 512), (32, 32_768)),
+    steps=24, lengths=(32_768, 65_536, 131_072), budget="2048", warm=4096, probed=16_384,
+    kernel_shapes=((1, 1024), (1, 16_384), (1, 131_072), (32, 2048)), filled=32_768, most=512,
+    flop_per_s=3.5e14, bytes_per_s=2.5e12,
+)  # fmt: skip
+DRY = Scale(
+    device="cpu", config="smollm2-135m", layers=2, width=1, dtype="float32",
+    formats=("float32", "float16"), impl="triton",  # the interpreter does not know bf16
+    shapes=((64, 3, 2),), runs=([[70, 7]],), prompt=48, keep=36, answers=8,
+    held=((1, 24), (2, 24), (2, 10**9)), steps=2, lengths=(64,), budget="40", warm=48, probed=64,
+    kernel_shapes=((2, 24),), filled=48, most=2, flop_per_s=1e11, bytes_per_s=1e10,
+)  # fmt: skip
 
 
-def answers() -> dict[str, object]:
-    """Captured answers of a small model in fp32 are those of the plain loop, and were captured."""
-    model = build("smollm2-135m", layers=4, device="cuda", dtype="float32")
-    ids = torch.randint(5, 40000, (1, 1500), device=CUDA)
-    for method in ("full", "snapkv", "adakv"):
-        found = []
-        for impl in ("auto", "sdpa"):
-            cache = kvtrim.Cache(model, method, 256, impl=impl)
-            with kvtrim.attach(model):
-                found.append(generate(model, ids, cache, 40))
-        captured, plain = found
-        if captured.token_ids != plain.token_ids or captured.decoding != "captured":
-            raise SystemExit(
-                f"{method}: {captured.decoding}: {captured.token_ids} {plain.token_ids}"
-            )
-    return {"captured answers": "those of the plain loop"}
+# The list of them
 
 
-def kernels(out: Path, small: bool) -> None:
-    """Microseconds per call of one layer (8 KV heads, 32 query heads of 128, bf16).
+def items(bench: Bench, folder: Path, until: float) -> Iterator[Item]:
+    """Every measurement, the most valuable first."""
+    s = bench.scale
+    for name, (width, group, count) in product(s.formats, s.shapes):
+        todo = partial(work.check_attention, bench, name, width, group, count)
+        yield Item("check", f"{name} {width} wide, {group} x {count}", 3.0, todo)
+    for name in s.formats:
+        yield Item("check", f"{name} columns", 4.0, partial(work.check_columns, bench, name))
+    for method, settings in (("full", {}), ("snapkv", {}), ("adakv", {}),
+                             ("headkv", {"table": "random"})):  # fmt: skip
+        yield Item("tokens", method, 3.0, partial(work.same_tokens, bench, method, settings))
+    yield from decode_items(bench)
+    yield from prefill_items(bench, first=True)
+    for number, method in rounds(PROBE):
+        todo = partial(work.first_token, bench, method, {}, s.probed, "10%")
+        estimate = PROBE[method] * reading_s(s, s.probed)
+        yield Item("probe", f"{method} {s.probed} round {number}", estimate, todo)
+    for (rows, held), per_head in product(s.kernel_shapes, (False, True)):
+        for impl in ("triton", "varlen", "sdpa"):
+            name = f"{impl} {rows} x {held}{' per-head' if per_head else ''}"
+            skip = "FlashAttention needs CUDA" if impl == "varlen" and s.device == "cpu" else ""
+            todo = partial(work.kernel, bench, rows, held, per_head, impl)
+            yield Item("kernels", name, 1.0, todo, skip)
+    for method, keep in (("snapkv", "10%"), ("adakv", "10%"), ("full", "")):
+        todo = partial(work.largest, bench, folder, until, method, keep)
+        yield Item("batch", f"{method} {keep}".strip(), 25 * reading_s(s, s.filled), todo)
+    yield from prefill_items(bench, first=False)
 
-    Triton is given its plan, as captured steps have it; the others prepare theirs in every call,
-    as they do in use. What fits into the L2 cache may come faster than memory allows.
+
+def decode_items(bench: Bench) -> Iterator[Item]:
+    """Steps by what is held; what cannot fit is said, not tried."""
+    s = bench.scale
+    entry, weights, memory = sizes(s)
+    for (rows, held), subject in product(s.held, SUBJECTS):
+        held_bytes, skip = rows * held * entry, ""
+        if 1.15 * held_bytes + 1.3 * weights > memory and rows > 1:
+            skip = f"{held_bytes / 1e9:.0f} GB of entries beside {weights / 1e9:.0f} GB of weights"
+        moved = weights + held_bytes * (3 if subject == "transformers" else 1)
+        estimate = 0.5 + (s.steps + 5) * (0.03 + moved / s.bytes_per_s)
+        todo = partial(work.decode, bench, rows, held, subject)
+        yield Item("decode", f"{subject} {rows} x {held}", estimate, todo, skip)
+
+
+def prefill_items(bench: Bench, first: bool) -> Iterator[Item]:
+    """Prompts by length, methods in turn.
+
+    The longest takes most of the time: its second round, and the methods there that cost what the
+    others cost, come at the very end.
     """
-    rate, rows = of_machine(CUDA, torch.bfloat16)["copy_bytes_per_s"], []
-    for batch, held in product((1, 16), (512, 2048, 16384) if not small else (512,)):
-        uneven = torch.linspace(0.2, 1.8, 8).mul(held).long()
-        uneven[-1] += 8 * held - uneven.sum()
-        shapes = {"uniform": [[held] * 8] * batch, "ragged": [uneven.tolist()] * batch}
-        for shape, lengths in shapes.items():
-            keys, values, start, length = runs(lengths, 128, torch.bfloat16)
-            queries = torch.randn(batch, 32, 1, 128, device=CUDA).bfloat16()
-            plan, place = split.Tiles.of(length, CUDA), (start.to(CUDA), length.to(CUDA))
-            given = queries, keys, values
-            calls: dict[str, Callable[[], object]] = {
-                "triton": partial(split.ragged, *given, *place, 0.1, None, plan),
-                "varlen": partial(varlen.ragged, *given, start, length, 0.1),
-                "sdpa": partial(sdpa.ragged, *given, start, length, 0.1),
-            }
-            floor = (keys.nbytes + values.nbytes) / rate  # every slot is read once
-            for name, call in calls.items():
-                took = timed(call)
-                row = {"batch": batch, "held": held, "shape": shape, "impl": name}
-                rows.append(row | {"us": 1e6 * took, "of_bandwidth": floor / took})
-    write(out, "kernels", {"copy_bytes_per_s": rate, "rows": rows})
+    s = bench.scale
+    for length in s.lengths:
+        for number, method in rounds(PREFILL):
+            late = length == s.lengths[-1] and (number == 2 or method in LATE)
+            if late != first:
+                settings, share = PREFILL[method]
+                todo = partial(work.first_token, bench, method, settings, length, s.budget)
+                name = f"{method} {length} round {number}"
+                yield Item("prefill", name, share * reading_s(s, length), todo)
 
 
-def timed(call: Callable[[], object]) -> float:
-    """Seconds of one call on the device: median over batches of twenty, after a warm-up."""
-    found = []
-    for _ in range(12):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(20):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(begin.elapsed_time(end) / 20e3)
-    return median(found[2:])
+def rounds(methods: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """Every method twice, there and back."""
+    for number in (1, 2):
+        for method in reversed(methods) if number == 2 else methods:
+            yield number, method
 
 
-def speed(out: Path, name: str, small: bool, *options: str) -> None:
-    """One run of `kvtrim speed`, which goes on where it was cut off."""
-    cut = ["--layers", "2"] if small else []
-    command = [sys.executable, "-m", "kvtrim", "speed", "--device", "cuda", "--dtype", "bfloat16"]
-    subprocess.run([*command, *options, *cut, "--out", str(out / name)], check=True)
+def sizes(s: Scale) -> tuple[float, float, float]:
+    """Bytes of an entry in all layers and heads, of the weights, and of the device's memory."""
+    import torch
+
+    from kvtrim.hf.models.random import published
+
+    dims = published(s.config)
+    layers, heads = s.layers or dims["num_hidden_layers"], s.width or dims["num_key_value_heads"]
+    width = dims.get("head_dim") or dims["hidden_size"] // dims["num_attention_heads"]
+    itemsize = 4 if s.dtype == "float32" else 2
+    entry = 2 * layers * heads * width * itemsize
+    hidden = dims["hidden_size"] * heads // dims["num_key_value_heads"]
+    inner = dims["intermediate_size"] * heads // dims["num_key_value_heads"]
+    each = hidden * (2 * hidden + 2 * heads * width + 3 * inner)
+    weights = (layers * each + 2 * dims["vocab_size"] * hidden) * itemsize
+    memory = 4e9
+    if s.device == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+    return entry, weights, memory
 
 
-def many(option: str, values: list[str]) -> list[str]:
-    """An option, once for each value."""
-    return [word for value in values for word in (option, value)]
+def reading_s(s: Scale, length: int) -> float:
+    """Seconds that a prompt of this length should take at the guessed rate."""
+    from kvtrim.hf.models.random import published
+
+    dims = published(s.config)
+    _, weights, _ = sizes(s)
+    layers, heads = s.layers or dims["num_hidden_layers"], dims["num_attention_heads"]
+    pairs = length * length / 2 * 4 * layers * heads * 128
+    return 0.3 + (weights * length + pairs) / s.flop_per_s
 
 
-def prefill(out: Path, small: bool) -> None:
-    """Time to first token by length."""
-    lengths = ["2048"] if small else ["8192", "16384", "32768", "65536", "131072"]
-    asked = many("--length", lengths) + many("--method", PREFILL)
-    asked += many("--keep", ["512", "1024", "2048"])
-    for config in (LLAMA, NEMO):
-        speed(out, f"prefill-{config}", small, "--config", config, *asked, "--new-tokens", "32")
+def measure(scale: Scale, folder: Path, until: float, stages: list[str], commit: str) -> int:
+    """The measuring process."""
+    import torch
+
+    from kvtrim.bench.provenance import provenance
+
+    begin, bench = time.time(), Bench(scale)
+    if scale.device == "cuda":
+        torch.cuda.init()
+    about = provenance(bench.device)
+    about["commit"] = commit or about["commit"]
+    listed = [x for x in items(bench, folder, until) if x.stage in stages]
+    freed = [replace(item, work=partial(clean, bench, item.work)) for item in listed]
+    print(f"ready after {time.time() - begin:.1f} s; {len(listed)} measurements", flush=True)
+    plan = Agenda(freed, folder, about)
+    return plan.run(until, bench.broken, lambda: bench.setup_s, partial(print, flush=True))
 
 
-def decode(out: Path, small: bool) -> None:
-    """Tokens per second after a long prompt."""
-    length = "4096" if small else "131072"
-    asked = ["--config", LLAMA, "--length", length, "--new-tokens", "128", "--repeats", "3"]
-    asked += many("--method", ["full", "snapkv", "adakv"]) + many(
-        "--keep", ["512", "1024", "2048"]
-    )
-    peers = ["--peer", "kvpress"] if find_spec("kvpress") else []
-    speed(out, "decode", small, *asked, *peers)
-    speed(out, "decode-plain", small, *asked, "--no-capture")
+def clean(bench: Bench, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A measurement that begins with the memory of those before it given back."""
+    bench.free()
+    return work()
 
 
-def batch(out: Path, small: bool) -> None:
-    """The largest batch, and its tokens per second."""
-    memory = int(torch.cuda.get_device_properties(CUDA).total_memory * 0.9)
-    asked = ["--config", LLAMA, "--length", "1024" if small else "32768", "--keep", "10%"]
-    asked += many("--method", ["full", "snapkv", "adakv"])
-    filled = ["--batch", "max", "--memory", f"{memory >> 20}MiB"]
-    speed(out, "batch", small, *asked, *filled, "--new-tokens", "32")
-
-
-def write(out: Path, name: str, found: dict[str, object]) -> None:
-    """One stage's figures, with where they come from."""
-    record = {"machine": provenance(CUDA)} | found
-    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
-
-
-STAGES = {s.__name__: s for s in (check, kernels, prefill, decode, batch)}
-
-
-def main() -> None:
-    """Run the stages that were asked for, or all."""
+def main(arguments: list[str] | None = None) -> int:
+    """Watch the measuring process, and write the summary; or be that process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--stage", action="append", choices=STAGES)
-    parser.add_argument("--out", type=Path, default=Path("experiments/gpu"))
-    parser.add_argument("--small", action="store_true")
-    given = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("there is no CUDA device here; these measurements need one")
-    given.out.mkdir(parents=True, exist_ok=True)
-    for name in given.stage or STAGES:
-        print(f"== {name}", flush=True)
-        STAGES[name](given.out, given.small)
+    parser.add_argument("--commit", default="", help="where there is no git to ask")
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    begin, scale = time.time(), DRY if given.dry_run else GPU
+    out = given.out or ROOT / "experiments" / ("gpu-dry-run" if given.dry_run else "gpu")
+    out.mkdir(parents=True, exist_ok=True)
+    if given.until is not None:
+        return measure(scale, out, given.until, given.stage or list(STAGES), given.commit)
+    until = begin + 60 * given.minutes - SUMMARY_S
+    command = [sys.executable, str(Path(__file__)), "--until", str(until), "--out", str(out)]
+    command += ["--commit", given.commit] + ["--dry-run"] * given.dry_run
+    command += [word for stage in given.stage or [] for word in ("--stage", stage)]
+    interpreted = {"TRITON_INTERPRET": "1"} if given.dry_run else {}
+    agenda.watch(command, out, until, {"PYTHONUNBUFFERED": "1"} | interpreted)
+    return concluded(out)
+
+
+def concluded(out: Path) -> int:
+    """Write the summary; 1 if something failed."""
+    from kvtrim import files
+    from kvtrim.bench.jsonl import Journal
+    from kvtrim.report import gpu
+
+    lines = Journal(out / agenda.LINES).lines
+    files.replace(out / "summary.md", gpu.page(lines).encode())
+    failed = [f"{x['stage']}: {x['name']}: {x['reason']}" for x in gpu.failures(lines)]
+    print(f"{out / 'summary.md'}: {len(gpu.figures(lines))} figures, {len(failed)} failures")
+    print("\n".join(failed))
+    return 1 if failed or not gpu.figures(lines) else 0
 
 
 if __name__ == "__main__":
-    main()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

@@ -146,3 +146,12 @@ def test_neighbours_of_one_length_go_in_one_call(monkeypatch):
     torch.testing.assert_close(got, reference.ragged(queries, keys, values, start, length, 0.3))
     pointers = {run.of(keys).untyped_storage().data_ptr() for run in sdpa._buckets([0], [9])}
     assert pointers == {keys.untyped_storage().data_ptr()}
+
+
+def test_where_torch_needs_no_mask_new_tokens_see_the_same(monkeypatch):
+    queries = torch.randn(2, 6, 7, 16)
+    keys, values = torch.randn(2, 2, 2, 20, 16)
+    want = sdpa.dense(queries, keys, values, 0.3)
+    monkeypatch.setattr(sdpa, "_flash", lambda *_: True)
+    got = sdpa.dense(queries, keys, values, 0.3)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)

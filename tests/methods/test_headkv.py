@@ -255,3 +255,11 @@ def test_layers_that_slide_are_not_in_the_table():
 def test_parameters_out_of_range_are_refused(settings, message):
     with pytest.raises(UsageError, match=message):
         HeadTable(**settings)
+
+
+def test_a_random_table_fits_any_model_and_deals_out_the_whole_budget():
+    caps = HeadTable(table="random").caps(room(512, 100_000, 4, 8, 2))
+    assert caps.shape == (4, 8) and len(set(caps.flatten().tolist())) > 16
+    assert abs(float(caps.float().mean()) - 504) <= 2
+    again = HeadTable(table="random").caps(room(512, 100_000, 4, 8, 2))
+    assert torch.equal(caps, again)

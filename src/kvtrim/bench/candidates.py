@@ -69,10 +69,10 @@ class Candidate:
             cache = Cache(
                 model, self.method, self.keep or 1, prompt_tokens=prompt, **self.settings
             )
-            yield Subject(cache, feeding(model, cache), captured=_captured(model, cache, capture))
+            yield Subject(cache, feeding(model, cache), captured=captured(model, cache, capture))
 
 
-def _captured(model: Any, cache: Cache, capture: bool) -> Callable[[int], Steps] | None:
+def captured(model: Any, cache: Cache, capture: bool) -> Callable[[int], Steps] | None:
     """Captured steps, if they are wanted and can be had."""
     if not capture or why_plain(model, cache, LEAST, {}) is not None:
         return None

@@ -70,7 +70,8 @@ class Cutting:
                 part = self._part(shown, rows)
                 view = self._view(index, call, part, queries, rows, keep=0, hidden=hidden)
                 noted = policy.compared(view) if out is not None else None
-                if out is not None and noted is not None and view.lengths is None:
+                dense = view.lengths is None and view.bias is None
+                if out is not None and noted is not None and dense:
                     given = queries, view.keys, view.values, noted, view.scale, view.softcap
                     mixed, most = explicit.largest(*given)
                     columns = slice(None) if self.now.real is None else self.now.real[rows.start]

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.bias import causal_lower_right
 
 from kvtrim.types import Bool, Counts, Float, Int, Tensor
 
@@ -20,9 +22,13 @@ def causal(
     """Causal self-attention of a whole prompt."""
     if softcap is not None:
         return up_to(queries, keys, values, _newest(queries, keys), scale, softcap)
-    grouped = queries.shape[1] != keys.shape[1]
     return F.scaled_dot_product_attention(
-        queries, keys, values, is_causal=queries.shape[2] > 1, scale=scale, enable_gqa=grouped
+        queries,
+        keys,
+        values,
+        is_causal=queries.shape[2] > 1,
+        scale=scale,
+        enable_gqa=_grouped(queries, keys),
     )
 
 
@@ -40,7 +46,26 @@ def dense(
     """
     if queries.shape[2] == keys.shape[2] and bias is None:
         return causal(queries, keys, values, scale, softcap)
+    if softcap is None and bias is None and _flash(queries, keys, values):
+        mask = causal_lower_right(queries.shape[2], keys.shape[2])
+        given, grouped = (queries, keys, values), _grouped(queries, keys)
+        return F.scaled_dot_product_attention(
+            *given, attn_mask=mask, scale=scale, enable_gqa=grouped
+        )
     return up_to(queries, keys, values, _newest(queries, keys), scale, softcap, bias)
+
+
+def _grouped(queries: Tensor, keys: Tensor) -> bool:
+    """Whether query heads share KV heads."""
+    return queries.shape[1] != keys.shape[1]
+
+
+def _flash(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether torch's FlashAttention takes these, which needs no mask to stop at each query."""
+    if not queries.is_cuda or queries.shape[2] == 1:
+        return False
+    given = queries, keys, values, None, 0.0, False, _grouped(queries, keys)
+    return can_use_flash_attention(SDPAParams(*given))
 
 
 def up_to(

@@ -176,7 +176,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             budget=Global(),
             source="arXiv 2505.23416",
             use="Many questions on one saved context, none of them known: the strongest there.",
-            cost="The model reads the context a second time: three to five prefills in all.",
+            cost="The model reads the context a second time: about three prefills in all.",
             presets={
                 "layer": {"budget": "per-head", "floor": 0.0},
                 "uniform": {"budget": "uniform"},

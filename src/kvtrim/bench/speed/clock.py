@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kvtrim.bench import failures
-from kvtrim.bench.candidates import Candidate, Feed
+from kvtrim.bench.candidates import Candidate, Feed, Subject
 from kvtrim.bench.jsonl import Journal, Key
 from kvtrim.bench.provenance import peak_memory
 from kvtrim.errors import UsageError
@@ -158,8 +158,8 @@ def _warm_up(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
     """A short prompt and two tokens."""
     ids = prompt(model, turn.batch, turn.length)
     with turn.candidate.opened(model, turn.length, None) as subject, torch.no_grad():
-        token, _ = _step(model, subject.feed, ids)
-        _step(model, subject.feed, token)
+        token, _ = step(model, subject.feed, ids)
+        step(model, subject.feed, token)
     return {}
 
 
@@ -169,11 +169,11 @@ def _memory(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
     opened = turn.candidate.opened(model, turn.length, chunk, plan.capture)
     with opened as subject, torch.no_grad():
         with peak_memory(model.device) as reading:
-            token, _ = _step(model, subject.feed, ids, chunk)
+            token, _ = step(model, subject.feed, ids, chunk)
         count = min(_MEMORY_STEPS, plan.new_tokens)
         with peak_memory(model.device, reading.base) as decoding, subject.stepping(count) as steps:
             for _ in range(count):
-                token, _ = _step(model, steps[0], token)
+                token, _ = step(model, steps[0], token)
     return {"peak_bytes": reading.bytes, "decode_peak_bytes": decoding.bytes}
 
 
@@ -185,20 +185,27 @@ def _timed(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
         torch.cuda.empty_cache()
     opened = turn.candidate.opened(model, turn.length, chunk, plan.capture)
     with opened as subject, torch.no_grad():
-        token, first = _step(model, subject.feed, ids, chunk)
-        held, steps, start = subject.figures(), [], perf_counter()
-        with subject.stepping(plan.new_tokens) as (feed, captured):
-            synchronize(model.device)
-            before = perf_counter() - start
-            for _ in range(plan.new_tokens):
-                token, seconds = _step(model, feed, token)
-                steps.append(seconds)
-    held |= {"captured": captured, "capture_s": before}
-    own = {"ttft_s": first, "token_s": sum(steps) / len(steps), "median_step_s": median(steps)}
-    return own | {"end_to_end_s": first + before + sum(steps)} | held
+        token, first = step(model, subject.feed, ids, chunk)
+        held = subject.figures()
+        decoding = decoded(model, subject, token, plan.new_tokens)
+    whole = first + decoding["capture_s"] + plan.new_tokens * decoding["token_s"]
+    return {"ttft_s": first, "end_to_end_s": whole} | decoding | held
 
 
-def _step(
+def decoded(model: Any, subject: Subject, token: Int[Tensor, "B 1"], count: int) -> dict[str, Any]:
+    """Seconds of so many decoding steps behind what a subject has read."""
+    steps, start = [], perf_counter()
+    with subject.stepping(count) as (feed, captured):
+        synchronize(model.device)
+        before = perf_counter() - start
+        for _ in range(count):
+            token, seconds = step(model, feed, token)
+            steps.append(seconds)
+    own = {"token_s": sum(steps) / len(steps), "median_step_s": median(steps)}
+    return own | {"captured": captured, "capture_s": before}
+
+
+def step(
     model: Any, feed: Feed, ids: Int[Tensor, "B n"], chunk: int | None = None
 ) -> tuple[Tensor, float]:
     """The next token of every row, and the seconds until it is there."""

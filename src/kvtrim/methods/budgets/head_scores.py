@@ -65,6 +65,12 @@ def read(table: str) -> Float[Tensor, "L H"]:
         raise UsageError(f"cannot read the head table {table}: {error}") from error
 
 
+def drawn(layers: int, heads: int) -> Float[Tensor, "L H"]:
+    """Random scores, the same every time: for measuring speed, which depends on none."""
+    draw = torch.Generator().manual_seed(0)
+    return torch.rand(layers, heads, generator=draw, dtype=torch.float64)
+
+
 def write(path: Path, table: dict[str, list[float]], record: dict[str, Any]) -> None:
     """Write a table and its record; older files are replaced only by complete ones.
 

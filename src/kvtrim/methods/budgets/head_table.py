@@ -27,12 +27,13 @@ from kvtrim.methods.budgets.base import Budget, everyone
 from kvtrim.methods.ranges import Positive, Range
 from kvtrim.types import Counts, Float, Int, Room, Scores, Target, Tensor
 
-AUTO = "auto"
+AUTO, RANDOM = "auto", "random"
 
 
 @dataclass(frozen=True)
 class HeadTable(Budget):
-    table: str = AUTO  # a file, or the name of a shipped table; auto: one of this very model
+    table: str = AUTO  # a file, or the name of a shipped table; auto: one of this very model;
+    # random: drawn scores, to measure speed where no table is at hand
     beta: Annotated[float, Range(1)] = 1.2  # the pool is one beta-th of the budget
     temp: Positive = 1.0  # exponent on the shares: above 1 sharper, below 1 flatter
     window_inside: bool = True  # `keep` includes the window; False stores keep + window (KVF)
@@ -40,7 +41,7 @@ class HeadTable(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.table != AUTO:
+        if self.table not in (AUTO, RANDOM):
             head_scores.read(self.table)
 
     @property
@@ -93,6 +94,8 @@ class HeadTable(Budget):
 
     def _require(self, name: str, layers: int, heads: int) -> Float[Tensor, "L H"]:
         """The mean scores, if they are of so many layers and query heads."""
+        if self.table == RANDOM:
+            return head_scores.drawn(layers, heads)
         table = head_scores.read(self.table)
         if list(table.shape) != [layers, heads]:
             raise UsageError(
