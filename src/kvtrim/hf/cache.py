@@ -161,7 +161,8 @@ class Cache(TransformersCache):
         self.prompt: dict[str, Any] = {}  # how the prompt was built, for questions asked later
         self.token_ids: Int[Tensor, "B seen"] | None = None  # None too if embeddings were fed
         self.coming: Int[Tensor, "B n"] | None = None  # of the next pass, if its decoder sees none
-        self.switch, self.beyond = switch(model), None  # long RoPE, and how its keys were turned
+        self.switch = switch(model)  # of long RoPE, and on which side of it keys were turned
+        self.beyond: bool | None = None
         self._model, self._decoder = ref(model), ref(model.get_decoder())
         stock = DynamicCache(config=model.config).layers
         own = set(self.managed)
