@@ -13,7 +13,7 @@ Ours:  ridge around what the model wrote; every fifth run of queries is held out
        need no probe: the prompt's own, turned to a position behind it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -26,7 +26,7 @@ from kvtrim.types import Aim, Bool, Counts, Float, Refitted, Tensor
 
 _RUN, _OUT_OF = 8, 5  # of every 5 runs of 8 queries one is held out
 _AT_ONCE = 128  # queries whose weights over the full cache exist at once
-_STEPS = 60  # of the projected gradient
+_STEPS = 12  # of the projected gradient
 _LEAST = 1e-4  # smallest weight of an entry
 
 Queries = Annotated[int, Range(_RUN * _OUT_OF)]
@@ -88,18 +88,10 @@ class LeastSquares(Refit):
         """Values by the ridge that is best for each head, and their errors on held-out queries."""
         gap = out - weights @ old
         a, b = weights[:, ~held_out], gap[:, ~held_out]
-        few = a.shape[2] <= a.shape[1]  # else the same solution by way of the smaller Gram matrix
-        gram, right = (a.mT @ a, a.mT @ b) if few else (a @ a.mT, b)
-        unit = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / inside.sum(dim=-1).clamp(min=1)
         best, least = torch.zeros_like(old), _errors(gap, held_out)
-        eye = torch.eye(gram.shape[-1], device=gram.device)
-        for ridge in self.ridges:
-            lifted = gram + (ridge * unit).clamp(min=1e-12)[:, None, None] * eye
-            factor, failed = torch.linalg.cholesky_ex(lifted)
-            change = torch.cholesky_solve(right, factor)
-            change = change if few else a.mT @ change
-            errors = _errors(gap - weights @ change, held_out)
-            better = (errors < least) & (failed == 0)
+        for change in _ridged(a, b, inside, self.ridges):
+            errors = _errors(gap[:, held_out] - weights[:, held_out] @ change)
+            better = errors < least
             best = torch.where(better[:, None, None], change, best)
             least = torch.where(better, errors, least)
         return old + best, least
@@ -111,11 +103,11 @@ class LeastSquares(Refit):
         held_out: Bool[Tensor, " Q"],
     ) -> Float[Tensor, "K S"]:
         """Logs of the weights under which the entries have the full cache's mass."""
-        best = inside.float()
-        least = _errors(1 - (shares @ best[..., None]), held_out)
+        best, own = inside.float(), shares[:, held_out]
+        least = _errors(1 - (own @ best[..., None]))
         found = _nonnegative(shares[:, ~held_out], inside, self.ridges)
         for weight in found.unbind(-1):
-            errors = _errors(1 - (shares @ weight[..., None]), held_out)
+            errors = _errors(1 - (own @ weight[..., None]))
             better = errors < least
             best = torch.where(better[:, None], weight, best)
             least = torch.where(better, errors, least)
@@ -156,25 +148,53 @@ def _held_out(count: int, device: torch.device) -> Bool[Tensor, " Q"]:
     return runs % _OUT_OF == _OUT_OF - 1
 
 
-def _errors(gap: Float[Tensor, "K Q E"], held_out: Bool[Tensor, " Q"]) -> Float[Tensor, " K"]:
-    """Sums of squares over the held-out queries, per head."""
-    return gap[:, held_out].square().sum(dim=(1, 2))
+def _errors(
+    gap: Float[Tensor, "K Q E"], held_out: Bool[Tensor, " Q"] | None = None
+) -> Float[Tensor, " K"]:
+    """Sums of squares per head, over the held-out queries if they are not alone."""
+    return (gap if held_out is None else gap[:, held_out]).square().sum(dim=(1, 2))
+
+
+def _ridged(
+    a: Float[Tensor, "K Q S"],
+    b: Float[Tensor, "K Q E"],
+    inside: Bool[Tensor, "K S"],
+    ridges: Sequence[float],
+) -> Iterator[Float[Tensor, "K S E"]]:
+    """The x with |a x - b|^2 + ridge t |x|^2 least, for each ridge; 0 where that fails.
+
+    By way of the smaller of the two Gram matrices, which gives the same.
+    """
+    few = a.shape[2] <= a.shape[1]
+    gram, right = (a.mT @ a, a.mT @ b) if few else (a @ a.mT, b)
+    unit = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / inside.sum(dim=-1).clamp(min=1)
+    eye = torch.eye(gram.shape[-1], device=gram.device)
+    for ridge in ridges:
+        lifted = gram + (ridge * unit).clamp(min=1e-12)[:, None, None] * eye
+        factor, failed = torch.linalg.cholesky_ex(lifted)
+        found = torch.cholesky_solve(right, factor)
+        found = found if few else a.mT @ found
+        yield found.masked_fill((failed != 0)[:, None, None], 0)
 
 
 def _nonnegative(
     shares: Float[Tensor, "K Q S"], inside: Bool[Tensor, "K S"], ridges: Sequence[float]
 ) -> Float[Tensor, "K S R"]:
-    """W >= 0 with |shares w - 1|^2 + ridge t |w - 1|^2 least, by projected gradients (FISTA).
+    """The w >= 0 with |shares w - 1|^2 + ridge t |w - 1|^2 least, by projected gradients (FISTA).
 
-    In units of each column's length, so that rare and heavy entries move alike; t is the mean
-    squared length. What is not inside stays 0. All ridges go in one product.
+    They begin where weights of any sign are best, cut off at 0. In units of each column's length,
+    so that rare and heavy entries move alike; t is the mean squared length. What is not inside
+    stays 0. All ridges go in one product.
     """
     squares = shares.square().sum(dim=1)[..., None]  # [K, S, 1]
     unit = squares.sum(dim=1, keepdim=True) / inside.sum(dim=1).clamp(min=1)[:, None, None]
     pull = (unit * torch.tensor(ridges, device=shares.device)).clamp(min=1e-12)  # [K, 1, R]
     size = (squares + pull).sqrt()  # [K, S, R]
     pull, step = pull / size.square(), 1 / (_largest(shares, size) + 1)
-    start = weight = ahead = inside[..., None] * size
+    start = inside[..., None] * size
+    missing = 1 - shares @ inside[..., None].float()
+    free = torch.cat([*_ridged(shares, missing, inside, ridges)], dim=-1)
+    weight = ahead = ((1 + free).clamp(min=0) * inside[..., None]) * size
     momentum = 1.0
     for _ in range(_STEPS):
         slope = shares.mT @ (shares @ (ahead / size) - 1) / size + pull * (ahead - start)
@@ -194,8 +214,8 @@ def _largest(
     """
     vector = torch.ones_like(size)
     found = vector[:, :1]
-    for _ in range(12):
+    for _ in range(6):
         vector = shares.mT @ (shares @ (vector / size)) / size
         found = vector.norm(dim=1, keepdim=True).clamp(min=1e-30)
         vector = vector / found
-    return 1.2 * found
+    return 1.5 * found
