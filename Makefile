@@ -31,7 +31,7 @@ setup: $(VENV)/complete
 
 demo: $(VENV)/ready
 	$(BIN)/kvtrim compare examples/time_machine.txt -q "$(QUESTION)" --max-new-tokens 24 --keep 512 --keep 128 \
-	  --method snapkv --method adakv --method pyramidkv --method h2o --method tova --method chunkkv --method streaming-llm
+	  --method auto --method snapkv --method adakv --method pyramidkv --method h2o --method tova --method chunkkv --method streaming-llm
 
 test: setup
 	$(BIN)/python -m pytest -n 2

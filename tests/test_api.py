@@ -18,7 +18,7 @@ def model():
 
 
 def ask(model, context, question, **options):
-    options = {"keep": 64, "max_new_tokens": NEW} | options
+    options = {"method": "snapkv", "keep": 64, "max_new_tokens": NEW} | options
     return kvtrim.generate(model, models.tokenizer(), context, question, **options)
 
 

@@ -178,7 +178,9 @@ def test_numbers_that_cannot_be_are_refused_before_any_work(llama, monkeypatch, 
 
     monkeypatch.setattr(llama, "forward", None)
     with pytest.raises(UsageError) as refused:
-        kvtrim.generate(llama, tokenizer(), "a b c " * 20, "d?", keep=40, **settings)
+        kvtrim.generate(
+            llama, tokenizer(), "a b c " * 20, "d?", keep=40, **{"method": "snapkv", **settings}
+        )
     assert named in str(refused.value)
 
 

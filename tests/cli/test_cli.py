@@ -35,7 +35,8 @@ def test_ask_prints_the_answer_and_what_it_took(run):
     code, out, err = run("ask", "doc.txt", "-q", "?", "--keep", "64", "--max-new-tokens", "5")
     assert code == 0
     assert out.strip()
-    assert re.search(r"snapkv 64, question-aware: \d+ prompt tokens, first token after", err)
+    assert re.search(r"adakv 64, question-aware: \d+ prompt tokens, first token after", err)
+    assert "auto is adakv: the question is known" in " ".join(err.split())
 
 
 def test_ask_as_json_holds_every_figure(run):
@@ -201,8 +202,15 @@ def test_version_and_help(run):
         (("ask", "doc.txt", "-q", "?", "--keep", "150%"), "more than the whole prompt"),
         (("ask", "doc.txt", "-q", "?", "--keep", "20"), "Use keep=33 or more"),
         (("ask", "doc.txt", "-q", "?", "--set", "window"), "write name=value"),
-        (("ask", "doc.txt", "-q", "?", "--set", "windw=3"), "did you mean 'window'"),
-        (("ask", "doc.txt", "-q", "?", "--set", "preset=kvpres"), "did you mean 'kvpress'"),
+        (("ask", "doc.txt", "-q", "?", "--set", "window=3"), "auto takes no settings"),
+        (
+            ("ask", "doc.txt", "-q", "?", "--method", "snapkv", "--set", "windw=3"),
+            "did you mean 'window'",
+        ),
+        (
+            ("ask", "doc.txt", "-q", "?", "--method", "snapkv", "--set", "preset=kvpres"),
+            "did you mean 'kvpress'",
+        ),
         (
             ("ask", "doc.txt", "-q", "?", "--protocol", "both"),
             "question-aware or question-agnostic",

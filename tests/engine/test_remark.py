@@ -101,4 +101,5 @@ def test_answers_carry_it_once(llama):
     assert {answer.remark for answer in result.answers} == {result.remark}
     aware = kvtrim.generate(llama, models.tokenizer(), text, "when?", **given)
     assert aware.remark is not None and "300 are held" in aware.remark
-    assert kvtrim.generate(llama, models.tokenizer(), text, keep=100, window=8).remark is None
+    plain = {"method": "snapkv", "keep": 100, "window": 8}
+    assert kvtrim.generate(llama, models.tokenizer(), text, **plain).remark is None

@@ -122,7 +122,7 @@ def test_a_padded_batch_in_chunks_equals_its_prompts_alone(llama):
 
 def test_a_long_document_is_compressed_in_chunks(llama):
     tokenizer, context = models.tokenizer(), "the tide turns at noon and again at night. " * 8
-    settings = {"keep": 40, "window": 8, "prefill_chunk": 48}
+    settings = {"method": "snapkv", "keep": 40, "window": 8, "prefill_chunk": 48}
     bounded = kvtrim.compress(llama, tokenizer, context, chunks=True, **settings)
     whole = kvtrim.compress(llama, tokenizer, context, **settings)
     assert bounded.seen == whole.seen > 300

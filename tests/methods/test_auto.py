@@ -84,6 +84,9 @@ def test_an_answer_says_what_auto_became_and_why(llama, protocol):
 def test_settings_are_refused_since_nobody_knows_whose_they_are(llama):
     with pytest.raises(UsageError, match="auto takes no settings"):
         kvtrim.Cache(llama, "auto", 20, every=4)
+    for settings in ({"every": 4}, {"window": 8}, {"policy.window": 8}):
+        with pytest.raises(UsageError, match="auto takes no settings"):
+            kvtrim.generate(llama, models.tokenizer(), "a text", "?", method="auto", **settings)
     with pytest.raises(TypeError):
         find("auto").policy.score(None)
     assert auto.NAME not in kvtrim.METHODS

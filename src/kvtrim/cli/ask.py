@@ -24,7 +24,7 @@ def ask(
     document: options.Document = None,
     question: options.Questions = None,
     cache: CacheFile = None,
-    method: options.Method = "snapkv",
+    method: options.Method = "auto",
     keep: options.Keep = "512",
     set_: options.Set = None,
     max_new_tokens: options.NewTokens = 128,
@@ -71,7 +71,7 @@ def ask(
 def compress(
     document: options.Document = None,
     out: Out = Path("cache.kv"),
-    method: options.Method = "snapkv",
+    method: options.Method = "auto",
     keep: options.Keep = "512",
     set_: options.Set = None,
     chat: options.Chat = None,

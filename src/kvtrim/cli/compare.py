@@ -30,7 +30,7 @@ def compare(
 ) -> None:
     """Ask one question with the full cache and with several methods and budgets, side by side."""
     questions = options.read_questions(question)
-    methods, keeps = method or ["snapkv", "adakv"], keep or ["512"]
+    methods, keeps = method or ["auto", "snapkv"], keep or ["512"]
     if len(questions) > 1:
         raise UsageError("compare asks one question; use ask for several")
     settings = _all_checked(methods, keeps, set_, protocol, truncate)

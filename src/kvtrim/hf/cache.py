@@ -120,7 +120,7 @@ class Cache(TransformersCache):
     def __init__(
         self,
         model: PreTrainedModel,
-        method: str | Method = "snapkv",
+        method: str | Method = "auto",
         keep: int | float | str | Keep = 512,
         *,
         prompt_tokens: Some | None = None,

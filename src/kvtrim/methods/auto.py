@@ -19,6 +19,10 @@ from kvtrim.methods.registry import METHODS
 from kvtrim.types import LayerView, Scores, Target
 
 NAME = "auto"
+NO_SETTINGS = (
+    "auto takes no settings, since it chooses the method itself: name one (method='echo', "
+    "--method echo) to set its parameters"
+)
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,6 @@ def resolved(method: Method, target: Target, aware: bool) -> tuple[Method, Choic
     if not isinstance(method.policy, Auto):
         return method.fitted(target), None
     if method != AUTO:
-        raise UsageError(
-            "auto takes no settings, since it chooses the method itself: name one, such as "
-            "--method echo, to set its parameters"
-        )
+        raise UsageError(NO_SETTINGS)
     chosen = choice(target, aware)
     return METHODS[chosen.name].fitted(target), chosen

@@ -44,6 +44,8 @@ def find(name: "str | Method", **settings: Any) -> Method:
     method = name if isinstance(name, Method) else _named(name)
     if not settings:
         return method
+    if method is auto.AUTO:
+        raise UsageError(auto.NO_SETTINGS)
     draft = _drafted(name, method, settings.pop("preset", None))
     draft.change(settings)
     return draft.made()
@@ -104,8 +106,12 @@ def split(
                 f"**{{'{full}': ...}} for the one, **{{'{_SAMPLING}{key}': ...}} for the other"
             )
     rest = {key.removeprefix(_SAMPLING): value for key, value in rest.items()}
+    if mine and method is auto.AUTO:
+        raise UsageError(auto.NO_SETTINGS)
     for key in rest:
         if key not in others:
+            if method is auto.AUTO and _known_somewhere(key):
+                raise UsageError(auto.NO_SETTINGS)
             short = {full.rpartition(".")[2] for full in paths}
             raise UnknownNameError("option", key, {*short, *PARTS, "preset", *others})
     return mine, rest
@@ -119,6 +125,13 @@ def _drafted(name: "str | Method", method: Method, preset: Any) -> "_Draft":
             raise UnknownNameError(f"preset of {name}", str(preset), method.presets)
         draft.change(method.presets[preset])
     return draft
+
+
+def _known_somewhere(key: str) -> bool:
+    """Whether some method of the registry has a parameter of that name."""
+    return any(
+        f".{full}".endswith(f".{key}") for one in METHODS.values() for full in parameters(one)
+    )
 
 
 def _named(name: str) -> Method:
