@@ -3,7 +3,7 @@
 Paper:  Chen et al. 2021, https://arxiv.org/abs/2107.03374 (pass@1, one greedy answer).
 Prompt: EleutherAI/lm-evaluation-harness 0.4.13, lm_eval/tasks/humaneval/humaneval.yaml: the
         problem as it is, its stops, no chat template.
-Score:  1 if head, answer and tests run to their end in `tasks.sandbox`, which must be allowed to.
+Score:  1 if the tests of head and answer run to their end in `tasks.sandbox`, which needs leave.
 Ours:   0 examples: the document is the problem without its last line (which closes the
         description), so that there is something to compress; the prompt as a whole is unchanged.
         8 examples (KVFundaBench names none): the first eight problems with their own solutions,
@@ -29,8 +29,11 @@ def score(answer: str, sample: Sample) -> float:
         UsageError: running it was not allowed, see `sandbox.allowed`.
     """
     parts = sample.extra
-    program = f"{parts['prompt']}{answer}\n{parts['test']}\ncheck({parts['entry_point']})\n"
-    return float(sandbox.run(program).passed)
+    entry = parts["entry_point"]
+    tests = f"{parts['test']}\ncheck({entry})\n"
+    known = f"{parts['prompt']}    pass\n"  # its helpers, which the answer cannot redefine
+    program = f"{parts['prompt']}{answer}\n"
+    return float(sandbox.run(program, tests=tests, known=known, entry=entry).passed)
 
 
 def cut(prompt: str) -> tuple[str, str]:

@@ -1,65 +1,38 @@
-"""What runs inside the process that `sandbox` starts: limits first, then the program.
+"""What runs inside the two processes that `sandbox` starts: a program, and the tests of it.
 
-Started as a script, with nothing of kvtrim: `sandboxed.py LIMITS KEY TELL`. The program is a JSON
-string in the file `program`, KEY the pipe with the token, TELL the one for the outcome.
+Started as a script, with nothing of kvtrim: `inside.py answer LIMITS` holds the program, which
+is not trusted; `inside.py test LIMITS JOB` holds the tests, and asks the other one, over pipes,
+for what it needs: to run the program, what a name is, what a call returns. Only plain values
+travel, so that nothing the program makes up can act in the tests.
 """
 
-import ctypes
-import errno
+import ast
+import builtins
 import json
 import os
-import resource
-import struct
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
-NOBODY = 65534
-CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-REFUSED = (
-    *("socket.", "subprocess.", "ctypes.", "pty.", "os.fork", "os.exec", "os.posix_spawn"),
-    *("os.system", "os.kill", "signal.pthread_kill", "resource.", "syslog.", "fcntl."),
-)
-ONLY_INSIDE = (
-    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"),
-    *("os.chmod", "os.chown", "os.utime", "os.setxattr", "os.removexattr", "shutil.", "tempfile."),
-)
-# for each architecture its number, and those of socket, clone, clone3, execve, execveat, kill,
-# tkill, tgkill, ptrace, process_vm_writev, io_uring_setup, unshare, setns, mount, setrlimit,
-# prlimit64 (and fork and vfork, which x86 alone has)
-SYSTEM_CALLS = {
-    "x86_64": (
-        *(0xC000003E, 41, 56, 435, 59, 322, 62, 200, 234, 101, 311, 425, 272, 308, 165, 160, 302),
-        *(57, 58),
-    ),
-    "aarch64": (
-        *(
-            0xC00000B7,
-            198,
-            220,
-            435,
-            221,
-            281,
-            129,
-            130,
-            131,
-            117,
-            271,
-            425,
-            97,
-            268,
-            40,
-            164,
-            261,
-        ),
-    ),
-}
+PLAIN: dict[str, Any] = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
+MOST = 1 << 24  # bytes of a message
+
+
+class Ended(Exception):
+    """The other process is gone."""
+
+
+class Raised(Exception):
+    """The program raised something."""
 
 
 def limit(limits: dict[str, Any]) -> None:
     """Limits of the system, as far as it has them."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
     for name, most in (
         ("RLIMIT_CPU", limits["cpu_s"]),
         ("RLIMIT_AS", limits["memory_bytes"]),
@@ -73,87 +46,163 @@ def limit(limits: dict[str, Any]) -> None:
             resource.setrlimit(getattr(resource, name), (most, hard))
 
 
-def leave_root() -> None:
-    """Become nobody where this is root, unless nobody could not read Python's own library."""
-    if os.getuid() != 0:
-        return
-    with suppress(OSError):
-        os.setgroups([])
-        os.setegid(NOBODY)
-        os.seteuid(NOBODY)
+def encode(value: Any) -> Any:
+    """A plain value as JSON has it, with its type; subclasses as what they are of."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return {"int": int.__repr__(value)}
+    if isinstance(value, float):
+        return {"float": float.__repr__(value)}
+    if isinstance(value, complex):
+        return {"complex": [float(value.real).hex(), float(value.imag).hex()]}
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}
+    if isinstance(value, dict):
+        return {"dict": [[encode(key), encode(each)] for key, each in dict.items(value)]}
+    for name, kind in PLAIN.items():
+        if isinstance(value, kind):
+            return {name: [encode(each) for each in kind.__iter__(value)]}
+    raise TypeError(f"{type(value).__name__} is no plain value")
+
+
+def decode(given: Any) -> Any:
+    """The value again."""
+    if not isinstance(given, dict):
+        return given
+    ((name, inside),) = given.items()
+    if name in PLAIN:
+        return PLAIN[name](decode(each) for each in inside)
+    if name == "dict":
+        return {decode(key): decode(each) for key, each in inside}
+    if name == "complex":
+        return complex(*map(float.fromhex, inside))
+    return bytes.fromhex(inside) if name == "bytes" else {"int": int, "float": float}[name](inside)
+
+
+class Line:
+    """Messages to and from the other process."""
+
+    def __init__(self, read: int, write: int):
+        self._read, self._write = os.fdopen(read, "rb"), write
+
+    def say(self, message: dict[str, Any]) -> None:
+        """Send one."""
+        data = json.dumps(message).encode() + b"\n"
         try:
-            os.listdir(os.path.dirname(os.__file__))
-        finally:
-            os.seteuid(0)
-            os.setegid(0)
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+            while data:
+                data = data[os.write(self._write, data) :]
+        except OSError:
+            raise Ended from None
+
+    def hear(self) -> dict[str, Any]:
+        """Wait for one."""
+        data = self._read.readline(MOST)
+        if not data.endswith(b"\n"):
+            raise Ended
+        found = json.loads(data)
+        return found if isinstance(found, dict) else {}
+
+    def ask(self, **message: Any) -> dict[str, Any]:
+        """Send one and wait for the reply; what the program raised is raised here."""
+        self.say(message)
+        reply = self.hear()
+        if "raised" in reply:
+            name = str(reply["raised"])[:100]
+            kind = getattr(builtins, name, None)
+            error: Exception = Raised(name)
+            if isinstance(kind, type) and issubclass(kind, Exception):
+                with suppress(TypeError):  # a few take more arguments
+                    error = kind("raised by the program")
+            raise error
+        return reply
 
 
-def refuse_system_calls() -> None:
-    """No sockets, no new processes or threads, no signals: by the kernel, where it is Linux."""
-    known = SYSTEM_CALLS.get(os.uname().machine)
-    if sys.platform != "linux" or known is None or sys.maxsize < 1 << 32:
-        return
-    architecture, *calls = known
-    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
-    count = len(calls)
-    steps = [
-        (load, 0, 0, 4),  # the architecture that the call is made for
-        (equal, 0, count + 3, architecture),
-        (load, 0, 0, 0),  # the call's number
-        (at_least, count + 1, 0, 0x40000000),  # a second set of numbers on x86
-        *((equal, count - at, 0, call) for at, call in enumerate(calls)),
-        (give, 0, 0, 0x7FFF0000),  # allow
-        (give, 0, 0, 0x00050000 | errno.EPERM),
-    ]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
-    rules = ctypes.create_string_buffer(
-        struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(code))
-    )
-    system = ctypes.CDLL(None)
-    system.prctl(38, 1, 0, 0, 0)  # no new privileges
-    system.prctl(22, 2, rules)  # filter
-
-
-def watcher(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
-    """An audit hook that refuses what a solution has no business with."""
-    inside = os.path.realpath(folder) + os.sep
-    resolve, decode, given = os.path.realpath, os.fsdecode, (str, bytes)
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        if event.startswith(REFUSED):
-            raise PermissionError(f"{event} is not allowed here")
-        changes = event == "open" and (arguments[2] or 0) & CHANGES
-        if changes or event.startswith(ONLY_INSIDE):
-            for path in arguments[:1] if changes else arguments:
-                if isinstance(path, given) and not resolve(decode(path)).startswith(inside):
-                    raise PermissionError(f"{event} is not allowed outside the folder")
-
-    return watch
-
-
-def main() -> None:
-    """Limits, then the program; the token is read and told only at its end."""
-    limits, key, tell = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    with open("program") as file:
-        program = json.load(file)
-    os.remove("program")
-    read, write, leave = os.read, os.write, os._exit
+def answer(limits: dict[str, Any]) -> None:
+    """Hold the program, and do what the tests ask for."""
+    line, nothing = Line(os.dup(0), os.dup(1)), os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
     module = ModuleType("program")
     sys.modules["program"] = module
+    space = module.__dict__
     limit(limits)
-    leave_root()
-    refuse_system_calls()
-    sys.addaudithook(watcher(os.getcwd()))
+    while True:
+        asked = line.hear()
+        try:
+            if "program" in asked:
+                exec(compile(asked["program"], "program", "exec"), space)
+                reply: dict[str, Any] = {"done": True}
+            elif "name" in asked:
+                found = space[asked["name"]]
+                reply = {"calls": True} if callable(found) else {"value": encode(found)}
+            else:
+                arguments, named = decode(asked["arguments"]), decode(asked["named"])
+                reply = {"value": encode(space[asked["call"]](*arguments, **named))}
+        except BaseException as error:  # SystemExit is no result either
+            reply = {"raised": type(error).__name__}
+        line.say(reply)
+
+
+def test(limits: dict[str, Any], job: str) -> None:
+    """Run the tests; the verdict is the exit status, with a word on standard error."""
+    with open(job, encoding="utf-8") as file:
+        given = json.load(file)
+    line = Line(os.dup(0), os.dup(1))
+    limit(limits)
     try:
-        exec(compile(program, "program", "exec"), module.__dict__)
-    except BaseException as error:  # SystemExit is no pass either
-        write(tell, b"- " + type(error).__name__.encode()[:100])
-        leave(1)
-    write(tell, read(key, 100))
-    leave(0)
+        space: dict[str, Any] = {"__name__": "tests"}
+        line.ask(program=given["program"])
+        tree = ast.parse(given["tests"])
+        if given["known"]:
+            exec(compile(given["known"], "known", "exec"), space)
+        for name in sorted({given["entry"], *_missing(tree)} - {""}):
+            if name == given["entry"] or name not in space:
+                with suppress(KeyError):
+                    space[name] = _asked(line, name)
+        exec(compile(tree, "tests", "exec"), space)
+    except Ended:
+        os._exit(3)
+    except BaseException as error:
+        name = str(error) if isinstance(error, Raised) else type(error).__name__
+        os.write(2, name.encode("ascii", "replace")[:100])
+        os._exit(1)
+    os._exit(0)
+
+
+def _missing(tree: ast.AST) -> set[str]:
+    """Names that tests use and do not make."""
+    used, made = set(), set(dir(builtins))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else made).add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            made.add(node.name)
+        elif isinstance(node, ast.arg):
+            made.add(node.arg)
+        elif isinstance(node, ast.alias):
+            made.add((node.asname or node.name).partition(".")[0])
+    return used - made
+
+
+def _asked(line: Line, name: str) -> Any:
+    """What the program calls by a name: its value, or a function that asks for calls of it."""
+    reply = line.ask(name=name)
+    if "value" in reply:
+        return decode(reply["value"])
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        asked = {"arguments": encode(arguments), "named": encode(named)}
+        return decode(line.ask(call=name, **asked)["value"])
+
+    return call
 
 
 if __name__ == "__main__":
-    main()
+    sys.setrecursionlimit(5000)
+    if sys.argv[1] == "answer":
+        with suppress(Ended):
+            answer(json.loads(sys.argv[2]))
+    else:
+        test(json.loads(sys.argv[2]), sys.argv[3])
