@@ -31,7 +31,7 @@ from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.keyword import passing
-from kvtrim.hf.models.load import load
+from kvtrim.hf.models.load import default_device, load
 from kvtrim.methods.settings import split
 from kvtrim.version import VERSION
 
@@ -242,7 +242,11 @@ def register() -> None:
 def main(arguments: Sequence[str]) -> None:
     """The harness's own command line, with `--model kvtrim`."""
     register()
-    before, sys.argv = sys.argv, ["kvtrim lm-eval", *arguments]
+    given = [*arguments]
+    named = any(word.partition("=")[0] == "--device" for word in given)
+    if "--model" in given and not named and not torch.cuda.is_available():
+        given += ["--device", str(default_device())]  # its own default is CUDA, there or not
+    before, sys.argv = sys.argv, ["kvtrim lm-eval", *given]
     try:
         import_module("lm_eval.__main__").cli_evaluate()
     finally:

@@ -5,11 +5,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvtrim.errors import UnknownNameError
+import torch
+
+from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.decode import LEAST, stepping, why_plain
-from kvtrim.hf.generate import mean_entries, plain_cache, stored_bytes
+from kvtrim.hf.generate import mean_entries, plain_cache, read, stored_bytes
 from kvtrim.hf.keyword import passing
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.settings import find, split
@@ -120,3 +122,31 @@ def candidates(
         find(next((name for name in methods if not find(name).full), methods[0]), **unused)
         raise UnknownNameError("parameter", next(iter(unused)), [])
     return list({(c.method, c.keep): c for c in chosen}.values())
+
+
+def require_chunks(cells: Sequence[Candidate], prefill_chunk: int | None) -> None:
+    """Refuse methods that cut after every chunk without chunks, and chunks without such methods.
+
+    Raises:
+        UsageError: one of them without the other.
+    """
+    own = [find(cell.method, **cell.settings) for cell in cells if cell.method != PLAIN]
+    for method in own:
+        method.schedule.require_passes(prefill_chunk)
+    if prefill_chunk is not None and not any(method.schedule.chunks for method in own):
+        raise UsageError(
+            "--prefill-chunk changes no score of methods that are cut at the end of the prompt; "
+            "leave it out, or add --set chunks=true"
+        )
+
+
+def read_prompt(model: Any, ids: Tensor, cache: Cache, prefill_chunk: int | None) -> Tensor:
+    """Read a prompt [B, n] as a method wants it: whole, or in passes if it cuts after each; gives
+    the logits [B, vocab] of what follows.
+    """
+    with torch.no_grad():
+        if cache.method.schedule.chunks and prefill_chunk and ids.shape[1] > prefill_chunk:
+            last = (ids.shape[1] - 1) % prefill_chunk + 1
+            read(model, ids[:, :-last], cache, prefill_chunk)
+            ids = ids[:, -last:]
+        return model(input_ids=ids, **passing(cache), logits_to_keep=1).logits[:, -1]

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from kvtrim import files
-from kvtrim.bench.candidates import Candidate
+from kvtrim.bench.candidates import Candidate, read_prompt, require_chunks
 from kvtrim.bench.eval.prefill import held, replayable
 from kvtrim.bench.failures import OK, Failure, attempted, finite
 from kvtrim.errors import FileError, UsageError
@@ -47,6 +47,9 @@ from kvtrim.prompts import (
 from kvtrim.prompts.spans import without
 from kvtrim.report.statistics import summary
 from kvtrim.types import Float, Tensor
+
+PROMPTS = (".jsonl", ".txt", "")
+"""Files that prompts are read from, by their suffix."""
 
 Line = dict[str, Any]
 Report = Callable[[str, int, int], None]
@@ -70,17 +73,28 @@ class Plan:
     tolerance: float = 0.05
     chat: bool | None = None
     truncate: str = "error"
+    prefill_chunk: int | None = None  # tokens of a pass, for methods that cut after each of them
+
+    def __post_init__(self) -> None:
+        """Refuse settings that nothing would act on."""
+        require_chunks(self.cells, self.prefill_chunk)
 
 
 def read(path: Path) -> list[Asked]:
     r"""The prompts of a file.
 
     A .jsonl file has an object per line with `context` and `question`, or with `prompt`, or a
-    text; any other file has a prompt per line, with \n for a line break.
+    text; a .txt file (or one without a suffix) has a prompt per line, with \n for a line break.
 
     Raises:
         UsageError: it cannot be read, or a line of it is no prompt; the message names the line.
     """
+    if path.suffix not in PROMPTS:
+        raise UsageError(
+            f"{path} is no list of prompts: give a .txt file with one prompt on a line, or a "
+            '.jsonl file with {"context": "...", "question": "..."} or {"prompt": "..."} on each; '
+            "a whole document is the context of one such line"
+        )
     try:
         text = files.text_of(path, streams=True)
     except FileError as error:
@@ -174,7 +188,7 @@ class _Prompt:
 
     def __init__(self, model: Any, plan: Plan, prompt: Prompt, recording: Recording):
         self._model, self._prompt, self._recording = model, prompt, recording
-        self._skip = 1 if plan.aware else 0
+        self._skip, self._chunk = 1 if plan.aware else 0, plan.prefill_chunk
         self._lead = [] if plan.aware else prompt.question
         ids = torch.tensor([prompt.ids], device=model.device)
         self._answer = self._greedy(ids, plan.new_tokens)
@@ -244,9 +258,7 @@ class _Prompt:
             **cell.settings,
         )
         cache.words = self._recording.words or cache.words
-        with torch.no_grad():
-            out = self._model(input_ids=ids, **passing(cache), logits_to_keep=1)
-        return cache, out.logits[:, -1]
+        return cache, read_prompt(self._model, ids, cache, self._chunk)
 
 
 def rows(lines: Sequence[Line], tolerance: float) -> list[Line]:

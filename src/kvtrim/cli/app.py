@@ -56,5 +56,8 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
+    debug: Annotated[  # taken out by `main`, wherever it stands
+        bool, typer.Option("--debug", help="Show where an unforeseen error came from.")
+    ] = False,
 ) -> None:
     """Say what the program is."""

@@ -17,10 +17,13 @@ CacheFile = Annotated[
         "--cache", help="Ask a cache that `kvtrim compress` saved, instead of a document."
     ),
 ]
+EMPTY = "(an empty answer: the model ended it at once)"
+MADE = ("method", "keep", "set_", "protocol", "chat", "system", "truncate", "shots_separator")
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to save the cache.")]
 
 
 def ask(
+    context: typer.Context,
     document: options.Document = None,
     question: options.Questions = None,
     cache: CacheFile = None,
@@ -38,21 +41,24 @@ def ask(
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    allow_untested: options.AllowUntested = False,
     json: options.Json = False,
 ) -> None:
     """Answer questions about a document, or a saved cache, with a small cache."""
     questions = options.read_questions(question)
-    settings = options.checked(method, [keep], set_, protocol, truncate)
+    if cache is not None:
+        options.require_unset(context, MADE, f"was settled when {cache} was made; leave it out")
+    settings = options.checked(method, [keep], set_, protocol, truncate, prefill_chunk)
     text = None if cache is not None else options.read_document(document, shots_separator)
     if cache is not None and document is not None:
         raise UsageError("give a document or --cache, not both")
     if cache is not None and not cache.is_file():
         raise UsageError(f"no such cache file: {cache}")
-    loaded, tokenizer = options.load(model, device, dtype, threads)
+    loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
     from kvtrim.hf.saving import load_cache
 
     own = method if ":" in method else None  # which a file names, and only the caller may
-    context = text if cache is None else load_cache(cache, loaded, tokenizer, own)
+    given = text if cache is None else load_cache(cache, loaded, tokenizer, own)
     how = dict(
         max_new_tokens=max_new_tokens,
         protocol=protocol,
@@ -63,7 +69,7 @@ def ask(
     )
     with output.progress() as report:
         result = results.generate(
-            loaded, tokenizer, context, questions, method, keep, settings, how, report
+            loaded, tokenizer, given, questions, method, keep, settings, how, report
         )
     _print_answers(result, questions, json)
 
@@ -83,13 +89,14 @@ def compress(
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    allow_untested: options.AllowUntested = False,
     json: options.Json = False,
 ) -> None:
     """Read a document once, evict before any question is known, save a cache for `ask --cache`."""
-    settings = options.checked(method, [keep], set_, None, truncate)
+    settings = options.checked(method, [keep], set_, None, truncate, prefill_chunk)
     text = options.read_document(document, shots_separator)
     options.require_writable(out)
-    loaded, tokenizer = options.load(model, device, dtype, threads)
+    loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
     from kvtrim.api import compress as read
 
     with output.progress() as report:
@@ -140,7 +147,7 @@ def _print_answers(result: "Result", questions: list[str], json: bool) -> None:
     for question, text in zip(questions, result.texts, strict=True):
         if len(questions) > 1:
             output.out.print(question, style="bold")
-        output.out.print(text, markup=False, highlight=False)
+        output.out.print(text or EMPTY, markup=False, highlight=False)
     share = 100 * result.held_bytes / result.full_bytes
     output.err.print(
         f"{result.method} {result.keep}, {result.protocol}: {result.prompt_tokens} prompt tokens, "

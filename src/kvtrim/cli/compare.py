@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from kvtrim.cli import options, output
+from kvtrim.cli.ask import EMPTY
 from kvtrim.cli.results import generate, record
 from kvtrim.errors import UsageError
 
@@ -22,10 +23,12 @@ def compare(
     system: options.System = None,
     truncate: options.Truncate = "error",
     shots_separator: options.Shots = None,
+    prefill_chunk: options.Chunk = None,
     model: options.Model = "smollm2",
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    allow_untested: options.AllowUntested = False,
     json: options.Json = False,
 ) -> None:
     """Ask one question with the full cache and with several methods and budgets, side by side."""
@@ -33,15 +36,16 @@ def compare(
     methods, keeps = method or ["auto", "snapkv"], keep or ["512"]
     if len(questions) > 1:
         raise UsageError("compare asks one question; use ask for several")
-    settings = _all_checked(methods, keeps, set_, protocol, truncate)
+    settings = _all_checked(methods, keeps, set_, protocol, truncate, prefill_chunk)
     text = options.read_document(document, shots_separator)
-    loaded, tokenizer = options.load(model, device, dtype, threads)
+    loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
     how = dict(
         max_new_tokens=max_new_tokens,
         protocol=protocol,
         chat=chat,
         system=system,
         truncate=truncate,
+        prefill_chunk=prefill_chunk,
     )
     runs = _runs(methods, keeps)
     _require_served(loaded, methods, settings)
@@ -67,11 +71,12 @@ def _all_checked(
     set_: list[str] | None,
     protocol: str | None,
     truncate: str,
+    prefill_chunk: int | None,
 ) -> dict[str, Any]:
     """The parameters, checked with every method before anything runs."""
     settings: dict[str, Any] = {}
     for name in methods:
-        settings = options.checked(name, keeps, set_, protocol, truncate)
+        settings = options.checked(name, keeps, set_, protocol, truncate, prefill_chunk)
     return settings
 
 
@@ -122,7 +127,7 @@ def _print_comparison(results: list["Result"], question: str, json: bool) -> Non
         for result in results
     ]
     output.table(f"{first.prompt_tokens} prompt tokens, {first.protocol}", columns, rows)
-    answers = [[r.method, _keep(r), " ".join(r.text.split())] for r in results]
+    answers = [[r.method, _keep(r), " ".join(r.text.split()) or EMPTY] for r in results]
     output.table(question, [("method", "left"), ("keep", "right"), ("answer", "left")], answers)
     _remarks(results)
 

@@ -1,9 +1,8 @@
 """`eval`: tasks x methods x budgets, resumable, with the record of the run."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ from kvtrim.errors import UsageError
 if TYPE_CHECKING:
     from kvtrim.bench.eval.evaluate import Rows, Subject
     from kvtrim.bench.eval.grid import Grid
+    from kvtrim.tasks import Task
 
 PREFILLS = ("once", "each")
 BATCH = 16
@@ -89,7 +89,16 @@ AllowCode = Annotated[
     bool,
     typer.Option(
         "--allow-code-execution",
-        help="Run the programs that the model writes (HumanEval), in a limited process.",
+        help="Run the programs that the model writes (HumanEval), under bubblewrap (bwrap): "
+        "without the network, your files or your environment.",
+    ),
+]
+Unconfined = Annotated[
+    bool,
+    typer.Option(
+        "--unconfined",
+        help="With --allow-code-execution, where there is no bubblewrap: such a program can read, "
+        "change, delete and send away whatever you can.",
     ),
 ]
 OutFolder = Annotated[
@@ -119,11 +128,14 @@ def evaluate(
     set_: options.Set = None,
     batch: Batch = BATCH,
     prefill: Prefill = "once",
+    prefill_chunk: options.Chunk = None,
     allow_code_execution: AllowCode = False,
+    unconfined: Unconfined = False,
     model: options.Model = "smollm2",
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    allow_untested: options.AllowUntested = False,
     json: options.Json = False,
 ) -> None:
     """Measure what methods cost in answers: benchmark scores, likelihood of the right answer, KL.
@@ -131,18 +143,21 @@ def evaluate(
     The full cache is always measured beside them, on the same samples.
     """
     options.require_choice("--prefill", prefill, PREFILLS)
-    grid = _grid(task, method, keep, set_, protocol, limit, length, seed, batch)
-    grid = replace(grid, fitting=fitting, max_new_tokens=max_new_tokens)
+    grid = _grid(
+        task, method, keep, set_, protocol, limit, length, seed, batch, fitting, max_new_tokens,
+        prefill_chunk,
+    )  # fmt: skip
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
+    require_programs(grid.tasks, allow_code_execution, unconfined)
     rows = _rows(data)
     from kvtrim.bench.eval.evaluate import Subject, read
 
     read(grid, rows)
-    subject = Subject(model, *options.load(model, device, dtype, threads))
+    subject = Subject(model, *options.load(model, device, dtype, threads, allow_untested))
     with _folder(out) as folder:
         _run(subject, grid, rows, folder, prefill == "once")
-        _finish(folder, grid, allow_code_execution, json)
+        _finish(folder, grid, allow_code_execution, unconfined, json)
 
 
 def _grid(
@@ -155,6 +170,9 @@ def _grid(
     length: int | None,
     seed: int,
     batch: int,
+    fitting: bool,
+    max_new_tokens: int | None,
+    prefill_chunk: int | None,
 ) -> "Grid":
     """What is measured, once everything that needs no model was checked."""
     from kvtrim.bench.eval import grid
@@ -166,7 +184,33 @@ def _grid(
     cells = grid.cells(
         method or ["snapkv", "adakv"], keep or ["512"], options.parse_settings(set_)
     )
-    return grid.Grid(tasks, cells, protocol, limit, length, seed, batch)  # pyright: ignore[reportArgumentType]
+    return grid.Grid(
+        tasks,
+        cells,
+        protocol,  # pyright: ignore[reportArgumentType]
+        limit,
+        length,
+        seed,
+        batch,
+        fitting,
+        max_new_tokens,
+        tuple(name for name in task or [] if ":" in name),
+        prefill_chunk,
+    )
+
+
+def require_programs(tasks: Iterable["Task"], allowed: bool, unconfined: bool) -> None:
+    """Refuse at once what the programs of these tasks could not be run with.
+
+    Raises:
+        UsageError: nothing to run unconfined, or no bubblewrap.
+    """
+    if unconfined and not allowed:
+        raise UsageError("--unconfined says how --allow-code-execution runs programs; give both")
+    if allowed and any(task.runs_code for task in tasks):
+        from kvtrim.tasks import sandbox
+
+        sandbox.require(unconfined)
 
 
 def _rows(data: Path | None) -> "Rows":
@@ -192,13 +236,15 @@ def _run(subject: "Subject", grid: "Grid", rows: "Rows", folder: Path, once: boo
         run(subject, grid, rows, folder, once, report)
 
 
-def _finish(folder: Path, grid: "Grid", allow_code_execution: bool, json: bool) -> None:
+def _finish(
+    folder: Path, grid: "Grid", allow_code_execution: bool, unconfined: bool, json: bool
+) -> None:
     """Scores, tables, and what was refused."""
     import json as library
 
     from kvtrim.bench.eval import scores
 
-    rows = scores.derive(folder, grid.tasks, allow_code_execution)
+    rows = scores.derive(folder, grid.tasks, allow_code_execution, unconfined)
     made: dict[str, Any] = library.loads((folder / scores.TABLE).read_text("utf-8"))
     if json:
         output.print_json(made)

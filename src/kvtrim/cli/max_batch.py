@@ -64,7 +64,7 @@ def fill(
     out: Path | None,
     json: bool,
 ) -> None:
-    """Search, print the table, write the files, print the record."""
+    """Search, write the files, print the table or the record."""
     from kvtrim.bench.speed.max_batch import search
     from kvtrim.files import replace
     from kvtrim.report import max_batch as report
@@ -74,7 +74,8 @@ def fill(
     rows = report.rows(journal.lines)
     if out is not None:
         replace(out / "largest.md", report.page(record, rows).encode())
-    if not json:
-        columns, cells = report.table(rows)
-        output.table(report.title(record), columns, cells, wide=True)
-    output.print_json(record | {"rows": rows})
+    if json:
+        output.print_json(record | {"rows": rows})
+        return
+    columns, cells = report.table(rows)
+    output.table(report.title(record), columns, cells, wide=True)

@@ -71,6 +71,13 @@ Chunk = Annotated[
     int | None,
     typer.Option("--prefill-chunk", min=1, help="Read at most so many tokens in one pass."),
 ]
+AllowUntested = Annotated[
+    bool,
+    typer.Option(
+        "--allow-untested",
+        help="Accept an architecture that kvtrim is not tested on; `kvtrim check` tries it first.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Shots = Annotated[
     str | None,
@@ -181,6 +188,7 @@ def checked(
     pairs: list[str] | None,
     protocol: str | None,
     truncate: str,
+    prefill_chunk: int | None = None,
 ) -> dict[str, Any]:
     """The method's parameters, once everything that needs no model was checked.
 
@@ -194,13 +202,30 @@ def checked(
     require_choice("--protocol", protocol, PROTOCOLS)
     require_choice("--truncate", truncate, TRUNCATE)
     settings = parse_settings(pairs)
+    find(method, **settings).schedule.require_passes(prefill_chunk)
     for keep in keeps:
         Session(find(method, **settings), Keep.parse(keep), layers=1)
     return settings
 
 
+def require_unset(context: typer.Context, names: tuple[str, ...], why: str) -> None:
+    """Refuse flags that cannot act beside another one.
+
+    Raises:
+        UsageError: naming the first of them that was given.
+    """
+    for each in context.command.params:
+        source = context.get_parameter_source(each.name or "")
+        if each.name in names and source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"{each.opts[0]} {why}")
+
+
 def load(
-    model: str, device: str | None, dtype: str | None, threads: int | None
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    threads: int | None,
+    allow_untested: bool = False,
 ) -> tuple[Any, Any]:
     """The model and tokenizer that the options name, with a word on standard error meanwhile."""
     from kvtrim.cli.output import busy
@@ -212,4 +237,4 @@ def load(
 
         if threads is not None:
             torch.set_num_threads(threads)
-        return load_model(model, device=device, dtype=dtype)
+        return load_model(model, device=device, dtype=dtype, allow_untested=allow_untested)

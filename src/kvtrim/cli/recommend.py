@@ -1,5 +1,6 @@
 """`recommend`: which method and budget for a user's own model and prompts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,15 +12,15 @@ from kvtrim.errors import UsageError
 if TYPE_CHECKING:
     from kvtrim.bench.recommend import Plan
 
-METHODS = ("streaming-llm", "knorm", "snapkv", "pyramidkv", "adakv", "chunkkv", "keydiff")
+METHODS = ("streaming-llm", "knorm", "snapkv", "adakv", "chunkkv", "keydiff", "curdkv", "kvzip")
 KEEPS = ("5%", "10%", "25%", "50%")
 
 Prompts = Annotated[
     Path | None,
     typer.Option(
         "--prompts",
-        help='Your prompts: .jsonl with {"context", "question"} or {"prompt"} per line, or a text '
-        "file with one prompt per line (\\n for a line break).",
+        help='Your prompts: .jsonl with {"context", "question"} or {"prompt"} per line, or .txt '
+        "with one prompt per line (\\n for a line break).",
     ),
 ]
 Tolerance = Annotated[
@@ -48,10 +49,12 @@ def recommend(
     max_new_tokens: NewTokens = 32,
     chat: options.Chat = None,
     truncate: options.Truncate = "error",
+    prefill_chunk: options.Chunk = None,
     model: options.Model = "smollm2",
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    allow_untested: options.AllowUntested = False,
     json: options.Json = False,
 ) -> None:
     """Measure methods and budgets on your prompts, and name the smallest that stays near full.
@@ -68,8 +71,11 @@ def recommend(
     cells = _cells(method or list(METHODS), keep or list(KEEPS), set_)
     asked = bench.read(prompts)
     aware = protocol == "question-aware"
-    plan = bench.Plan(cells, aware, max_new_tokens, tolerance, chat, truncate)
-    loaded, tokenizer = options.load(model, device, dtype, threads)
+    plan = bench.Plan(cells, aware, max_new_tokens, tolerance, chat, truncate, prefill_chunk)
+    loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
+    if method is None:
+        cells = _served(loaded, cells)
+        plan = replace(plan, cells=cells)
     _require_served(loaded, cells)
     given = bench.encoded(loaded, tokenizer, plan, asked)
     with output.progress() as report:
@@ -92,6 +98,23 @@ def _cells(methods: list[str], keeps: list[str], set_: list[str] | None) -> Any:
     if not cells:
         raise UsageError("nothing to compare with the full cache; name other methods")
     return cells
+
+
+def _served(model: Any, cells: Any) -> Any:
+    """Those of the methods tried by default that this model can serve; the others are named."""
+    from kvtrim.errors import KvtrimError
+
+    refused = {}
+    for cell in {cell.method: cell for cell in cells}.values():
+        try:
+            _require_served(model, [cell])
+        except KvtrimError as error:
+            refused[cell.method] = error
+            output.note(f"{cell.method} is left out: {error}")
+    left = [cell for cell in cells if cell.method not in refused]
+    if not left:
+        raise next(iter(refused.values()))
+    return left
 
 
 def _require_served(model: Any, cells: Any) -> None:

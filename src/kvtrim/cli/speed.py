@@ -104,6 +104,7 @@ def speed(
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    allow_untested: options.AllowUntested = False,
     json: options.Json = False,
 ) -> None:
     """Measure first token, time per token, end to end and memory, by length, method, keep, batch.
@@ -127,7 +128,7 @@ def speed(
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
     about = {"name": _name(model, config, layers, width), "config": config}
-    loaded = _model(model, config, layers, width, device, dtype, threads)
+    loaded = _model(model, config, layers, width, device, dtype, threads, allow_untested)
     plan.require_fits(loaded, trained=config is None)
     record = _record(loaded, about, plan, chosen)
     journal, record = _opened(out, record)
@@ -170,12 +171,13 @@ def _model(
     device: str | None,
     dtype: str | None,
     threads: int | None,
+    allow_untested: bool,
 ) -> Any:
     """The model asked for: loaded, or made with random weights."""
     if config is None:
         if layers is not None or width is not None:
             raise UsageError("--layers and --width need --config: a loaded model stays as it is")
-        return options.load(model or MODEL, device, dtype, threads)[0]
+        return options.load(model or MODEL, device, dtype, threads, allow_untested)[0]
     if model is not None:
         raise UsageError("give --model or --config, not both")
     share = None if width is None else _width(width)
@@ -240,7 +242,7 @@ def _measure(model: Any, plan: "Plan", chosen: "list[Candidate]", journal: "Jour
 def _finish(
     out: Path | None, record: dict[str, Any], lines: list[dict[str, Any]], json: bool
 ) -> None:
-    """Tables, files, and the record as the last line."""
+    """Files, and the tables or the record."""
     from kvtrim.report import published
     from kvtrim.report import speed as tables
 
@@ -248,7 +250,9 @@ def _finish(
     if out is not None:
         section = published.section(record["model"], rows)
         _write(out, record, rows, tables.page(record, rows, section), tables.title(record))
-    if not json:
+    if json:
+        output.print_json(record | {"rows": rows})
+    else:
         columns, cells = tables.table(rows, short=True)
         output.table(tables.title(record), columns, cells, wide=True)
         for line in tables.reasons(rows):
@@ -257,7 +261,6 @@ def _finish(
         if beside:
             name = "FastKV's published times as ratios to its full cache, ours to transformers"
             output.table(f"{name} (arXiv 2502.01068)", published.COLUMNS, beside)
-    output.print_json(record | {"rows": rows})
 
 
 def _write(

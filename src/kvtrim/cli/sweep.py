@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvtrim.cli import options, output
-from kvtrim.cli.eval import AllowCode
+from kvtrim.cli.eval import AllowCode, Unconfined
 from kvtrim.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def sweep(
     ray: UseRay = False,
     ray_address: Address = None,
     allow_code_execution: AllowCode = False,
+    unconfined: Unconfined = False,
     json: options.Json = False,
 ) -> None:
     """Evaluate models x tasks x methods x budgets x protocols with many workers.
@@ -67,7 +68,7 @@ def sweep(
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
     pool = _pool(asked, workers, ray or ray_address is not None, ray_address)
     with output.progress(left=True) as report:
-        folders = Driver(asked, out, pool, allow_code_execution, report).run()
+        folders = Driver(asked, out, pool, allow_code_execution, unconfined, report).run()
     _show(folders, json)
 
 

@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvtrim.api import AWARE, Protocol
-from kvtrim.bench.candidates import PLAIN, Candidate, candidates
+from kvtrim.bench.candidates import PLAIN, Candidate, candidates, require_chunks
 from kvtrim.bench.eval.encode import Encoder
 from kvtrim.errors import UsageError
 from kvtrim.methods.keep import Keep
-from kvtrim.methods.settings import find, imported
+from kvtrim.methods.settings import find, imported, outside
 from kvtrim.tasks import Sample, Task, named
 
 FULL = "full"
@@ -29,6 +29,12 @@ class Grid:
     batch: int = 1  # answers that are generated together
     fitting: bool = False  # samples that would have to be cut are left out
     max_new_tokens: int | None = None  # answers are at most so long, where their task allows more
+    own_tasks: tuple[str, ...] = ()  # those of one's own, as module:NAME
+    prefill_chunk: int | None = None  # tokens of a pass, for methods that cut after each of them
+
+    def __post_init__(self) -> None:
+        """Refuse settings that nothing would act on."""
+        require_chunks(self.cells, self.prefill_chunk)
 
     @property
     def aware(self) -> bool:
@@ -75,6 +81,7 @@ class Grid:
                 {name: value for name, value in asdict(cell).items() if name != "peer"}
                 for cell in self.cells
             ],
+            "outside": outside({*(cell.method for cell in self.cells), *self.own_tasks}),
             "protocol": self.protocol,
             "limit": self.limit,
             "length": self.length,
@@ -82,6 +89,7 @@ class Grid:
             "batch": self.batch,
             "fitting": self.fitting,
             "max_new_tokens": self.max_new_tokens,
+            "prefill_chunk": self.prefill_chunk,
             "decoding": "greedy",
         }
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from kvtrim.bench.candidates import Candidate
+from kvtrim.bench.candidates import Candidate, read_prompt
 from kvtrim.bench.eval.encode import Input
 from kvtrim.bench.failures import Failure, attempted
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import mean_entries, synchronize
-from kvtrim.hf.keyword import passing
 from kvtrim.hf.replay import Recording, record
 from kvtrim.methods.settings import find
 from kvtrim.prompts import repeat_words
@@ -45,12 +44,21 @@ def _reads_hidden(cell: Candidate) -> bool:
 class Prefill:
     """Makes the caches of one prompt. The model must be attached."""
 
-    def __init__(self, model: Any, tokenizer: Any, given: Input, aware: bool, once: bool):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        given: Input,
+        aware: bool,
+        once: bool,
+        chunk: int | None = None,
+    ):
         self._model = model
         ids, self._spans, _ = given.read_first(aware)
         self._ids = torch.tensor([ids], device=model.device)
         self._words = repeat_words(tokenizer, given.frame)
         self._once, self._recorded_s, self._hidden = once, 0.0, False
+        self._chunk = chunk
         self._recording: Recording | None = None
 
     def ready(self, cells: Sequence[Candidate]) -> list[Ready | Failure]:
@@ -94,10 +102,9 @@ class Prefill:
             **cell.settings,
         )
         cache.words = self._words
-        with torch.no_grad():
-            out = self._model(input_ids=self._ids, **passing(cache), logits_to_keep=1)
+        logits = read_prompt(self._model, self._ids, cache, self._chunk)
         times = {"prefill_s": self._now() - start, "evict_s": None}
-        return Ready(cell, cache, out.logits[0, -1], held(cache), times)
+        return Ready(cell, cache, logits[0], held(cache), times)
 
     def _now(self) -> float:
         synchronize(self._model.device)

@@ -105,7 +105,8 @@ class Answering:
             for row in rows:
                 row.fail(Failure(failures.REFUSED, given.problem))
             return []
-        prefill = Prefill(self._model, self._tokenizer, given, self._grid.aware, self._once)
+        how = self._grid.aware, self._once, self._grid.prefill_chunk
+        prefill = Prefill(self._model, self._tokenizer, given, *how)
         by_cell, ready = {(row.cell.method, row.cell.keep): row for row in rows}, []
         for cell, one in zip(self._grid.cells, prefill.ready(self._grid.cells), strict=True):
             row = by_cell[cell.method, cell.keep]

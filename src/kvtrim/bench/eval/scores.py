@@ -30,7 +30,12 @@ _ROW = ("task", "method", "keep", "protocol")
 _SINGLE = ("held_bytes", "full_bytes", "entries")
 
 
-def derive(folder: Path, tasks: Iterable[Task], allow_code_execution: bool = False) -> list[Line]:
+def derive(
+    folder: Path,
+    tasks: Iterable[Task],
+    allow_code_execution: bool = False,
+    unconfined: bool = False,
+) -> list[Line]:
     """Score the answers of a run and write `scores.jsonl`, `eval.json` and `eval.md`.
 
     Returns:
@@ -43,7 +48,8 @@ def derive(folder: Path, tasks: Iterable[Task], allow_code_execution: bool = Fal
         raise UsageError(f"{folder} holds no {RECORD}; name the folder of a kvtrim eval")
     record = records.record(folder / RECORD, records.EVAL)
     inputs, lines = (records.lines(folder / name) for name in (INPUTS, SAMPLES))
-    found = list(scored(inputs, lines, {task.name: task for task in tasks}, allow_code_execution))
+    known = {task.name: task for task in tasks}
+    found = list(scored(inputs, lines, known, allow_code_execution, unconfined))
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
     replace(folder / SCORES, text.encode())
     rows = aggregated(inputs, lines, found)
@@ -64,12 +70,17 @@ def _without_samples(record: Line, inputs: Sequence[Line]) -> list[str]:
 
 
 def scored(
-    inputs: Sequence[Line], lines: Sequence[Line], tasks: Mapping[str, Task], allowed: bool = False
+    inputs: Sequence[Line],
+    lines: Sequence[Line],
+    tasks: Mapping[str, Task],
+    allowed: bool = False,
+    unconfined: bool = False,
 ) -> Iterator[Line]:
     """A score for every line; none where nothing was answered, or code was not allowed to run.
 
     Args:
         allowed: code that the model wrote may be run, where a task is about that.
+        unconfined: without bubblewrap, see `kvtrim.tasks.sandbox`.
 
     Raises:
         UsageError: a task that is not among these.
@@ -84,7 +95,7 @@ def scored(
             outcome = NEEDS_PERMISSION
         elif outcome == OK:
             given = _given(asked, line)
-            with sandbox.allowed() if task.runs_code else nullcontext():
+            with sandbox.allowed(unconfined) if task.runs_code else nullcontext():
                 score = float(task.score(line["answer"], _sample(given)))
         own = {name: line[name] for name in _KEY}
         yield own | {"score": score, "metric": task.metric, "outcome": outcome}

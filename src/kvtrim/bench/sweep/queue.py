@@ -56,6 +56,7 @@ class Driver:
     folder: Path
     pool: Pool
     allow_code_execution: bool = False
+    unconfined: bool = False
     progress: Callable[[str, int, int], None] = lambda *_: None
 
     def run(self) -> list[Path]:
@@ -149,7 +150,8 @@ class Driver:
         if not _merged(folder):
             merge(folder, self._parts[job])
         if not (folder / scores.PAGE).exists() or self.allow_code_execution:
-            scores.derive(folder, job.grid().tasks, self.allow_code_execution)
+            allowed = self.allow_code_execution, self.unconfined
+            scores.derive(folder, job.grid().tasks, *allowed)
         shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 

@@ -34,6 +34,7 @@ class Job:
     batch: int
     fitting: bool
     max_new_tokens: int | None
+    prefill_chunk: int | None
     data: str | None
     device: str | None
     dtype: str | None
@@ -57,6 +58,8 @@ class Job:
             self.batch,
             self.fitting,
             self.max_new_tokens,
+            tuple(name for name in self.tasks if ":" in name),
+            self.prefill_chunk,
         )
 
 
@@ -76,6 +79,7 @@ class Sweep:
     batch: int = DEFAULT_BATCH
     fitting: bool = False  # leave out samples that would have to be cut
     max_new_tokens: int | None = None  # bound of answers, where a task allows more
+    prefill_chunk: int | None = None  # tokens of a pass, for methods that cut after each of them
     data: str | None = None  # seen from the TOML file
     device: str | None = None
     dtype: str | None = None
@@ -108,6 +112,7 @@ class Sweep:
             "batch",
             "fitting",
             "max_new_tokens",
+            "prefill_chunk",
             "data",
             "device",
         )
@@ -230,6 +235,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # what is right, and h
     **dict.fromkeys(("tasks", "methods", "protocols", "models"), (_is_text, "texts in quotes")),
     **dict.fromkeys(("data", "device", "dtype"), _TEXT),
     **dict.fromkeys(("limit", "max_new_tokens", "batch", "threads", "gpus", "chunk"), _POSITIVE),
+    "prefill_chunk": _POSITIVE,
     **dict.fromkeys(("seed", "retries"), _COUNT),
     "lengths": (_is_whole(1), "whole numbers of at least 1, without quotes"),
     "keeps": (_is_budget, "budgets such as 256 or '10%'"),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -33,6 +34,10 @@ SUPPORTED = (
 _OUTPUT = ("o_proj", "dense")  # what the output projection is called; Phi's is dense
 
 
+ACCEPTED: "WeakSet[PreTrainedModel]" = WeakSet()
+"""Models that were loaded with `allow_untested`: whoever did so need not say it again."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """The attention layers of a model, in order."""
@@ -52,10 +57,12 @@ def layout(model: PreTrainedModel, allow_untested: bool = False) -> Layout:
             parts cannot be found.
     """
     config = model.config.get_text_config(decoder=True)
-    if config.model_type not in SUPPORTED and not allow_untested:
+    allowed = allow_untested or model in ACCEPTED
+    if config.model_type not in SUPPORTED and not allowed:
         raise UnsupportedModelError(
             f"architecture {config.model_type!r} is untested; tested are {', '.join(SUPPORTED)}. "
-            "Run `kvtrim check MODEL` to see whether it works, then pass allow_untested=True"
+            "Run `kvtrim check MODEL` to see whether it works, then pass "
+            "allow_untested=True (--allow-untested)"
         )
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModelError(

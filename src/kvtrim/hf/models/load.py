@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from kvtrim.errors import KvtrimError, ModelError, UnsupportedModelError
 from kvtrim.hf.models import gguf
-from kvtrim.hf.models.architectures import SUPPORTED, layout
+from kvtrim.hf.models.architectures import ACCEPTED, SUPPORTED, layout
 from kvtrim.hf.models.gguf import quiet
 from kvtrim.hf.models.gguf_header import require_sound
 
@@ -68,6 +68,8 @@ def load(
         if extra:
             gguf.scale_rope(model, Path(where) / extra["gguf_file"])
     layout(model, allow_untested)
+    if allow_untested:
+        ACCEPTED.add(model)
     return (model if "device_map" in options else model.to(device)).eval(), tokenizer
 
 
@@ -168,7 +170,8 @@ def _check(config: Any, name: str, allow_untested: bool) -> None:
     if kind not in SUPPORTED and not allow_untested:
         raise UnsupportedModelError(
             f"{name} is a {kind!r} model; kvtrim is tested on {', '.join(SUPPORTED)}. "
-            f"To see whether it works all the same: kvtrim check {name}"
+            f"To see whether it works all the same: kvtrim check {name}; then pass "
+            "--allow-untested (allow_untested=True)"
         )
 
 
