@@ -89,7 +89,7 @@ KILLS = {
     "by number": "import os\nfor n in range(2, 4000):\n    try: os.kill(n, 15)\n    except OSError: pass",
     "by the system": "import ctypes; ctypes.CDLL(None).kill({pid}, 15)",
     "by tracing": "import ctypes; assert ctypes.CDLL(None).ptrace(16, {pid}, 0, 0) == 0",
-    "forks": "import os\nfor n in range(40):\n    try: os.fork()\n    except OSError: break",
+    "forks": "import os\nfor n in range(5):\n    try: os.fork()\n    except OSError: break",
     "the network": "import socket; socket.create_connection(('127.0.0.1', {port}), 1)",
     "a datagram": "import socket; socket.socket(2, 2).sendto(b'x', ('127.0.0.1', {port}))",
     "a web address": "import urllib.request; urllib.request.urlopen('http://127.0.0.1:{port}', timeout=1)",

@@ -112,6 +112,15 @@ def test_sets_have_the_same_order_in_every_run():
     assert run(order + first.stdout).passed
 
 
+def test_neither_processes_nor_threads_can_be_started():
+    for harm in (
+        "import os\nif os.fork() == 0: os._exit(0)",
+        "import subprocess\nsubprocess.run(['/bin/true'])",
+        "import threading\nthreading.Thread(target=print).start()",
+    ):
+        assert run(harm).reason in ("BlockingIOError", "RuntimeError"), harm
+
+
 # the verdict comes from the tests, which run apart
 
 ADD = "def add(a, b):\n    return a + b\n"

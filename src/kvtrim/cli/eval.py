@@ -1,7 +1,7 @@
 """`eval`: tasks x methods x budgets, resumable, with the record of the run."""
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,6 @@ from kvtrim.errors import UsageError
 if TYPE_CHECKING:
     from kvtrim.bench.eval.evaluate import Rows, Subject
     from kvtrim.bench.eval.grid import Grid
-    from kvtrim.tasks import Task
 
 PREFILLS = ("once", "each")
 BATCH = 16
@@ -142,6 +141,8 @@ def evaluate(
 
     The full cache is always measured beside them, on the same samples.
     """
+    from kvtrim.bench.eval import scores
+
     options.require_choice("--prefill", prefill, PREFILLS)
     grid = _grid(
         task, method, keep, set_, protocol, limit, length, seed, batch, fitting, max_new_tokens,
@@ -149,7 +150,7 @@ def evaluate(
     )  # fmt: skip
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
-    require_programs(grid.tasks, allow_code_execution, unconfined)
+    scores.require_programs(grid.tasks, allow_code_execution, unconfined)
     rows = _rows(data)
     from kvtrim.bench.eval.evaluate import Subject, read
 
@@ -197,20 +198,6 @@ def _grid(
         tuple(name for name in task or [] if ":" in name),
         prefill_chunk,
     )
-
-
-def require_programs(tasks: Iterable["Task"], allowed: bool, unconfined: bool) -> None:
-    """Refuse at once what the programs of these tasks could not be run with.
-
-    Raises:
-        UsageError: nothing to run unconfined, or no bubblewrap.
-    """
-    if unconfined and not allowed:
-        raise UsageError("--unconfined says how --allow-code-execution runs programs; give both")
-    if allowed and any(task.runs_code for task in tasks):
-        from kvtrim.tasks import sandbox
-
-        sandbox.require(unconfined)
 
 
 def _rows(data: Path | None) -> "Rows":

@@ -17,7 +17,7 @@ File = Annotated[
     Path,
     typer.Argument(
         help="A TOML file: lists models, tasks, methods, keeps, protocols, lengths; and limit, "
-        "max_new_tokens, fitting, seed, batch, data, device, dtype, threads, gpus, chunk, "
+        "max_new_tokens, prefill_chunk, fitting, seed, batch, data, device, dtype, threads, gpus, chunk, "
         "retries, [set]. See docs/evaluation.md."
     ),
 ]

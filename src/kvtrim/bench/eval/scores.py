@@ -30,6 +30,18 @@ _ROW = ("task", "method", "keep", "protocol")
 _SINGLE = ("held_bytes", "full_bytes", "entries")
 
 
+def require_programs(tasks: Iterable[Task], allowed: bool, unconfined: bool) -> None:
+    """Refuse at once what the programs of these tasks could not be run with.
+
+    Raises:
+        UsageError: nothing to run unconfined, or no bubblewrap.
+    """
+    if unconfined and not allowed:
+        raise UsageError("--unconfined says how --allow-code-execution runs programs; give both")
+    if allowed and any(task.runs_code for task in tasks):
+        sandbox.require(unconfined)
+
+
 def derive(
     folder: Path,
     tasks: Iterable[Task],

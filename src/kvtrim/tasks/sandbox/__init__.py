@@ -28,7 +28,6 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import chain, product
 from pathlib import Path
 
 from kvtrim.errors import UsageError
@@ -37,6 +36,7 @@ _ALLOWED: ContextVar[str] = ContextVar("allowed", default="")
 _INSIDE = Path(__file__).with_name("inside.py")
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 _FOLDER_BYTES = 16 << 20
+_ISOLATED = ("-s", "-P", "-B")  # no site of the user, no module beside the script
 _CLOSED = ("--remount-ro", "/dev", "--remount-ro", "/")
 _PLACE = "/kvtrim"  # where a program finds its folder
 # the same order of sets in every run, and one thread for libraries that would start many
@@ -168,22 +168,31 @@ def _shell() -> list[str]:
     if found is None:
         raise UsageError(f"programs run under bubblewrap, which is not installed; {_REMEDY}")
     there = [path for path in (*_SYSTEM, *sorted(python)) if os.path.exists(path)]
+    parents = {str(each): 0 for path in [*there, _PLACE] for each in reversed(Path(path).parents)}
+    opened = [word for each in parents for word in ("--perms", "0755", "--dir", each)]
     binds = [word for path in there for word in ("--ro-bind", path, path)]
     shut = [
-        *(found, "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534"),
-        *("--hostname", "kvtrim"),
-        *("--die-with-parent", "--new-session", "--cap-drop", "ALL", *binds),
-        *("--ro-bind", str(_INSIDE), f"{_PLACE}/inside.py", "--dev", "/dev"),
-        *("--size", str(_FOLDER_BYTES), "--tmpfs", f"{_PLACE}/work", "--chdir", f"{_PLACE}/work"),
+        *(
+            "--unshare-ipc",
+            "--unshare-pid",
+            "--unshare-net",
+            "--unshare-uts",
+            "--unshare-cgroup-try",
+        ),
+        *("--hostname", "kvtrim", "--die-with-parent", "--new-session", "--cap-drop", "ALL"),
+        *(*opened, "--perms", "0755", "--dir", _PLACE),
+        *(*binds, "--ro-bind", str(_INSIDE), f"{_PLACE}/inside.py", "--dev", "/dev"),
+        *("--perms", "0777", "--size", str(_FOLDER_BYTES), "--tmpfs", f"{_PLACE}/work"),
+        *("--chdir", f"{_PLACE}/work"),
     ]
-    # root gives its rights up first where nobody can read Python too: its processes have no limit
-    nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
-    before = [nobody, []] if os.geteuid() == 0 and shutil.which("setpriv") else [[]]
     why = ["no reason"]
-    for words in product(before, [shut], [["--disable-userns"], []]):
-        made = list(chain(*words))
+    for user in _users():
+        made = [found, *shut, *user]
         tried = subprocess.run(
-            [*made, *_CLOSED, _python(), "-c", ""], capture_output=True, text=True, check=False
+            [*made, *_CLOSED, _python(), *_ISOLATED, f"{_PLACE}/inside.py", "start"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if tried.returncode == 0:
             return made
@@ -200,6 +209,19 @@ _REMEDY = (
 
 def _python() -> str:
     return sys.executable
+
+
+def _users() -> Iterator[list[str]]:
+    """Whose processes a program's are, the best first.
+
+    In a user namespace root's own are root's to the kernel, which does not limit their number. So
+    root makes none where it can do without, and becomes nobody inside, before a program is there.
+    """
+    own = ["--unshare-user", "--uid", "65534", "--gid", "65534"]
+    if os.geteuid() == 0:
+        yield ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    yield [*own, "--disable-userns"]
+    yield own
 
 
 @cache
@@ -223,17 +245,18 @@ def _tried(
         job.write_text(json.dumps(given))
         place = Path(folder, "work")  # of a program that is not confined
         place.mkdir()
-        os.chmod(folder, 0o755)
+        os.chmod(job, 0o644)
         return _both(shell, job, place, limits)
 
 
 def _both(shell: list[str], job: Path, place: Path, limits: Limits) -> Outcome:
     """Start program and tests, each with an end of two pipes, and wait for the tests."""
     (heard, said), (told, tell) = os.pipe(), os.pipe()
-    words, inside = json.dumps(asdict(limits)), f"{_PLACE}/inside.py" if shell else str(_INSIDE)
+    words = json.dumps(asdict(limits) | {"leave_root": bool(shell)})
+    inside = f"{_PLACE}/inside.py" if shell else str(_INSIDE)
     name = f"{_PLACE}/job" if shell else str(job)
     seen = ["--ro-bind", str(job), f"{_PLACE}/job"] if shell else []
-    python = [_python(), "-s", "-P", "-B", inside]
+    python = [_python(), *_ISOLATED, inside]
     closed = _CLOSED if shell else ()
     tester = [*shell, *seen, *closed, *python, "test", words, name]
     started: list[subprocess.Popen[bytes]] = []
