@@ -17,8 +17,8 @@ File = Annotated[
     Path,
     typer.Argument(
         help="A TOML file: lists models, tasks, methods, keeps, protocols, lengths; and limit, "
-        "max_new_tokens, prefill_chunk, fitting, seed, batch, data, device, dtype, threads, gpus, chunk, "
-        "retries, [set]. See docs/evaluation.md."
+        "max_new_tokens, prefill_chunk, fitting, seed, batch, data, device, dtype, threads, gpus, "
+        "chunk, retries, [set]. See docs/evaluation.md."
     ),
 ]
 OutFolder = Annotated[
@@ -60,12 +60,14 @@ def sweep(
 
     The files come out as one `kvtrim eval` after the other would have written them.
     """
+    from kvtrim.bench.eval import scores
     from kvtrim.bench.sweep.queue import Driver
     from kvtrim.bench.sweep.spec import load
 
     asked = load(file)
     if not out.parent.is_dir():
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
+    scores.require_programs(asked.jobs()[0].grid().tasks, allow_code_execution, unconfined)
     pool = _pool(asked, workers, ray or ray_address is not None, ray_address)
     with output.progress(left=True) as report:
         folders = Driver(asked, out, pool, allow_code_execution, unconfined, report).run()
