@@ -46,7 +46,7 @@ def evicting(model):
         ("cake", {}),
         ("streaming-llm", {"positions": "rolled"}),
         ("shotkv", {}),
-        ("gemfilter", {"every": 4}),
+        ("gemfilter", {"every": 4, "budget": "uniform"}),
         ("snapkv", {}),
     ]
     for number, (name, settings) in enumerate(chosen):

@@ -5,6 +5,8 @@ Head (b, h) owns `length[b, h]` slots from `start[b, h]`, in ascending position,
 paths see as [B, K, S, D] without a copy. A store knows nothing of scores, models or schedules.
 """
 
+from weakref import WeakSet
+
 import torch
 
 from kvtrim.types import Counts, Float, Int, Kept, Tensor
@@ -50,6 +52,13 @@ BIAS = "bias"
 """The column of what is added to each entry's logit, where entries were refitted."""
 
 
+class Reach:
+    """How far somebody who means to come back needs the entries of a store."""
+
+    def __init__(self, length: Counts):
+        self.length = length
+
+
 class LayerStore:
     """K, V and original position of every entry that one layer holds."""
 
@@ -63,6 +72,7 @@ class LayerStore:
         self._views: dict[str, Tensor] = {}  # then every buffer as [B, K, capacity, ...]
         self._ends = torch.empty(0, dtype=torch.int64)  # else the slot after each run
         self._free = 0  # slots that every head has left
+        self._reaches: WeakSet[Reach] = WeakSet()
         self._resize(length)
 
     @classmethod
@@ -222,13 +232,31 @@ class LayerStore:
         if bool((self.capacity > self.length + slack(self.length)).any()):
             self._move(self.length.clone())
 
+    def reach(self) -> Reach:
+        """Note how far the entries reach now, for as long as what is returned is kept."""
+        reach = Reach(self.length)
+        self._reaches.add(reach)
+        return reach
+
+    def shortened(self, length: Counts) -> "LayerStore":
+        """This store cut back, or a copy of it where somebody needs what would be forgotten."""
+        length = torch.minimum(self.length, length)
+        needed = any(bool((reach.length > length).any()) for reach in list(self._reaches))
+        store = self.copy() if needed else self
+        store.cut_back(length)
+        return store
+
     def forget_from(self, position: list[int]) -> None:
         """Drop every entry of prompt b that stands at `position[b]` or later."""
+        self._resize(self.before(position))
+
+    def before(self, position: list[int]) -> Counts:
+        """How many entries of prompt b stand before `position[b]`, for each head."""
         dense, _ = self.dense()
         limit = torch.tensor(position, device=dense["positions"].device)[:, None, None]
         inside = torch.arange(dense["positions"].shape[-1]) < self.length[..., None]
         early = (dense["positions"] < limit) & inside.to(limit.device)
-        self._resize(early.sum(dim=-1).cpu())
+        return early.sum(dim=-1).cpu()
 
     def row(self, index: int) -> "LayerStore":
         """One prompt's entries, sharing memory with this store: to be read, not changed."""
@@ -251,6 +279,10 @@ class LayerStore:
     def copy(self) -> "LayerStore":
         """An independent store with the same entries, packed."""
         return self.select_rows(torch.arange(self.length.shape[0]))
+
+    def has(self, name: str) -> bool:
+        """Whether a column was added."""
+        return name in (self.buffers if self.borrowed is None else self.borrowed)
 
     def drop_column(self, name: str) -> None:
         """Free an added column, if there is one."""

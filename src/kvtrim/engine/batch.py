@@ -43,7 +43,7 @@ def joined(sessions: Sequence[Session]) -> State:
     lengths = [length for state in states for length in state.reading.lengths]
     own = State.empty(len(states[0].layers))
     own.reading.seen, own.reading.lengths = max(lengths), lengths
-    own.cut_at, own.probed = own.reading.seen, True
+    own.cut_at, own.probed, own.appended_from = own.reading.seen, True, own.reading.seen
     own.expected = max(state.expected for state in states)
     if any(state.closed_up for state in states):
         own.closed_up = [

@@ -40,6 +40,7 @@ class Cutting:
     aims: Aims | None = None  # and what the full cache answered to reference queries
     narrowing: Narrowing | None = None  # what the layer at hand and those above it read
     whole: Pass = field(init=False)  # as the model was handed it
+    evicted: bool = False  # entries are gone that the pass found
     attended: set[int] = field(default_factory=set)  # layers that have stored what is new
     _cutters: Cutters = field(default_factory=list)
 
@@ -118,7 +119,7 @@ class Cutting:
 
     def narrow(self, narrowing: Narrowing) -> None:
         """The layers from here on read a part of the prompt."""
-        self.narrowing, self.now = narrowing, narrowing.now
+        self.narrowing, self.now, self.evicted = narrowing, narrowing.now, True
         self.state.cut_at = self.state.reading.seen + self.whole.columns
 
     def cut(
@@ -184,6 +185,7 @@ class Cutting:
 
     def _retain(self, store: LayerStore, kept: Kept | None, ahead: bool = False) -> None:
         if kept is not None:
+            self.evicted = True
             store.retain(kept)
             new = 0 if ahead or self.probed else self.whole.columns
             self.state.cut_at = self.state.reading.seen + new

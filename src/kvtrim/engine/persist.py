@@ -80,6 +80,8 @@ def restore(
         reading.real = _real(tensors.get("real"), record)
         session.prompt_tokens = record["prompt_tokens"]
         session.state.cut_at, session.state.due_at = record["cut_at"], list(record["due_at"])
+        once = session.method.schedule.every is None and session.prompt_tokens is None
+        session.state.appended_from = session.state.cut_at if once else reading.seen
         session.state.probed = record["probed"]
         session.state.keeps = [(entries, asked) for entries, asked in record["keeps"]]
         session.state.settled = [(tokens, held) for tokens, held in record["settled"]]

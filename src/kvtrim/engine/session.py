@@ -13,13 +13,15 @@ from kvtrim.cache.attend import require_known
 from kvtrim.cache.store import LayerStore
 from kvtrim.engine.cuts import CARRIED, Cutting
 from kvtrim.engine.layer import Call, attended, last_hidden, last_queries, stored, writable
-from kvtrim.engine.plan import Plan, in_prompt, planned
+from kvtrim.engine.past import Past
+from kvtrim.engine.plan import Plan, planned
 from kvtrim.engine.propagation import Narrowing
 from kvtrim.engine.refit import Aims
 from kvtrim.engine.remark import remark
 from kvtrim.engine.reposition import rolled
-from kvtrim.engine.state import Mark, State
+from kvtrim.engine.state import State
 from kvtrim.engine.tokens import Pass
+from kvtrim.engine.undo import Undoable
 from kvtrim.errors import CacheError, UsageError
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method
@@ -27,7 +29,7 @@ from kvtrim.prompts.spans import Given, per_prompt
 from kvtrim.types import Float, Probed, Tensor
 
 
-class Session:
+class Session(Undoable):
     """The state of one batch of prompts through one model under one method.
 
     Args:
@@ -66,7 +68,9 @@ class Session:
         self.known: dict[int, Tensor] | None = None  # see `Cutting.known`
         self.aims: Aims | None = None  # see `Cutting.aims`
         self.steps: Any = None  # `graph.Steps`, while they append single tokens in its place
+        self.recording = False  # drafts may be among the new tokens: `crop` says which stay
         self.state = State.empty(layers)
+        self._past: Past | None = None  # the pass under way, if it does more than append
         self._plan = Plan()
         self._cutting: Cutting | None = None  # of the pass under way
         self._announced = False  # a probe's pass has begun here, the model has yet to begin it
@@ -87,10 +91,13 @@ class Session:
         taken_back = self.state.reading.masked_again(mask, columns)
         if taken_back is not None:
             self.state.forget_from(self.state.reading.take_back(taken_back))
+            self.state.past, self.state.appended_from = [], self.state.reading.seen
         now = self.state.reading.plan(rows, columns, mask)
         self._plan = planned(
             self.method, self.state, self.keep, columns, now.lengths(), self.prompt_tokens
         )
+        self._require_recordable(columns)
+        self._past = self._remembered(columns, mask)
         self.state.name(self.spans, now, complete=self.in_prompt and not self._plan.coming)
         self._cutting = Cutting(
             self.method,
@@ -132,6 +139,7 @@ class Session:
         """One layer's attention over everything held and new tokens; then evict what is due."""
         if self.tap is not None:
             self.tap(index, call)
+        self._note(index, call)
         with writable():
             call, store = self._stored(index, call)
             shown = self._shown(call, store)
@@ -146,6 +154,7 @@ class Session:
 
     def absorb(self, index: int, call: Call) -> None:
         """As `attend`, without computing the attention: to go through a recorded pass again."""
+        self._note(index, call)
         with writable():
             call, store = self._stored(index, call)
             shown = self._shown(call, store)
@@ -167,9 +176,11 @@ class Session:
                 "while kvtrim is attached, and rewind to a mark or start a new cache"
             )
         if self._plan.probe:
-            self.state.probed, self._cutting = self._plan.after, None
+            self.state.probed = self._plan.after
             if self._plan.after:
                 self.state.settle()
+                self.state.past, self.state.appended_from = [], self.state.reading.seen
+            self._cutting = None
             return
         prompt = self.in_prompt
         if not prompt:
@@ -181,12 +192,8 @@ class Session:
         for held in self.state.layers if not self.in_prompt else []:
             if held.settled or not self.method.budget.model_wide:
                 held.forget(self.method.policy.remembers())
+        self._passed(self._cuts)
         self._cutting = None
-
-    @property
-    def in_prompt(self) -> bool:
-        """The pass at hand, or else the next one, reads the prompt."""
-        return in_prompt(self.state, self.prompt_tokens)
 
     @property
     def probe_due(self) -> bool:
@@ -212,14 +219,6 @@ class Session:
     def under_way(self) -> bool:
         """A pass has begun and not ended."""
         return self._cutting is not None or self.steps is not None
-
-    def mark(self) -> Mark:
-        """Remember this state, for `rewind`."""
-        return self.state.mark(self.in_prompt or self.method.schedule.every is not None)
-
-    def rewind(self, mark: Mark) -> None:
-        """Return to a marked state, also after an interrupted pass."""
-        self.state, self._cutting, self._announced = mark.restored(), None, False
 
     def reset(self) -> None:
         """Forget everything that was read."""
@@ -274,13 +273,6 @@ class Session:
     @property
     def _now(self) -> Pass:
         return self._cuts.now
-
-    def _require_idle(self) -> None:
-        if self._cutting is not None:
-            raise CacheError(
-                "an earlier forward pass over this cache was interrupted, so its layers disagree; "
-                "rewind it to a mark taken before, or start a new cache"
-            )
 
     @property
     def _cuts(self) -> Cutting:

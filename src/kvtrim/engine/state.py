@@ -3,15 +3,15 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from kvtrim.cache.store import LayerStore
+from kvtrim.cache.store import LayerStore, Reach
 from kvtrim.engine.layer import Held
 from kvtrim.engine.tokens import Pass, Reading
-from kvtrim.errors import CacheError
 from kvtrim.prompts.spans import fitted, require_within
-from kvtrim.types import Counts, Int, Spans, Tensor
+from kvtrim.types import Int, Spans, Tensor
 
 
 @dataclass
@@ -41,6 +41,10 @@ class State:
     closed_up: list[int] = field(default_factory=list)
     """For each prompt how far its tokens moved up when the model started again on a part of it;
     empty if it never did."""
+    appended_from: int = 0
+    """Columns read from which on entries were only appended."""
+    past: list[Any] = field(default_factory=list)
+    """The newest of the other passes as far as they can be taken back, oldest first."""
 
     @classmethod
     def empty(cls, layers: int) -> "State":
@@ -50,7 +54,7 @@ class State:
     @property
     def held_bytes(self) -> int:
         """Bytes held for all prompts, slack included, measured from the tensors."""
-        return sum(held.nbytes for held in self.layers)
+        return sum(each.nbytes for each in (*self.layers, *self.past))
 
     @property
     def full_bytes(self) -> int:
@@ -69,18 +73,8 @@ class State:
         """The store of every layer that has read something."""
         return [held.store for held in self.layers if held.store is not None]
 
-    def crop(self, columns: int) -> None:
-        """Take back the newest columns.
-
-        Raises:
-            CacheError: entries were evicted since then, so the earlier state is gone.
-        """
-        free = self.reading.seen - self.cut_at
-        if columns > free:
-            raise CacheError(
-                f"cannot take back {columns} tokens: entries were evicted {free} tokens ago. "
-                "Copy the cache before, or take a mark and rewind to it"
-            )
+    def take_back(self, columns: int) -> None:
+        """Forget the newest columns, since which entries were only appended."""
         self.forget_from(self.reading.forget(columns))
 
     def forget_from(self, lengths: list[int]) -> None:
@@ -88,8 +82,9 @@ class State:
         pairs = zip(self.generated, lengths, strict=False)
         self.generated = [(min(start, length), share) for (start, share), length in pairs]
         self.due_at = [min(pair) for pair in zip(self.due_at, lengths, strict=False)]
-        for store in self.stores():
-            store.forget_from(lengths)
+        for held in self.layers:
+            if held.store is not None:
+                held.store = held.store.shortened(held.store.before(lengths))
 
     def settle(self) -> None:
         """The prompts are complete: remember what is held of them."""
@@ -138,6 +133,7 @@ class State:
 
     def select_rows(self, rows: Int[Tensor, " R"]) -> None:
         """Keep these prompts in this order; one may occur several times (beam search)."""
+        self.past = []
         self.reading.select(rows)
         own = ("keeps", "settled", "due_at", "spans", "generated", "closed_up")
         for name in own:
@@ -162,32 +158,33 @@ class State:
         """Remember this state. Entries are copied only if what follows may evict them."""
         if evicts:
             return Mark(self.copy(), None)
-        lengths = [held.store and held.store.length for held in self.layers]
-        return Mark(self._with([copy.copy(held) for held in self.layers]), lengths)
+        reaches = [held.store and held.store.reach() for held in self.layers]
+        return Mark(self._with([copy.copy(held) for held in self.layers]), reaches)
 
     def _with(self, layers: list[Held]) -> "State":
-        return replace(
-            self, layers=layers, reading=copy.deepcopy(self.reading), keeps=list(self.keeps)
-        )
+        reading, keeps = copy.copy(self.reading), list(self.keeps)
+        return replace(self, layers=layers, reading=reading, keeps=keeps, past=[])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mark:
     """A state to come back to, any number of times.
 
-    Where a method only appends, the stores are shared with the live state and `lengths` says how
-    far they reached; where it may evict, they are copies.
+    Where a method only appends, the stores are shared with the live state and `reaches` says how
+    far they reached, which keeps them from being cut back further; where it may evict, they are
+    copies.
     """
 
     state: State
-    lengths: list[Counts | None] | None
+    reaches: list[Reach | None] | None
+    owner: object = None  # whose state it is
 
     def restored(self) -> State:
         """The state as it was."""
-        if self.lengths is None:
+        if self.reaches is None:
             return self.state.copy()
-        back = self.state.mark(evicts=False).state
-        for held, length in zip(back.layers, self.lengths, strict=True):
-            if held.store is not None and length is not None:
-                held.store.cut_back(length)
+        back = self.state._with([copy.copy(held) for held in self.state.layers])
+        for held, reach in zip(back.layers, self.reaches, strict=True):
+            if held.store is not None and reach is not None:
+                held.store = held.store.shortened(reach.length)
         return back

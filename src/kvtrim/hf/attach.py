@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from kvtrim.engine.graph import Steps
 from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf.attention import HANDLE, NAME, Mask, managing, register, stock
-from kvtrim.hf.cache import Cache, Handed
+from kvtrim.hf.cache import Cache
 from kvtrim.hf.keyword import cache_in
+from kvtrim.hf.layers import Handed
 from kvtrim.hf.long_rope import enter
 from kvtrim.hf.models.architectures import Layout, OutputProjection, layout
 from kvtrim.hf.outer import around, entered, padding

@@ -101,13 +101,10 @@ class Abreast(Cache):
 
     def crop(self, tokens_to_remove: int | Int[Tensor, ""]) -> None:
         """Take back the newest tokens of all rows, or of none; raises as `Cache.crop`."""
-        before = self.mark()
-        try:
-            for row in self.rows:
-                row.crop(tokens_to_remove)
-        except CacheError:
-            self.rewind(before)
-            raise
+        for row in self.rows:
+            row.require_croppable(-int(tokens_to_remove))
+        for row in self.rows:
+            row.crop(tokens_to_remove)
         self._noted()
 
     def reset(self) -> None:

@@ -10,11 +10,11 @@ from weakref import ref
 import torch
 from transformers import Cache as TransformersCache
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from kvtrim.engine.session import Session
 from kvtrim.engine.state import Mark as SessionMark
-from kvtrim.errors import CacheError, NotAttachedError, UsageError
+from kvtrim.errors import CacheError, UsageError
+from kvtrim.hf.layers import SPARE, ManagedLayer, WindowLayer
 from kvtrim.hf.models import fingerprint
 from kvtrim.hf.models.architectures import layout, require_managed
 from kvtrim.hf.rotary import rotations, switch
@@ -26,65 +26,6 @@ from kvtrim.methods.settings import find
 from kvtrim.prompts import Words, frame, repeat_words
 from kvtrim.prompts.spans import Given, per_prompt
 from kvtrim.types import Int, Tensor
-
-# What stands in a transformers cache for a layer that a session holds.
-
-
-class ManagedLayer(CacheLayerMixin):
-    """Stands for one layer that the session holds, and takes nothing in itself.
-
-    On an attached model the layer's attention is handed `Handed` in the place of the cache, so a
-    call to `update` comes from a model that kvtrim is not attached to, at whatever moment.
-    Cropping, reordering and resetting concern the session as a whole and are done by `Cache`.
-    """
-
-    is_compileable = False
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self, session: Session):
-        super().__init__()
-        self.session = session
-
-    @property
-    def is_croppable(self) -> bool:
-        return self.session.method.schedule.every is None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        raise NotAttachedError(
-            "a kvtrim cache reached a model that kvtrim is not attached to; call "
-            "kvtrim.attach(model) first, or run inside `with kvtrim.attach(model):`"
-        )
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.session.state.reading.seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.session.state.reading.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-class Handed:
-    """A kvtrim cache as one layer's attention meets it: new K and V go through untouched."""
-
-    def __init__(self, cache: Any):
-        self._cache = cache
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The attention function will store them."""
-        return key_states, value_states
 
 
 class Cache(TransformersCache):
@@ -164,10 +105,13 @@ class Cache(TransformersCache):
         self.switch = switch(model)  # of long RoPE, and on which side of it keys were turned
         self.beyond: bool | None = None
         self._model, self._decoder = ref(model), ref(model.get_decoder())
-        stock = DynamicCache(config=model.config).layers
+        stock: list[Any] = DynamicCache(config=model.config).layers
         own = set(self.managed)
         super().__init__(
-            layers=[ManagedLayer(self.session) if i in own else x for i, x in enumerate(stock)]
+            layers=[
+                ManagedLayer(self.session) if i in own else WindowLayer(layer.sliding_window)
+                for i, layer in enumerate(stock)
+            ]
         )
 
     @property
@@ -200,12 +144,12 @@ class Cache(TransformersCache):
     @property
     def held_bytes(self) -> int:
         """Bytes held, measured: K, V, positions, slack for appends, sliding layers."""
-        return self.session.state.held_bytes + self._sliding_bytes()
+        return self.session.state.held_bytes + sum(x.nbytes for x in self.stock_layers())
 
     @property
     def full_bytes(self) -> int:
         """Bytes that transformers' full cache would hold for the same tokens."""
-        return self.session.state.full_bytes + self._sliding_bytes()
+        return self.session.state.full_bytes + sum(x.full_bytes for x in self.stock_layers())
 
     def entries(self) -> list[Int[Tensor, "B K"]]:
         """Entries every head holds now, for each layer; empty before the first pass."""
@@ -213,7 +157,7 @@ class Cache(TransformersCache):
         return [
             next(stores).length
             if isinstance(layer, ManagedLayer)
-            else torch.full(layer.keys.shape[:2], layer.keys.shape[2])
+            else torch.full(layer.keys.shape[:2], layer.entries)
             for layer in (layers if self.seen else [])
         ]
 
@@ -277,23 +221,36 @@ class Cache(TransformersCache):
         for layer, state in zip(self.stock_layers(), mark.sliding, strict=True):
             vars(layer).update(state)
 
+    def require_croppable(self, count: int) -> None:
+        """Raise as `crop(-count)` would, and change nothing."""
+        self.session.require_croppable(count)
+        if count < self.seen and not all(layer.can_crop(count) for layer in self.stock_layers()):
+            raise CacheError(
+                f"cannot take back {count} tokens: layers that slide hold {SPARE} tokens beyond "
+                "their window. Copy the cache before, or take a mark and rewind to it"
+            )
+
     def crop(self, tokens_to_remove: int | Int[Tensor, ""]) -> None:
-        """Take back the newest tokens; the number is negative, as transformers has it.
+        """Take back the newest tokens, as if they had never been read.
+
+        The number is negative, as transformers has it.
 
         Raises:
-            CacheError: entries were evicted since then.
+            CacheError: that cannot be, because entries were evicted or taken into account since;
+                nothing has changed.
         """
-        tokens_to_remove = int(tokens_to_remove)
-        if tokens_to_remove > 0:
-            raise UsageError(
-                f"crop({tokens_to_remove}): give the number of tokens to take back as a negative"
-            )
-        if tokens_to_remove:
-            self.session.state.crop(-tokens_to_remove)
-            for layer in self.stock_layers():
-                layer.crop(tokens_to_remove)
-            if self.token_ids is not None:
-                self.token_ids = self.token_ids[:, :tokens_to_remove]
+        count = -int(tokens_to_remove)
+        if count < 0:
+            raise UsageError(f"crop({-count}): give the number of tokens to take back as negative")
+        self.require_croppable(count)
+        if count and count == self.seen:
+            self.reset()
+            return
+        self.session.crop(count)
+        for layer in self.stock_layers():
+            layer.crop(-count)
+        if count and self.token_ids is not None:
+            self.token_ids = self.token_ids[:, :-count]
 
     def reset(self) -> None:
         """Forget everything that was read."""
@@ -359,12 +316,7 @@ class Cache(TransformersCache):
 
     def stock_layers(self) -> list[Any]:
         """The layers that slide and keep their own rule."""
-        return [layer for layer in self.layers if not isinstance(layer, ManagedLayer)]
-
-    def _sliding_bytes(self) -> int:
-        return sum(
-            x.keys.nbytes + x.values.nbytes for x in self.stock_layers() if x.is_initialized
-        )
+        return [layer for layer in self.layers if isinstance(layer, WindowLayer)]
 
 
 @dataclass(frozen=True)
