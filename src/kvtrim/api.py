@@ -33,6 +33,9 @@ AWARE: Protocol = "question-aware"
 AGNOSTIC: Protocol = "question-agnostic"
 Truncate = Literal["error", "middle"]
 
+NEW_TOKENS = 128
+"""Tokens of an answer, if nobody says how many it may have."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -120,7 +123,7 @@ def generate(
     *,
     method: str | Method = "auto",
     keep: int | float | str = 512,
-    max_new_tokens: Some = 128,
+    max_new_tokens: Some | None = None,
     protocol: Protocol | None = None,
     chat: bool | None = None,
     system: str | None = None,
@@ -142,11 +145,14 @@ def generate(
         protocol: "question-aware" or "question-agnostic", to choose explicitly.
         chat: use the tokenizer's chat template; by default if it has one.
         system: a system message, for templates that have one.
+        max_new_tokens: of each answer; by default what `generation_config` says, else 128.
         truncate: if the prompt exceeds the model's window, refuse it, or cut the context's middle.
         prefill_chunk: read the prompt in passes of at most so many tokens.
         progress: called as `progress(what, done, out_of)` while reading and answering.
         options: parameters of the method (`window=16`, `preset="kvpress"`), and whatever
-            `model.generate` takes (`do_sample`, `num_beams`, `streamer`, ...); greedy by default.
+            `model.generate` takes (`do_sample`, `num_beams`, `streamer`, `stop_strings`,
+            `generation_config`, ...). Greedy unless they say otherwise, whatever the model's own
+            configuration says.
             Where both have a name, `**{"policy.NAME": ...}` and `**{"sampling.NAME": ...}`.
 
     Raises:
@@ -158,9 +164,11 @@ def generate(
         raise UsageError("no question was given; pass one text or a list of them")
     settings, options = split(method, options, sampling_names())
     require_sampling(options)
-    if options.get("num_return_sequences", 1) != 1:
-        raise UsageError("one answer per question; for more, give model.generate a kvtrim.Cache")
-    asking = {"max_new_tokens": max_new_tokens, "chunk": prefill_chunk, "progress": progress}
+    config = options.get("generation_config")
+    new_tokens: int = max_new_tokens or (config and config.max_new_tokens) or NEW_TOKENS
+    if options.get("stop_strings") or (config and config.stop_strings):
+        options = {"tokenizer": tokenizer, **options}
+    asking = {"max_new_tokens": new_tokens, "chunk": prefill_chunk, "progress": progress}
     asking |= options
     if isinstance(context, Cache):
         return _ask(model, tokenizer, context, questions, 0.0, asking)
@@ -171,7 +179,7 @@ def generate(
     find(method, **settings).schedule.require_passes(prefill_chunk)
     around = frame(tokenizer, chat, system)
     follow = [encode_question(tokenizer, around, text) for text in questions]
-    room = _window(model) - max_new_tokens - max(map(len, follow))
+    room = _window(model) - new_tokens - max(map(len, follow))
     prompt = _context(tokenizer, around, context, room, truncate)
     if protocol == AGNOSTIC:
         start, reach = perf_counter(), len(prompt) + max(map(len, follow)) + max_new_tokens - 1

@@ -212,7 +212,7 @@ def test_rewind_returns_to_the_mark_again_and_again(llama, name):
     mark, question = cache.mark(), models.prompt(6, seed=5)
     first = read(llama, cache, question)
     for _ in range(2):
-        read(llama, cache, models.prompt(20, seed=6))
+        read(llama, cache, models.prompt(15, seed=6))
         cache.rewind(mark)
         assert torch.equal(read(llama, cache, question), first)
         assert cache.seen == 54

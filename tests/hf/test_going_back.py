@@ -9,6 +9,8 @@ from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf.attach import is_attached
 from small import small
 
+pytestmark = pytest.mark.filterwarnings("ignore:keep=24 was applied to the prompt")
+
 METHODS = ["adakv", "cake", "fastkv", "full", "h2o", "kvzip", "laprox", "shotkv", "snapkv", "tova"]
 PROMPT = 30
 

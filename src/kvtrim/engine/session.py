@@ -185,6 +185,9 @@ class Session(Undoable):
         prompt = self.in_prompt
         if not prompt:
             self.state.probed = True  # only the prompt is probed, when it is complete
+        columns, expected = self._cuts.whole.columns, self.state.expected
+        if not prompt and columns > 1 and self.state.reading.seen >= expected:
+            self.state.added += columns
         self.state.reading.record(self._cuts.whole)
         if prompt and not self._plan.coming:
             self.state.settle()
@@ -209,6 +212,21 @@ class Session(Undoable):
     def remark(self) -> str | None:
         """What is held of the prompt, where that is clearly not what was asked for."""
         return remark(self.method, self.keep, self.state)
+
+    @property
+    def overfed(self) -> str | None:
+        """What is held beyond the budget because it came after the prompt, and what to do."""
+        method, keeps = self.method, self.state.keeps
+        if method.schedule.every is not None or method.full or self.recording or not keeps:
+            return None
+        if self.state.added <= max(keep for keep, _ in keeps):
+            return None
+        return (
+            f"keep={self.keep} was applied to the prompt, the first pass over this cache; later "
+            "passes are added to it and never evicted. If they belong to the prompt, pass "
+            "prompt_tokens=LENGTH; to evict in further turns too, pass every=64, or another "
+            "number of tokens"
+        )
 
     @property
     def probing(self) -> bool:

@@ -41,6 +41,8 @@ class State:
     closed_up: list[int] = field(default_factory=list)
     """For each prompt how far its tokens moved up when the model started again on a part of it;
     empty if it never did."""
+    added: int = 0
+    """Columns of passes over several tokens after the prompt, if nobody announced them."""
     appended_from: int = 0
     """Columns read from which on entries were only appended."""
     past: list[Any] = field(default_factory=list)

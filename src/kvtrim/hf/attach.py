@@ -9,12 +9,13 @@ which torch looks up apart. That is a pass of somebody who is not attached: noth
 
 import copy
 import inspect
+import sys
 import threading
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from kvtrim.engine.graph import Steps
 from kvtrim.errors import CacheError, UsageError
@@ -123,6 +124,8 @@ class Attachment:
         ids, (coming, cache.coming) = kwargs.get("input_ids"), (cache.coming, None)
         embeds = ids if ids is not None else kwargs["inputs_embeds"]
         mask, first = padding(kwargs.get("attention_mask")), cache.seen == 0
+        if first and cache.session.prompt_tokens is None:
+            cache.session.prompt_tokens = _in_chunks()
         enter(cache, _ends(cache, kwargs, embeds.shape[1]), first)
         rows, columns = embeds.shape[:2]
         cache.begin_pass(rows, columns, mask, coming if ids is None else ids)
@@ -178,6 +181,21 @@ def _ends(cache: Cache, kwargs: dict[str, Any], columns: int) -> list[int]:
         return [cache.seen + columns - by for by in cache.session.state.closed_up or [0]]
     ups = torch.tensor(cache.session.state.closed_up or [0]) if columns else 0
     return (at.amax(dim=-1).cpu() + 1 - ups).tolist()
+
+
+def _in_chunks() -> int | None:
+    """Tokens of the prompt that transformers' `generate` is reading in chunks, if it is.
+
+    A chunk does not say that more are coming; only the caller knows.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is GenerationMixin._prefill.__code__:
+            chunk = frame.f_locals["generation_config"].prefill_chunk_size
+            tokens = frame.f_locals["input_ids"].shape[1]
+            return tokens if chunk is not None and tokens > chunk else None
+        frame = frame.f_back
+    return None
 
 
 def _narrow(

@@ -30,6 +30,7 @@ HANDLE = "kvtrim_cache"
 
 _KNOWN_KEYWORDS = {"position_ids", "use_cache", "sliding_window", "output_attentions", "is_causal"}
 _OF_OTHERS = {"output_router_logits", "output_hidden_states", "num_items_in_batch"}
+_OF_OTHERS |= {"tokenizer", "assistant_tokenizer"}  # `generate` lets them through
 """Keywords that mean nothing to attention."""
 
 

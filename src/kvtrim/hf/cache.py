@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
@@ -100,6 +101,7 @@ class Cache(TransformersCache):
         self.words = Words() if tokenizer is None else repeat_words(tokenizer, frame(tokenizer))
         self.request = (method, settings)  # as asked for, to be saved
         self.prompt: dict[str, Any] = {}  # how the prompt was built, for questions asked later
+        self._told = False  # what is held beyond the budget is said once
         self.token_ids: Int[Tensor, "B seen"] | None = None  # None too if embeddings were fed
         self.coming: Int[Tensor, "B n"] | None = None  # of the next pass, if its decoder sees none
         self.switch = switch(model)  # of long RoPE, and on which side of it keys were turned
@@ -202,6 +204,10 @@ class Cache(TransformersCache):
         """Every layer has attended."""
         if self.session.steps is None:
             self.session.end()
+            said = self.session.overfed
+            if said is not None and not self._told:
+                self._told = True
+                warnings.warn(said, stacklevel=2)
 
     # Going back
 

@@ -18,6 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from kvtrim.errors import UsageError
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.decode import Captured, why_plain
 from kvtrim.hf.keyword import cache_in, passing
@@ -168,7 +169,8 @@ def generate(
         if chunk is not None and unread.shape[1] > chunk:
             last = (unread.shape[1] - 1) % chunk + 1
             read(model, unread[:, :-last], cache, chunk)
-        beams = options.get("num_beams", 1)
+        config = options.get("generation_config")
+        beams = options.get("num_beams") or (config and config.num_beams) or 1
         if (
             beams > 1 and cache.get_seq_length()
         ):  # transformers repeats the input, not what was read
@@ -182,7 +184,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             stopping_criteria=criteria,
             custom_generate=loop,
-            **{**_greedy(model), **options},
+            **{**_unsaid(model, config), **options},
         )
     return _timed(out[0, ids.shape[1] :].tolist(), start, clock.times, loop, reason)
 
@@ -220,30 +222,56 @@ def sampling_names() -> frozenset[str]:
     return frozenset(own | vars(GenerationConfig()).keys()) - _INPUTS
 
 
+_REFUSED = {
+    **dict.fromkeys(
+        ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions"),
+        "a result holds texts and their tokens; call model.generate with a kvtrim.Cache for more",
+    ),
+    "output_hidden_states": "a result holds texts and their tokens; call model.generate for more",
+    "num_return_sequences": "one answer per question; for more, call model.generate",
+    "max_length": "say how long the answer may be: max_new_tokens",
+    "prefill_chunk_size": "say prefill_chunk, which knows where the prompt ends",
+    "cache_implementation": "the cache is kvtrim's; choose it by method and keep",
+}
+_HARMLESS = {"num_return_sequences": 1}
+
+
 def require_sampling(options: Mapping[str, Any]) -> None:
     """Refuse what transformers would refuse late, or take for something else.
+
+    Settings of a `generation_config` among the options count like the others.
 
     Raises:
         UsageError: naming the option.
     """
+    config = options.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise UsageError(
+            f"generation_config={config!r:.60}: expected a transformers.GenerationConfig"
+        )
+    set_there = {} if config is None else vars(config)
+    asked = {name: value for name, value in set_there.items() if value is not None} | {**options}
     known = declared(Sampling)
-    for name in known.keys() & options.keys():
-        check(name, options[name], known[name])
+    for name in known.keys() & asked.keys():
+        check(name, asked[name], known[name])
+    for name, instead in _REFUSED.items():
+        if asked.get(name) and asked[name] != _HARMLESS.get(name):
+            raise UsageError(f"{name}={asked[name]!r} has no meaning here: {instead}")
+    if asked.get("use_cache") is False:
+        raise UsageError("use_cache=False would read everything again: leave it out")
 
 
-def _greedy(model: Any) -> dict[str, Any]:
-    """Greedy decoding, also for models whose own configuration samples."""
+def _unsaid(model: Any, config: GenerationConfig | None) -> dict[str, Any]:
+    """Greedy decoding where nobody says otherwise, also if the model's own configuration does."""
     pad = model.generation_config.pad_token_id
     if pad is None:
         eos = model.generation_config.eos_token_id
         pad = eos[0] if isinstance(eos, list) else eos
-    return {
-        "do_sample": False,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-        "pad_token_id": pad,
-    }
+    greedy = dict.fromkeys(("temperature", "top_p", "top_k")) | {"do_sample": False}
+    if config is None:
+        return {**greedy, "pad_token_id": pad}
+    own = {"pad_token_id": pad} if config.do_sample else {**greedy, "pad_token_id": pad}
+    return {name: value for name, value in own.items() if getattr(config, name) is None}
 
 
 def plain_cache(model: Any) -> TransformersCache:
