@@ -81,6 +81,10 @@ class _Stock:
             return sdpa_attention_forward  # a copy of a part of an attached model
         return AttentionInterface().get_interface(name, _eager(module))
 
+    def is_eager(self, module: torch.nn.Module) -> bool:
+        """Whether that is the plain attention of the model's own file."""
+        return self.of(getattr(module, "config", None)) == "eager"
+
     def mask(self, config: Any) -> Callable[..., Any]:
         """The function that makes its masks."""
         name, known = self.of(config), AttentionMaskInterface()
@@ -189,6 +193,9 @@ def attention(
         made = attention_mask.made() if isinstance(attention_mask, Mask) else attention_mask
         given = {} if softcap is None else {"softcap": softcap}
         given |= keywords
+        slides = isinstance(attention_mask, Mask) and keywords.get("s_aux") is None
+        if slides and query.dtype == torch.float64 and stock.is_eager(module):
+            return _wide(query, key, value, made, scaling, softcap), None
         return stock.attention(module)(
             module, query, key, value, made, dropout=dropout, scaling=scaling, **given
         )
@@ -214,6 +221,26 @@ def attention(
     if torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)):
         out = cast(Tensor, _NoGradient.apply(out, query, key, value))
     return out, None
+
+
+def _wide(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """Plain attention all in the queries' format; that of transformers has an fp32 softmax.
+
+    Layers that slide take it beside layers that kvtrim manages, which are as exact.
+    """
+    scale, groups = query.shape[-1] ** -0.5 if scaling is None else scaling, query.shape[1]
+    key, value = (x.repeat_interleave(groups // x.shape[1], 1) for x in (key, value))
+    logits = query @ key.transpose(-1, -2) * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits = logits if mask is None else logits + mask
+    return (logits.softmax(dim=-1) @ value).transpose(1, 2).contiguous()
 
 
 class _NoGradient(torch.autograd.Function):
