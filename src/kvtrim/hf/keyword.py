@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 from transformers import Cache, GenerationMixin
 
 _OLD, _NEW = "past_key_values", "cache"
 
 KEYWORD = (
-    _NEW if _NEW in signature(GenerationMixin.prepare_inputs_for_generation).parameters else _OLD
+    _NEW
+    if _NEW in signature(cast(Any, GenerationMixin).prepare_inputs_for_generation).parameters
+    else _OLD
 )
 """The name in the transformers that is installed. Models of 5.24 still take the old one."""
 
