@@ -85,7 +85,7 @@ def _drawn(rng):
     method, settings = _method(rng, 2 if sliding else 3)
     lengths = [
         rng.randint(1, 3) if rng.random() < 0.12 else rng.randint(4, 44)
-        for _ in range(rng.choice((1, 2, 2, 3)))
+        for _ in range(rng.choice((1, 2, 3, 3)))
     ]
     if rng.random() < 0.25:
         lengths = lengths[:1] * len(lengths)
@@ -108,8 +108,8 @@ def _method(rng, layers):
     if method.presets and rng.random() < 0.4:
         settings["preset"] = rng.choice(sorted(method.presets))
     changes = {
-        "budget": (0.3, sorted(BUDGETS)),
-        "every": (0.35, (None, 1, 1, 2, 3, 4, 7)),
+        "budget": (0.35, [*sorted(BUDGETS), "per-head", "per-head", "per-head"]),
+        "every": (0.5, (None, 1, 1, 1, 2, 3, 4, 7)),
         "ahead": (0.08, (True,)),
         "chunks": (0.12, (True,)),
         "region": (0.12, ("generated",)),
@@ -120,6 +120,7 @@ def _method(rng, layers):
         "skip_layers": (0.06, ((0,), (1,))),
         "reuse": (0.06, (2,)),
         "propagation": (0.05, ("token-selective", "everything")),
+        "refit": (0.1, ("none", "values", "values+bias")),
     }
     settings |= {k: rng.choice(v) for k, (chance, v) in changes.items() if rng.random() < chance}
     try:
@@ -195,7 +196,7 @@ def _ops(rng, lengths, sliding):
     for _ in range(rng.randint(1, 7)):
         kind = rng.choice(kinds)
         if kind == "step":
-            for _ in range(rng.randint(1, 4)):
+            for _ in range(rng.randint(1, 6)):
                 ops.append(("read", _turn(rng, rows, 1, sliding)))
         elif kind in ("turn", "detour"):
             turn = _turn(rng, rows, rng.randint(2, 6), sliding)
@@ -450,8 +451,8 @@ def _apart(case, batch, lone, after):
 def _unmasked(case, lone, cache):
     """Where a prompt's logits are not those of the model masked to what was held."""
     net, method = model(case.architecture), cache.method
-    if method.positions == "rolled":
-        return None
+    if method.positions == "rolled" or method.refit.changes:
+        return None  # keys or values are others than the model made
     kept = range(len(lone.tokens))
     if method.propagation.restarts and lone.read:  # the chosen tokens close up
         prompt = sum(isinstance(seen, set) for seen in lone.sights)  # restarts read it at once
