@@ -65,6 +65,18 @@ def test_padding_in_later_turns_changes_nothing(llama, name, keep):
         assert models.positions(batch, number) == models.positions(alone), number
 
 
+@pytest.mark.parametrize("name", ["knorm", "shotkv", "adakv", "snapkv"])
+def test_prompts_that_came_to_one_length_are_not_taken_for_alike(llama, name):
+    """One had less of a budget, another schedule, an answer that began elsewhere."""
+    parts = [padded((40, 34)), padded((0, 6), 1), *(padded((1, 1), at) for at in range(2, 9))]
+    batch = kvtrim.Cache(llama, name, 0.5, **EVICTING[name])
+    feed(llama, batch, parts)
+    for number in range(2):
+        alone = kvtrim.Cache(llama, name, 0.5, **EVICTING[name])
+        feed(llama, alone, row(parts, number))
+        assert models.positions(batch, number) == models.positions(alone), number
+
+
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text"])
 def test_a_probe_beside_a_longer_one_leaves_windows_that_slide_their_room(architecture):
     model = models.tiny(architecture)
