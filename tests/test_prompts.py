@@ -6,7 +6,6 @@ import threading
 import pytest
 
 import kvtrim
-from kvtrim import prompts
 from kvtrim.errors import UsageError
 from kvtrim.prompts import encode, frame
 from kvtrim.prompts.document import Document
@@ -81,13 +80,13 @@ def test_templates_that_do_not_print_the_message_once_are_refused(name):
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_templates_that_never_end_are_stopped(name, monkeypatch):
-    monkeypatch.setattr(prompts, "_TEMPLATE_S", 0.2)
+    monkeypatch.setattr("kvtrim.prompts.prompt._TEMPLATE_S", 0.2)
     with pytest.raises(UsageError, match=r"has not ended after|needs more than 1 GiB"):
         frame(speaking(ENDLESS[name]))
 
 
 def test_templates_are_stopped_in_other_threads_and_tracing_is_as_before(monkeypatch):
-    monkeypatch.setattr(prompts, "_TEMPLATE_S", 0.2)
+    monkeypatch.setattr("kvtrim.prompts.prompt._TEMPLATE_S", 0.2)
     found, before = [], sys.gettrace()
 
     def run():

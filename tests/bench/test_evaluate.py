@@ -330,7 +330,7 @@ def test_without_memory_to_record_every_method_reads_for_itself(subject, tmp_pat
     wanted = asked(methods=["snapkv", "adakv"], keeps=["48"])
     run(subject, wanted, tmp_path / "once")
 
-    def none(*_):
+    def none(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(prefill, "record", none)
