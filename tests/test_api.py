@@ -46,6 +46,12 @@ def test_the_protocol_can_be_chosen(model):
         ask(model, CONTEXT, "Where?", protocol="both")
 
 
+def test_answers_are_bounded_by_default_under_both_protocols(model):
+    for protocol in ("question-aware", "question-agnostic"):
+        answer = ask(model, CONTEXT, "Where?", max_new_tokens=None, protocol=protocol).answers[0]
+        assert 0 < len(answer.token_ids) <= 128
+
+
 def test_the_full_method_equals_transformers(model):
     tokenizer = models.tokenizer()
     text = f"<s><user>{CONTEXT}\n\nWhere?<assistant>"

@@ -182,7 +182,7 @@ def generate(
     room = _window(model) - new_tokens - max(map(len, follow))
     prompt = _context(tokenizer, around, context, room, truncate)
     if protocol == AGNOSTIC:
-        start, reach = perf_counter(), len(prompt) + max(map(len, follow)) + max_new_tokens - 1
+        start, reach = perf_counter(), len(prompt) + max(map(len, follow)) + new_tokens - 1
         given = (model, tokenizer, around, prompt, method, keep, prefill_chunk, progress)
         cache = _compressed(*given, settings, reach)
         cache.prompt = {"chat": chat, "system": system}

@@ -12,7 +12,7 @@ import inspect
 import sys
 import threading
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel
@@ -190,7 +190,7 @@ def _in_chunks() -> int | None:
     """
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is GenerationMixin._prefill.__code__:
+        if frame.f_code is cast(Any, GenerationMixin)._prefill.__code__:
             chunk = frame.f_locals["generation_config"].prefill_chunk_size
             tokens = frame.f_locals["input_ids"].shape[1]
             return tokens if chunk is not None and tokens > chunk else None
