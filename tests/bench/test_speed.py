@@ -190,6 +190,7 @@ def test_limits_count_what_the_model_does(model):
 FAKE = '''
 """A stand-in for kvpress with its interface: it keeps the last tokens. Not the real package."""
 from contextlib import contextmanager
+from kvtrim.hf.keyword import cache_in
 
 
 class SnapKVPress:
@@ -199,7 +200,7 @@ class SnapKVPress:
     @contextmanager
     def __call__(self, model):
         def cut(module, args, kwargs, output):
-            layer = kwargs["past_key_values"].layers[module.layer_idx]
+            layer = cache_in(kwargs).layers[module.layer_idx]
             kept = int(layer.keys.shape[2] * (1 - self.ratio))
             layer.keys, layer.values = layer.keys[:, :, -kept:], layer.values[:, :, -kept:]
 

@@ -110,9 +110,10 @@ def test_a_cache_cropped_back_from_beyond_is_refused_below(model):
 
 def test_questions_that_would_go_beyond_are_refused_before_any_work(model):
     tokenizer, context = models.tokenizer(chat=False), "a" * (SWITCH - 10)
-    cache = kvtrim.compress(model, tokenizer, context, keep=16, window=8)
+    settings = {"method": "snapkv", "keep": 16, "window": 8}
+    cache = kvtrim.compress(model, tokenizer, context, **settings)
     calls, hook = watched(model)
-    ask = {"keep": 16, "window": 8, "max_new_tokens": 20}
+    ask = settings | {"max_new_tokens": 20}
     for given in (cache, context):
         for question in ("b", ["b", "c"]):
             with pytest.raises(CacheError, match="rotary frequencies"):
@@ -124,7 +125,7 @@ def test_questions_that_would_go_beyond_are_refused_before_any_work(model):
                     **(ask if given is context else {"max_new_tokens": 20}),
                 )
     with pytest.raises(CacheError, match="rotary frequencies"):
-        kvtrim.compress(model, tokenizer, "a" * 90, keep=16, window=8, prefill_chunk=30)
+        kvtrim.compress(model, tokenizer, "a" * 90, prefill_chunk=30, **settings)
     assert calls == []
     assert kvtrim.generate(model, tokenizer, cache, "b", max_new_tokens=2).answers[0].token_ids
     whole = kvtrim.generate(model, tokenizer, "a" * (SWITCH + 9), "b", **ask)
@@ -149,7 +150,8 @@ def test_a_prompt_that_closes_up_counts_as_long_as_what_is_read_of_it():
         model(ids, **passing(cache))
         read = SWITCH + 26 - cache.session.state.closed_up[0]
         assert read < SWITCH, "the part that is read is below"
-        model(ids[:, : SWITCH - read], **passing(cache))
+        with pytest.warns(UserWarning, match="was applied to the prompt"):
+            model(ids[:, : SWITCH - read], **passing(cache))
         with pytest.raises(CacheError, match="frequencies"):
             model(ids[:, :1], **passing(cache))
 

@@ -1,5 +1,6 @@
 """What a figure was measured on: versions, processor, threads, commit; and memory peaks."""
 
+import ast
 import ctypes
 import gc
 import hashlib
@@ -7,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -147,3 +148,40 @@ def _device_name(device: torch.device) -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or device.type
+
+
+def outside(names: Iterable[str]) -> dict[str, str]:
+    """For every `module:ATTRIBUTE` of one's own the hash of its source, and of the modules beside
+    it that it imports, so that a record tells one version from another in every process.
+    """
+    found = {}
+    for name in sorted(names):
+        module = sys.modules.get(name.partition(":")[0]) if ":" in name else None
+        file = getattr(module, "__file__", None)
+        if file is not None:
+            total = hashlib.sha256()
+            for path in _with_imports(Path(file).resolve()):
+                total.update(path.name.encode() + path.read_bytes())
+            found[name] = total.hexdigest()[:16]
+    return found
+
+
+def _with_imports(file: Path) -> list[Path]:
+    """A module's file and those in its folder that it imports, also through each other."""
+    known, left = {file}, [file]
+    while left:
+        for node in ast.walk(ast.parse(left.pop().read_bytes())):
+            names = [each.name for each in getattr(node, "names", [])]
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module or ''}.{name}" for name in names)]
+            elif not isinstance(node, ast.Import):
+                continue
+            for name in names:
+                parts = [part for part in name.split(".") if part]
+                for first in range(len(parts)):  # the folder may be a package, or on the path
+                    place = file.parent.joinpath(*parts[first:])
+                    there = {place.with_suffix(".py"), place / "__init__.py"} - known
+                    new = [path for path in there if path.is_file()]
+                    known.update(new)
+                    left += new
+    return sorted(known)

@@ -6,12 +6,9 @@ whole part.
 """
 
 import re
-import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from hashlib import sha256
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from kvtrim.errors import KvtrimError, UnknownNameError, UsageError
@@ -162,25 +159,6 @@ def imported(name: str, kind: type[Own]) -> Own:
         raise UsageError(f"cannot load {kind.__name__.lower()} {name!r}: {said}") from error
     if not isinstance(found, kind):
         raise UsageError(f"{name} is a {type(found).__name__}, not a kvtrim {kind.__name__}")
-    return found
-
-
-def outside(names: Iterable[str]) -> dict[str, str]:
-    """For every `module:ATTRIBUTE` of one's own the hash of its source, and of the modules beside
-    it that are loaded, so that a record tells one version from another.
-    """
-    found = {}
-    for name in names:
-        module = sys.modules.get(name.partition(":")[0]) if ":" in name else None
-        file = getattr(module, "__file__", None)
-        if file is None:
-            continue
-        folder, total = Path(file).resolve().parent, sha256(Path(file).read_bytes())
-        others = {getattr(each, "__file__", None) or "" for each in list(sys.modules.values())}
-        for other in sorted(path for each in others if (path := Path(each)).suffix == ".py"):
-            if other.resolve().is_relative_to(folder) and "site-packages" not in other.parts:
-                total.update(other.name.encode() + other.read_bytes())
-        found[name] = total.hexdigest()[:16]
     return found
 
 

@@ -7,9 +7,10 @@ from typing import Any
 from kvtrim.api import AWARE, Protocol
 from kvtrim.bench.candidates import PLAIN, Candidate, candidates, require_chunks
 from kvtrim.bench.eval.encode import Encoder
+from kvtrim.bench.provenance import outside
 from kvtrim.errors import UsageError
 from kvtrim.methods.keep import Keep
-from kvtrim.methods.settings import find, imported, outside
+from kvtrim.methods.settings import find, imported
 from kvtrim.tasks import Sample, Task, named
 
 FULL = "full"
