@@ -151,7 +151,7 @@ def test_flags_that_cannot_act_on_a_saved_cache_are_refused(run, tmp_path, flags
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ((*ASK, "--set", "chunks=true"), "--prefill-chunk"),
+        ((*ASK, "--method", "knorm", "--set", "chunks=true"), "--prefill-chunk"),
         ((*ASK, "--set", "window=3", "--set", "window=4"), "--set window is given twice"),
         (
             ("eval", "--task", "niah-words", "--method", "knorm", "--set", "chunks=true",
