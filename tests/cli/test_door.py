@@ -163,7 +163,7 @@ def test_flags_that_cannot_act_on_a_saved_cache_are_refused(run, tmp_path, flags
              "--protocol", "question-aware"),
             "--set chunks=true",
         ),
-        ((*TELL, "--method", "knorm", "--set", "chunks=true"), "--prefill-chunk"),
+        ((*TELL, "--set", "chunks=true"), "--prefill-chunk"),
         ((*TELL, "--prefill-chunk", "8"), "--set chunks=true"),
         (("recommend", "--prompts", "manual.md"), ".txt file with one prompt on a line"),
         (("compress", "doc.txt", "-o", "a.kv", "--method", "knorm", "--set", "chunks=true"),
