@@ -15,7 +15,7 @@ from kvtrim.hf.keyword import passing
 from kvtrim.hf.models.architectures import layout
 from kvtrim.types import Tensor
 
-_TOKENS, _STEPS = 96, 8
+_TOKENS, _STEPS = 96, 4
 
 
 @dataclass(frozen=True)
