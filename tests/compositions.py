@@ -239,11 +239,12 @@ def model(architecture):
 def exact():
     """Scores in float64, so that prompts differ by what is done, not by the order of sums."""
     single, torch.Tensor.float = torch.Tensor.float, torch.Tensor.double
+    kind, torch.float = torch.float, torch.float64  # transformers 5.17 asks for it by this name
     torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
-        torch.Tensor.float = single
+        torch.Tensor.float, torch.float = single, kind
         torch.set_default_dtype(torch.float32)
 
 
