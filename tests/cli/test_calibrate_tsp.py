@@ -76,7 +76,10 @@ def test_without_matplotlib_the_table_is_written_all_the_same(run, tmp_path, mon
     ("arguments", "message"),
     [
         (("--tokens", "none"), "tokens='none': expected int .1 or more. or float"),
-        (("--tokens", "1.5"), "tokens=1.5: expected"),
+        (
+            ("--tokens", "1.5"),
+            "tokens=1.5: expected int .1 or more. or float .above 0, at most 1.",
+        ),
         (("--tokens", "2048"), "all 4.. tokens of prompt 1 go on"),
         (("--length", "600"), "the window 512"),
         (("--out", "nowhere/x.json"), "there is no folder nowhere"),
