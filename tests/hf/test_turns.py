@@ -52,7 +52,7 @@ def test_the_remedies_hold_the_budget_and_nothing_is_said(llama, options):
 
 def ask(**options):
     model = models.tiny("llama")
-    settings = {"keep": 24, "window": 8, **options}
+    settings = {"method": "snapkv", "keep": 24, "window": 8, **options}
     return kvtrim.generate(model, models.tokenizer(), "a text " * 6, "who?", **settings)
 
 
