@@ -107,12 +107,18 @@ ROOMS = {
         "methods.propagation tasks",
         owns="safetensors",
     ),
+    "serve": Room(
+        "api cache errors files hf hf.models methods.keep prompts serve.library types",
+        shapes=True,
+    ),
+    "serve.library": Room("errors files", owns="platformdirs", torch=False),
+    "serve.stream": Room(torch=False),
     "lm_eval": Room("errors hf hf.models methods.settings version", owns="lm_eval"),
     "cli": Room(
         "api bench bench.calibrate bench.eval bench.speed bench.sweep engine errors files hf "
         "hf.models lm_eval methods.budgets methods.describe methods.echo_tables methods.keep "
-        "methods.method methods.registry methods.settings prompts report report.plots tasks "
-        "version",
+        "methods.method methods.registry methods.settings prompts report report.plots serve "
+        "serve.library serve.stream tasks version",
         owns="typer rich",
     ),
 }

@@ -51,6 +51,7 @@ class Answer:
     kept: list[list[int]]  # entries per layer and head
     remark: str | None  # what is held of the prompt, where that is clearly not what was asked for
     decoding: str  # "captured" (a replayed CUDA graph per token), or "plain" and why
+    reused_tokens: int  # of the prompt's, those that a cache had read before the question came
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,17 @@ class Result:
     def prompt_tokens(self) -> int:
         """Tokens of the context and the first question."""
         return self.answers[0].prompt_tokens
+
+    @property
+    def read_tokens(self) -> int:
+        """Prompt tokens read by this call: questions, and the context unless a cache had it."""
+        asked = sum(answer.prompt_tokens - answer.reused_tokens for answer in self.answers)
+        return asked + (self.answers[0].reused_tokens if self.compress_s else 0)
+
+    @property
+    def reused_tokens(self) -> int:
+        """Context tokens that a cache had read before this call."""
+        return 0 if self.compress_s else self.answers[0].reused_tokens
 
     @property
     def held_bytes(self) -> int:
@@ -284,11 +296,13 @@ def _answer(
         held["kept"] = [counts[0].tolist() for counts in cache.entries()]
         held["remark"] = cache.remark
 
+    reused = cache.seen
     cache.expect(len(ids))
     with attach(model):
         done = run(model, torch.tensor([ids], device=model.device), cache, on_first=look, **asking)
     text = tokenizer.decode(done.token_ids, skip_special_tokens=True).strip()
     held["decoding"] = done.decoding
+    held["reused_tokens"] = reused
     return Answer(text, done.token_ids, done.ttft_s, done.tpot_s, len(ids), **held)
 
 

@@ -6,6 +6,7 @@ import typer
 
 from kvtrim.cli import (
     ask,
+    caches,
     calibrate,
     check,
     compare,
@@ -42,6 +43,7 @@ app.command(
     add_help_option=False,
 )(lm_eval.lm_eval)
 app.command("check")(check.check)
+app.add_typer(caches.group, name="caches")
 app.add_typer(calibrate.group, name="calibrate")
 
 

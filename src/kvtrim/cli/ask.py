@@ -1,7 +1,7 @@
 """`ask` and `compress`: answers from a document with a small cache."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,7 @@ from kvtrim.errors import UsageError
 
 if TYPE_CHECKING:
     from kvtrim.api import Result
+    from kvtrim.serve.library import Entry
 
 CacheFile = Annotated[
     Path | None,
@@ -19,6 +20,11 @@ CacheFile = Annotated[
 ]
 EMPTY = "(an empty answer: the model ended it at once)"
 MADE = ("method", "keep", "set_", "protocol", "chat", "system", "truncate", "shots_separator")
+Stream = Annotated[bool, typer.Option("--stream", help="Print answers as they come.")]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", help="Keep it in the library under this name: `kvtrim ask @NAME`."),
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to save the cache.")]
 
 
@@ -27,10 +33,15 @@ def ask(
     document: options.Document = None,
     question: options.Questions = None,
     cache: CacheFile = None,
+    library: options.Library = None,
     method: options.Method = "auto",
     keep: options.Keep = "512",
     set_: options.Set = None,
     max_new_tokens: options.NewTokens = 128,
+    stream: Stream = False,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = None,
     protocol: options.Protocol = None,
     chat: options.Chat = None,
     system: options.System = None,
@@ -44,29 +55,46 @@ def ask(
     allow_untested: options.AllowUntested = False,
     json: options.Json = False,
 ) -> None:
-    """Answer questions about a document, or a saved cache, with a small cache."""
-    questions = options.read_questions(question)
-    if cache is not None:
-        options.require_unset(context, MADE, f"was settled when {cache} was made; leave it out")
-    settings = options.checked(method, [keep], set_, protocol, truncate, prefill_chunk)
-    text = None if cache is not None else options.read_document(document, shots_separator)
+    """Answer questions about a document, a named one (@NAME) or a saved cache."""
+    questions, name = options.read_questions(question), options.name_in(document)
+    if cache is not None or name is not None:
+        made = f"{cache} was made" if cache is not None else f"@{name} was compressed"
+        options.require_unset(context, MADE, f"was settled when {made}; leave it out")
     if cache is not None and document is not None:
         raise UsageError("give a document or --cache, not both")
     if cache is not None and not cache.is_file():
         raise UsageError(f"no such cache file: {cache}")
+    if json and stream:
+        raise UsageError("--json is one object at the end; leave --stream or --json out")
+    settings = options.checked(method, [keep], set_, protocol, truncate, prefill_chunk)
+    sampling = options.sampling(temperature, top_p, seed)
+    own = options.library_in(library)
+    if name is not None:
+        own.get(name)
+    ready = cache is not None or name is not None
+    text = None if ready else options.read_document(document, shots_separator)
     loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
     from kvtrim.hf.saving import load_cache
 
-    own = method if ":" in method else None  # which a file names, and only the caller may
-    given = text if cache is None else load_cache(cache, loaded, tokenizer, own)
-    how = dict(
+    named = method if ":" in method else None  # which a file names, and only the caller may
+    given = text if cache is None else load_cache(cache, loaded, tokenizer, named)
+    if name is not None:
+        from kvtrim.serve import documents
+
+        prints = documents.Prints.of(model, loaded, tokenizer)
+        _, given = documents.load(own, name, loaded, tokenizer, prints, named)
+    how: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens,
         protocol=protocol,
         chat=chat,
         system=system,
         truncate=truncate,
         prefill_chunk=prefill_chunk,
+        **sampling,
     )
+    if stream:
+        _stream(loaded, tokenizer, given, questions, method, keep, settings, how)
+        return
     with output.progress() as report:
         result = results.generate(
             loaded, tokenizer, given, questions, method, keep, settings, how, report
@@ -74,9 +102,42 @@ def ask(
     _print_answers(result, questions, json)
 
 
+def _stream(
+    model: Any,
+    tokenizer: Any,
+    given: Any,
+    questions: list[str],
+    method: str,
+    keep: str,
+    settings: dict[str, Any],
+    how: dict[str, Any],
+) -> None:
+    """Every answer as it comes; a context that was not read yet is read once for all."""
+    from kvtrim.serve.stream import Streamer
+
+    if len(questions) > 1 and isinstance(given, str):
+        raise UsageError(
+            "--stream with several questions needs a compressed document: kvtrim compress FILE "
+            "--name NAME, then kvtrim ask @NAME --stream -q ... -q ..."
+        )
+    for question in questions:
+        if len(questions) > 1:
+            output.out.print(question, style="bold")
+        show = output.Stream()
+        result = results.generate(
+            model, tokenizer, given, [question], method, keep, settings,
+            {**how, "streamer": Streamer(tokenizer, show)}, None,
+        )  # fmt: skip
+        show.end(EMPTY)
+        _print_figures(result)
+
+
 def compress(
+    context: typer.Context,
     document: options.Document = None,
     out: Out = Path("cache.kv"),
+    name: Name = None,
+    library: options.Library = None,
     method: options.Method = "auto",
     keep: options.Keep = "512",
     set_: options.Set = None,
@@ -92,27 +153,41 @@ def compress(
     allow_untested: options.AllowUntested = False,
     json: options.Json = False,
 ) -> None:
-    """Read a document once, evict before any question is known, save a cache for `ask --cache`."""
+    """Read a document once, evict before any question is known, keep the cache for `ask`."""
     settings = options.checked(method, [keep], set_, None, truncate, prefill_chunk)
-    text = options.read_document(document, shots_separator)
-    options.require_writable(out)
+    if name is not None:
+        from kvtrim.serve.library import checked_name
+
+        options.require_unset(context, ("out",), "names a file, --name a document of the library")
+        checked_name(name)
+    else:
+        options.require_writable(out)
+    text = options.read_document(document, shots_separator, library)
     loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
-    from kvtrim.api import compress as read
+    how = dict(
+        method=method,
+        keep=keep,
+        chat=chat,
+        system=system,
+        truncate=truncate,
+        prefill_chunk=prefill_chunk,
+    )
+    if name is not None:
+        from kvtrim.serve import documents
+
+        prints = documents.Prints.of(model, loaded, tokenizer)
+        asked = documents.How(settings=settings, **how)  # pyright: ignore[reportArgumentType]
+        own = options.library_in(library)
+        with output.progress() as report:
+            entry, read = documents.add(own, name, loaded, tokenizer, prints, text, asked, report)
+        record = _facts(f"@{name}", entry.file_bytes, entry)
+        record |= {"read_tokens": entry.tokens if read else 0, "library": str(own.folder)}
+        _print_compressed(record, json)
+        return
+    from kvtrim.api import compress as run
 
     with output.progress() as report:
-        cache = read(
-            loaded,
-            tokenizer,
-            text,
-            method=method,
-            keep=keep,
-            chat=chat,
-            system=system,
-            truncate=truncate,  # pyright: ignore[reportArgumentType] (checked above)
-            prefill_chunk=prefill_chunk,
-            progress=report,
-            **settings,
-        )
+        cache = run(loaded, tokenizer, text, progress=report, **how, **settings)  # pyright: ignore[reportArgumentType] (checked above)
     cache.save(out, tokenizer)
     record = {
         "file": str(out),
@@ -121,20 +196,41 @@ def compress(
         "method": method,
         "keep": str(cache.keep),
         "tokens": cache.seen,
+        "read_tokens": cache.seen,
         "held_bytes": cache.held_bytes,
         "full_bytes": cache.full_bytes,
         "remark": cache.remark,
     }
+    _print_compressed(record, json)
+
+
+def _facts(where: str, file_bytes: int, entry: "Entry") -> dict[str, Any]:
+    return {
+        "file": where,
+        "file_bytes": file_bytes,
+        "protocol": "question-agnostic",
+        "method": entry.method,
+        "keep": entry.keep,
+        "tokens": entry.tokens,
+        "held_bytes": entry.held_bytes,
+        "full_bytes": entry.full_bytes,
+        "remark": entry.remark,
+    }
+
+
+def _print_compressed(record: dict[str, Any], json: bool) -> None:
     if json:
         output.print_json(record)
-    else:
-        share = 100 * cache.held_bytes / cache.full_bytes
-        output.out.print(
-            f"{out}: {cache.seen} tokens, {output.size(cache.held_bytes)} held "
-            f"({share:.1f}% of the full cache), {method} {cache.keep}, question-agnostic"
-        )
-        if cache.remark:
-            output.note(cache.remark)
+        return
+    share = 100 * record["held_bytes"] / record["full_bytes"]
+    again = "" if record["read_tokens"] else ", found in the library and not read again"
+    output.out.print(
+        f"{record['file']}: {record['tokens']} tokens, {output.size(record['held_bytes'])} held "
+        f"({share:.1f}% of the full cache), {record['method']} {record['keep']}, "
+        f"question-agnostic{again}"
+    )
+    if record["remark"]:
+        output.note(record["remark"])
 
 
 def _print_answers(result: "Result", questions: list[str], json: bool) -> None:
@@ -148,13 +244,25 @@ def _print_answers(result: "Result", questions: list[str], json: bool) -> None:
         if len(questions) > 1:
             output.out.print(question, style="bold")
         output.out.print(text or EMPTY, markup=False, highlight=False)
+    _print_figures(result)
+
+
+def _print_figures(result: "Result") -> None:
     share = 100 * result.held_bytes / result.full_bytes
     output.err.print(
         f"{result.method} {result.keep}, {result.protocol}: {result.prompt_tokens} prompt tokens, "
         f"first token after {output.seconds(result.ttft_s)}, then {output.seconds(result.tpot_s)} "
-        f"each, {output.size(result.held_bytes)} held ({share:.1f}% of full)",
+        f"each, {output.size(result.held_bytes)} held ({share:.1f}% of full); {_reading(result)}",
         style="dim",
         highlight=False,
     )
     if result.remark:
         output.note(result.remark)
+
+
+def _reading(result: "Result") -> str:
+    """How many tokens were read for these answers, and how many were there."""
+    read, reused = result.read_tokens, result.reused_tokens
+    if not reused:
+        return f"{read:,} tokens read"
+    return f"{read:,} tokens read, 0 of {reused:,} document tokens re-read"

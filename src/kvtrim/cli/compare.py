@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 def compare(
     document: options.Document = None,
+    library: options.Library = None,
     question: options.Questions = None,
     method: options.Methods = None,
     keep: options.Keeps = None,
@@ -37,7 +38,7 @@ def compare(
     if len(questions) > 1:
         raise UsageError("compare asks one question; use ask for several")
     settings = _all_checked(methods, keeps, set_, protocol, truncate, prefill_chunk)
-    text = options.read_document(document, shots_separator)
+    text = options.read_document(document, shots_separator, library)
     loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
     how = dict(
         max_new_tokens=max_new_tokens,

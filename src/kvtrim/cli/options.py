@@ -11,6 +11,7 @@ from kvtrim.errors import UsageError
 
 if TYPE_CHECKING:
     from kvtrim.prompts import document
+    from kvtrim.serve import library
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="smollm2, a folder, a .gguf file or a Hub id.")
@@ -88,16 +89,75 @@ Shots = Annotated[
     ),
 ]
 PROTOCOLS, TRUNCATE = ("question-aware", "question-agnostic"), ("error", "middle")
-Document = Annotated[str | None, typer.Argument(help="A text file, or - for standard input.")]
+Document = Annotated[
+    str | None,
+    typer.Argument(help="A text file, - for standard input, or @NAME of `kvtrim caches`."),
+]
+Library = Annotated[
+    Path | None,
+    typer.Option(
+        "--library",
+        envvar="KVTRIM_LIBRARY",
+        help="The folder of named documents. Default: in your data folder.",
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temperature", min=0, help="Sample at this temperature. Default: greedy."),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", min=0, max=1, help="Sample from the likeliest tokens of this share."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of the sampling.")]
 
 
-def read_document(name: str | None, separator: str | None = None) -> "str | document.Document":
+def library_in(folder: Path | None) -> "library.Library":
+    """The named documents of a folder, by default of the user's data folder."""
+    from kvtrim.serve.library import Library, default_folder
+
+    return Library(folder or default_folder())
+
+
+def name_in(given: str | None) -> str | None:
+    """The name in `@name`; None if a file is meant (`./@name` for one called like that)."""
+    return given[1:] if given is not None and given.startswith("@") else None
+
+
+def sampling(
+    temperature: float | None, top_p: float | None, seed: int | None
+) -> dict[str, float | bool]:
+    """How `kvtrim.generate` is to choose tokens: greedily, unless a temperature is given.
+
+    Raises:
+        UsageError: settings of sampling without sampling.
+    """
+    if not temperature:
+        if top_p is not None or seed is not None:
+            raise UsageError("--top-p and --seed act on sampling: give --temperature 0.7 too")
+        return {}
+    import torch
+
+    if seed is not None:
+        torch.manual_seed(seed)
+    given = {"do_sample": True, "sampling.temperature": temperature}
+    return given | ({} if top_p is None else {"top_p": top_p})
+
+
+def read_document(
+    name: str | None, separator: str | None = None, folder: Path | None = None
+) -> "str | document.Document":
     """The text of a document, split into shots where a separator was given.
 
     Raises:
-        UsageError: as `read_text`, or there is no such separator in it.
+        UsageError: as `read_text`, no such named document, or no such separator in it.
     """
-    text = read_text(name)
+    known = name_in(name)
+    if known is None:
+        text = read_text(name)
+    else:
+        own = library_in(folder)
+        text = own.text(own.get(known))
     if separator is None:
         return text
     from kvtrim.prompts import document

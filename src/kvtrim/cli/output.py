@@ -122,6 +122,26 @@ def entries(kept: Sequence[Sequence[int]]) -> str:
     return f"{low} to {high} {bars}"
 
 
+class Stream:
+    """An answer on standard output as it comes; foreign text acts on no terminal."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def __call__(self, piece: str) -> None:
+        """Show a piece of it; blanks before the first word are left out."""
+        piece = piece if self._begun else piece.lstrip()
+        if piece:
+            self._begun = True
+            sys.stdout.write(visible(piece))
+            sys.stdout.flush()
+
+    def end(self, empty: str) -> None:
+        """Close the line; say so where there was no answer."""
+        sys.stdout.write("\n" if self._begun else f"{empty}\n")
+        sys.stdout.flush()
+
+
 @contextmanager
 def busy(what: str) -> Iterator[Callable[[str], None]]:
     """A spinner on standard error where there is no measure; yields `say(what)`."""

@@ -42,6 +42,8 @@ def record(result: "Result", question: str | None = None) -> dict[str, Any]:
             "ttft_s",
             "tpot_s",
             "prompt_tokens",
+            "read_tokens",
+            "reused_tokens",
             "held_bytes",
             "full_bytes",
             "kept",

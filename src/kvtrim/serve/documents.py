@@ -1,0 +1,188 @@
+"""Documents of a library read by a model: compressed and kept, found again, checked, loaded."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvtrim.api import compress
+from kvtrim.cache import archive
+from kvtrim.errors import CacheError, CacheFileError, FileError
+from kvtrim.hf.cache import Cache
+from kvtrim.hf.models import fingerprint
+from kvtrim.hf.saving import load_cache
+from kvtrim.methods.keep import Keep
+from kvtrim.prompts.document import Document
+from kvtrim.serve.library import Entry, Library, checked_name, key_of, now
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class How:
+    """How a document is read: what of the request decides what its cache holds."""
+
+    method: str = "auto"
+    keep: str = "25%"
+    settings: dict[str, Any] = field(default_factory=dict)
+    chat: bool | None = None
+    system: str | None = None
+    truncate: str = "error"
+    prefill_chunk: int | None = None
+
+
+@dataclass(frozen=True)
+class Prints:
+    """What tells a model and its tokenizer from others, worked out once."""
+
+    label: str  # what the user calls the model
+    model: str
+    tokenizer: str
+
+    @classmethod
+    def of(cls, label: str, model: Any, tokenizer: Any) -> "Prints":
+        """Those of a loaded model."""
+        own = key_of(fingerprint.of_model(model))
+        return cls(label, own, fingerprint.of_tokenizer(tokenizer))
+
+
+def key(prints: Prints, document: Document, how: How) -> str:
+    """The hash under which the cache of a document is kept."""
+    own = vars(how) | {"keep": str(Keep.parse(how.keep))}
+    spans = {name: units for name, units in document.spans.items()}
+    return key_of(archive.FORMAT, prints.model, prints.tokenizer, document.text, spans, own)
+
+
+def find(library: Library, prints: Prints, document: Document, how: How) -> Entry | None:
+    """The document read in exactly this way before; None if it was not.
+
+    A method of one's own may have changed since, so it is never taken for the same.
+    """
+    return None if ":" in how.method else library.find(key(prints, document, how))
+
+
+def add(
+    library: Library,
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    prints: Prints,
+    document: str | Document,
+    how: How,
+    progress: Progress | None = None,
+) -> tuple[Entry, bool]:
+    """Keep a document under a name; whether it had to be read for that.
+
+    Raises:
+        UsageError: no name, or as `kvtrim.compress`.
+        FileError: the library cannot be written to.
+    """
+    checked_name(name)
+    document = Document.of(document)
+    found = find(library, prints, document, how)
+    if found is not None and verify(library, found) is None:
+        return (found if found.name == name else library.name_again(found, name)), False
+    cache = compress(
+        model,
+        tokenizer,
+        document,
+        method=how.method,
+        keep=how.keep,
+        chat=how.chat,
+        system=how.system,
+        truncate=how.truncate,  # pyright: ignore[reportArgumentType] (the caller's, checked there)
+        prefill_chunk=how.prefill_chunk,
+        progress=progress,
+        **how.settings,
+    )
+    return keep(library, name, tokenizer, prints, document, how, cache), True
+
+
+def keep(
+    library: Library,
+    name: str,
+    tokenizer: Any,
+    prints: Prints,
+    document: Document,
+    how: How,
+    cache: Cache,
+) -> Entry:
+    """Keep a cache that was made of a document in this way."""
+    entry = Entry(
+        name=name,
+        key=key(prints, document, how),
+        model=prints.label,
+        model_print=prints.model,
+        tokenizer_print=prints.tokenizer,
+        method=cache.choice.name if cache.choice is not None else how.method,
+        keep=str(Keep.parse(how.keep)),
+        tokens=cache.seen,
+        characters=len(document.text),
+        text_sha256=hashlib.sha256(document.text.encode()).hexdigest(),
+        held_bytes=cache.held_bytes,
+        full_bytes=cache.full_bytes,
+        made=now(),
+        settings=how.settings,
+        chat=how.chat,
+        system=how.system,
+        remark=cache.remark,
+    )
+
+    def write(path: Path) -> None:
+        cache.save(path, tokenizer)
+
+    return library.add(entry, document.text, write)
+
+
+def require_own(entry: Entry, prints: Prints) -> None:
+    """Refuse another model's document before any of it is read.
+
+    Raises:
+        CacheError: naming the model that read it.
+    """
+    if entry.model_print != prints.model:
+        raise CacheError(
+            f"@{entry.name} was read by another model ({entry.model}), not by {prints.label}: ask "
+            f"it with --model {entry.model}, or compress its text again under another name"
+        )
+    if entry.tokenizer_print != prints.tokenizer:
+        raise CacheError(
+            f"@{entry.name} was read with another tokenizer or chat template of {entry.model}; "
+            "compress its text again"
+        )
+
+
+def load(
+    library: Library,
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    prints: Prints,
+    method: str | None = None,
+) -> tuple[Entry, Cache]:
+    """A document's cache, ready to be asked.
+
+    Args:
+        method: the `module:NAME` of one's own that made it, which a file does not get imported.
+
+    Raises:
+        UsageError: no such document.
+        CacheError: it is another model's, or its file is damaged.
+    """
+    entry = library.get(name)
+    require_own(entry, prints)
+    cache = load_cache(library.cache_path(entry), model, tokenizer, method)
+    library.use(entry)
+    return entry, cache
+
+
+def verify(library: Library, entry: Entry) -> str | None:
+    """What is wrong with a document's files; None if they are as they were written."""
+    try:
+        record = archive.opened(library.cache_path(entry))
+        record.read()
+        library.text(entry)
+    except (CacheFileError, FileError) as error:
+        return str(error)
+    return None
