@@ -98,7 +98,7 @@ ROOMS = {
     "tasks.sandbox": Room("errors"),
     "report": Room("errors files records", torch=False),
     "report.plots": Room("errors files", owns="matplotlib", torch=False),
-    "bench": Room(f"{_BENCH} bench.eval report version"),
+    "bench": Room(f"{_BENCH} api bench.eval report version"),
     "bench.eval": Room(f"{_BENCH} api report tasks tasks.sandbox"),
     "bench.sweep": Room(f"{_BENCH} bench.eval api tasks", owns="ray"),
     "bench.speed": Room(_BENCH, owns="kvpress"),

@@ -191,8 +191,8 @@ def generate(
     find(method, **settings).schedule.require_passes(prefill_chunk)
     around = frame(tokenizer, chat, system)
     follow = [encode_question(tokenizer, around, text) for text in questions]
-    room = _window(model) - new_tokens - max(map(len, follow))
-    prompt = _context(tokenizer, around, context, room, truncate)
+    room = window(model) - new_tokens - max(map(len, follow))
+    prompt = fit_context(tokenizer, around, context, room, truncate)
     if protocol == AGNOSTIC:
         start, reach = perf_counter(), len(prompt) + max(map(len, follow)) + new_tokens - 1
         given = (model, tokenizer, around, prompt, method, keep, prefill_chunk, progress)
@@ -204,8 +204,8 @@ def generate(
         whole = prompt.asked(own)
         cache = Cache(model, method, keep, prompt_tokens=len(whole), spans=whole.spans, **settings)
         cache.words, name = repeat_words(tokenizer, around), cache.request[0]
-        answers.append(_answer(model, tokenizer, cache, whole.ids, asking))
-    return Result(answers, AWARE, _name(name), str(Keep.parse(keep)), 0.0)
+        answers.append(answer(model, tokenizer, cache, whole.ids, asking))
+    return Result(answers, AWARE, name_of(name), str(Keep.parse(keep)), 0.0)
 
 
 @checked
@@ -230,7 +230,7 @@ def compress(
     """
     find(method, **settings).schedule.require_passes(prefill_chunk)
     around = frame(tokenizer, chat, system)
-    prompt = _context(tokenizer, around, context, _window(model) - 1, truncate)
+    prompt = fit_context(tokenizer, around, context, window(model) - 1, truncate)
     cache = _compressed(
         model, tokenizer, around, prompt, method, keep, prefill_chunk, progress, settings
     )
@@ -277,18 +277,19 @@ def _ask(
     context, mark, answers = cache.token_ids[0].tolist(), cache.mark(), []
     for text in questions:
         ids = context + encode_question(tokenizer, around, text).ids
-        if len(ids) + asking["max_new_tokens"] > _window(model):
-            raise UsageError(_too_long(len(ids), asking["max_new_tokens"], _window(model)))
+        if len(ids) + asking["max_new_tokens"] > window(model):
+            raise UsageError(_too_long(len(ids), asking["max_new_tokens"], window(model)))
         try:
-            answers.append(_answer(model, tokenizer, cache, ids, asking))
+            answers.append(answer(model, tokenizer, cache, ids, asking))
         finally:
             cache.rewind(mark)
-    return Result(answers, AGNOSTIC, _name(cache.request[0]), str(cache.keep), compress_s)
+    return Result(answers, AGNOSTIC, name_of(cache.request[0]), str(cache.keep), compress_s)
 
 
-def _answer(
+def answer(
     model: Any, tokenizer: Any, cache: Cache, ids: list[int], asking: dict[str, Any]
 ) -> Answer:
+    """The answer to a whole prompt, of which a cache has read some, all or nothing."""
     held: dict[str, Any] = {}
 
     def look() -> None:
@@ -306,7 +307,7 @@ def _answer(
     return Answer(text, done.token_ids, done.ttft_s, done.tpot_s, len(ids), **held)
 
 
-def _context(
+def fit_context(
     tokenizer: Any, around: Frame, context: str | Document, room: int, truncate: Truncate
 ) -> Prompt:
     """A context that fits into `room` tokens."""
@@ -329,9 +330,11 @@ def _too_long(tokens: int, answer: int, window: int) -> str:
     )
 
 
-def _window(model: Any) -> int:
+def window(model: Any) -> int:
+    """Tokens that a model has positions for."""
     return model.config.get_text_config(decoder=True).max_position_embeddings
 
 
-def _name(method: str | Method) -> str:
+def name_of(method: str | Method) -> str:
+    """What a method is called in a result."""
     return method if isinstance(method, str) else type(method.policy).__name__

@@ -4,11 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 from kvtrim.cli import options, output
 from kvtrim.cli.ask import EMPTY
-from kvtrim.cli.results import generate, record
+from kvtrim.cli.results import record
 from kvtrim.errors import UsageError
 
 if TYPE_CHECKING:
     from kvtrim.api import Result
+    from kvtrim.bench.candidates import Candidate
+    from kvtrim.bench.comparison import Comparison
 
 
 def compare(
@@ -40,30 +42,32 @@ def compare(
     settings = _all_checked(methods, keeps, set_, protocol, truncate, prefill_chunk)
     text = options.read_document(document, shots_separator, library)
     loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
-    how = dict(
-        max_new_tokens=max_new_tokens,
-        protocol=protocol,
-        chat=chat,
-        system=system,
-        truncate=truncate,
-        prefill_chunk=prefill_chunk,
-    )
-    runs = _runs(methods, keeps)
     _require_served(loaded, methods, settings)
-    results = []
+    cells = _cells(methods, keeps, settings)
     with output.progress() as report:
         _warm_up(loaded, tokenizer)
-        for number, (name, budget) in enumerate(runs, start=1):
-            label = f"{number} of {len(runs)}: {name} {budget}".strip()
-            own = settings if name != "full" else {}
+        from kvtrim.bench.comparison import Comparison
 
-            def tell(what: str, done: int, out_of: int, label: str = label) -> None:
-                report(f"{label}, {what}", done, out_of)
+        comparison = Comparison(
+            loaded,
+            tokenizer,
+            text,
+            questions[0],
+            cells,
+            max_new_tokens=max_new_tokens,
+            protocol=protocol,
+            chat=chat,
+            system=system,
+            truncate=truncate,
+            prefill_chunk=prefill_chunk,
+        )
 
-            results.append(
-                generate(loaded, tokenizer, text, questions, name, budget or "512", own, how, tell)
-            )
-    _print_comparison(results, questions[0], json)
+        def told(cell: "Candidate") -> Any:
+            label = f"{cells.index(cell) + 1} of {len(cells)}: {cell.method} {cell.keep}".strip()
+            return lambda what, done, out_of: report(f"{label}, {what}", done, out_of)
+
+        results = comparison.results(told)
+    _print_comparison(comparison, results, questions[0], json)
 
 
 def _all_checked(
@@ -90,26 +94,30 @@ def _require_served(model: Any, methods: list[str], settings: dict[str, Any]) ->
 
 
 def _warm_up(model: Any, tokenizer: Any) -> None:
-    """One short answer that is not counted, since the first pass over a model is the slowest."""
+    """A short answer that is not counted, since the first pass over a model is the slowest."""
     from kvtrim.api import generate
 
     generate(model, tokenizer, "warm up " * 8, "?", method="full", max_new_tokens=4)
 
 
-def _runs(methods: list[str], keeps: list[str]) -> list[tuple[str, str]]:
-    """(method, budget) of every run; the full cache first, once."""
+def _cells(methods: list[str], keeps: list[str], settings: dict[str, Any]) -> list["Candidate"]:
+    """Every method with every budget; the full cache first, once."""
+    from kvtrim.bench.candidates import Candidate
     from kvtrim.methods.settings import find
 
-    chosen = [("full", "")]
+    chosen = [Candidate("full")]
     for name in methods:
         if not find(name).full:
-            chosen += [(name, keep) for keep in keeps]
+            chosen += [Candidate(name, keep, settings) for keep in keeps]
     return chosen
 
 
-def _print_comparison(results: list["Result"], question: str, json: bool) -> None:
+def _print_comparison(
+    comparison: "Comparison", results: list["Result"], question: str, json: bool
+) -> None:
     if json:
-        output.print_json([record(result, question) for result in results])
+        shared = {"shared_reading_s": comparison.reading_s}
+        output.print_json([record(result, question) | shared for result in results])
         return
     first = results[0]
     columns = [("method", "left"), ("keep", "right")]
@@ -131,6 +139,19 @@ def _print_comparison(results: list["Result"], question: str, json: bool) -> Non
     answers = [[r.method, _keep(r), " ".join(r.text.split()) or EMPTY] for r in results]
     output.table(question, [("method", "left"), ("keep", "right"), ("answer", "left")], answers)
     _remarks(results)
+    _tell_reading(comparison, results)
+
+
+def _tell_reading(comparison: "Comparison", results: list["Result"]) -> None:
+    """What the seconds to the first token are made of."""
+    alone, seconds = sorted({cell.method for cell in comparison.alone}), comparison.reading_s
+    if seconds is None:
+        return
+    but = f" but {', '.join(alone)}, which read it for themselves" if alone else ""
+    output.note(
+        f"the prompt was read once, in {output.seconds(seconds)}, for all methods{but}; first "
+        "token is that reading and what each did after it. `kvtrim speed` measures whole runs"
+    )
 
 
 def _remarks(results: list["Result"]) -> None:

@@ -1,10 +1,10 @@
-"""The decoding loop of `generate` with captured steps, for caches that nothing is evicted from.
+"""The decoding loop of `generate`: from a prompt that was read before, and with captured steps.
 
 It is handed to transformers as `custom_generate`, so logits processors, stopping criteria and
 generation settings are prepared by transformers as ever, and the tokens are those of its own loop.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 from kvtrim.engine.graph import Stepper, Steps, obstacle
+from kvtrim.hf.batch import positions
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.keyword import cache_in, passing
 from kvtrim.hf.rotary import changes_with_length
 from kvtrim.kernels.available import WIDEST
-from kvtrim.types import Int, Tensor
+from kvtrim.types import Float, Int, Tensor
+
+_Step = Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B V"]]
 
 LEAST = 8
 """New tokens from which a capture, which costs about three of them, is worth it."""
@@ -39,8 +42,7 @@ def why_plain(
     foreign = [name for name in foreign if not (name == "num_beams" and options[name] == 1)]
     if foreign:
         return f"{', '.join(sorted(foreign))} asked for"
-    config = options.get("generation_config") or model.generation_config
-    if config.get_generation_mode().value not in ("greedy_search", "sample"):
+    if not one_by_one(options.get("generation_config") or model.generation_config):
         return "beams or another search asked for"
     if cache.stock_layers():
         return "some of the model's layers slide"
@@ -53,6 +55,11 @@ def why_plain(
     if width > WIDEST:
         return f"heads are wider than {WIDEST}"
     return obstacle(cache.session, model.device, model.dtype)
+
+
+def one_by_one(config: Any) -> bool:
+    """Whether a generation configuration chooses one token after the other, as `Loop` does."""
+    return config.get_generation_mode().value in ("greedy_search", "sample")
 
 
 @contextmanager
@@ -75,12 +82,22 @@ def stepping(model: Any, cache: Cache, room: int) -> Iterator[Stepper]:
             stepper.close()
 
 
-class Captured:
-    """A loop for `model.generate(custom_generate=...)`, where `why_plain` gives no reason."""
+class Loop:
+    """A loop for `model.generate(custom_generate=...)`, where tokens are chosen one by one.
 
-    def __init__(self, streamer: Any = None):
-        self.streamer = streamer  # transformers does not hand it on to a loop of one's own
-        self.plain: str | None = None  # why the steps were not captured, once they were taken
+    Args:
+        streamer: transformers does not hand it on to a loop of one's own.
+        plain: why the steps are not captured; by default `why_plain` gave no reason.
+        first: logits of the token after a prompt that the cache has read to its end.
+    """
+
+    def __init__(
+        self,
+        streamer: Any = None,
+        plain: str | None = None,
+        first: Float[Tensor, "B V"] | None = None,
+    ):
+        self.streamer, self.plain, self._first = streamer, plain, first
         self.capture_s = 0.0  # what making the graph took
 
     def __call__(
@@ -107,11 +124,12 @@ class Captured:
             unfinished = unfinished & ~stopping_criteria(input_ids, None)
             return bool(unfinished.max() == 0)
 
-        done = extended(input_ids, _read(model, input_ids, model_kwargs))
+        first = self._first
+        done = extended(
+            input_ids, _read(model, input_ids, model_kwargs) if first is None else first
+        )
         if not done:
-            start = perf_counter()
-            with stepping(model, cache, room) as step:
-                self.plain, self.capture_s = step.plain, perf_counter() - start
+            with self._steps(model, cache, room) as step:
                 while not done:
                     done = extended(input_ids, step(input_ids[:, -1:]))
             if cache.token_ids is not None:
@@ -119,6 +137,23 @@ class Captured:
         if self.streamer is not None:
             self.streamer.end()
         return input_ids
+
+    @contextmanager
+    def _steps(self, model: Any, cache: Cache, room: int) -> Iterator[_Step]:
+        if self.plain is not None:
+            yield lambda ids: _fed(model, cache, ids)
+            return
+        start = perf_counter()
+        with stepping(model, cache, room) as step:
+            self.plain, self.capture_s = step.plain, perf_counter() - start
+            yield step
+
+
+def _fed(model: Any, cache: Cache, ids: Int[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
+    """One more token of every row."""
+    at = positions(cache, ids.shape[1]).to(ids.device)
+    asked = {"position_ids": at, **passing(cache), "logits_to_keep": 1}
+    return model(input_ids=ids, **asked).logits[:, -1]
 
 
 def _read(model: Any, input_ids: Int[Tensor, "B n"], kwargs: dict[str, Any]) -> Tensor:

@@ -20,11 +20,11 @@ from transformers import (
 
 from kvtrim.errors import UsageError
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.decode import Captured, why_plain
+from kvtrim.hf.decode import Loop, why_plain
 from kvtrim.hf.keyword import cache_in, passing
 from kvtrim.hf.long_rope import require_reach
 from kvtrim.methods.ranges import Positive, Range, Share, Some, Tokens, check, declared
-from kvtrim.types import Int, Tensor
+from kvtrim.types import Float, Int, Tensor
 
 _INPUTS = {"self", "inputs", "kwargs", "custom_generate", "max_new_tokens"}  # ours to give
 
@@ -143,6 +143,7 @@ def generate(
     chunk: int | None = None,
     on_first: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
+    first: Float[Tensor, "1 V"] | None = None,
     **options: Any,
 ) -> Generated:
     """Continue `ids`, of which the cache may have read a part, with transformers' `generate`.
@@ -151,6 +152,8 @@ def generate(
         chunk: read at most so many tokens in one pass.
         on_first: called when the first new token is there.
         progress: told of every layer of the prompt and every new token.
+        first: logits of the token after `ids`, where the cache has read all of them; for greedy
+            decoding and sampling (`kvtrim.hf.decode.one_by_one`).
         options: as `model.generate` takes them; greedy unless they say otherwise.
     """
 
@@ -163,8 +166,8 @@ def generate(
     start = time.perf_counter()
     unread = ids[:, cache.get_seq_length() :]
     if isinstance(cache, Cache):
-        first = min(chunk or unread.shape[1], unread.shape[1])
-        require_reach(cache, first, ids.shape[1] + max_new_tokens - 1)
+        at_once = min(chunk or unread.shape[1], unread.shape[1])
+        require_reach(cache, at_once, ids.shape[1] + max_new_tokens - 1)
     with watched(model, cache, unread.shape[1], progress):
         if chunk is not None and unread.shape[1] > chunk:
             last = (unread.shape[1] - 1) % chunk + 1
@@ -176,7 +179,9 @@ def generate(
         ):  # transformers repeats the input, not what was read
             cache.batch_repeat_interleave(beams)
         reason = why_plain(model, cache, max_new_tokens, options)
-        loop = Captured(options.get("streamer")) if reason is None else None
+        loop = None
+        if reason is None or first is not None:
+            loop = Loop(options.get("streamer"), reason, first)
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -190,7 +195,7 @@ def generate(
 
 
 def _timed(
-    new: list[int], start: float, times: list[float], loop: Captured | None, reason: str | None
+    new: list[int], start: float, times: list[float], loop: Loop | None, reason: str | None
 ) -> Generated:
     """Times from the clock's; making a graph belongs to no token."""
     steps, capture_s = len(times) - 1, 0.0

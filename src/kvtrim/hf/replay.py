@@ -17,6 +17,7 @@ from kvtrim.engine.refit import Aims
 from kvtrim.errors import UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.generate import Progress, watched
 from kvtrim.hf.keyword import passing
 from kvtrim.hf.probe import probe
 from kvtrim.methods.keep import Keep
@@ -113,15 +114,17 @@ def record(
     spans: Given | Sequence[Given] | None = None,
     words: Words | None = None,
     hidden: bool = True,
+    progress: Progress | None = None,
 ) -> Recording:
     """Read a prompt without padding, once, and keep what its layers were handed.
 
     Args:
         hidden: keep what their attention received, too, for methods that read it.
+        progress: told of every layer.
     """
     cache, calls = Cache(model, "full"), {}
     cache.session.tap = calls.__setitem__ if hidden else partial(_without_hidden, calls)
-    with torch.no_grad(), attach(model):
+    with torch.no_grad(), attach(model), watched(model, cache, ids.shape[1], progress):
         logits = model(input_ids=ids, **passing(cache), logits_to_keep=1).logits[:, -1]
     cache.session.tap = None
     handed = [calls[index] for index in sorted(calls)]

@@ -1,0 +1,161 @@
+"""One question under several methods; the context is read once for all that leave that pass alone.
+
+What a method keeps and answers is what `kvtrim.generate` makes of it by itself.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from kvtrim.api import (
+    AGNOSTIC,
+    AWARE,
+    Protocol,
+    Result,
+    Truncate,
+    answer,
+    fit_context,
+    generate,
+    name_of,
+    window,
+)
+from kvtrim.bench.candidates import Candidate
+from kvtrim.bench.failures import Failure, attempted
+from kvtrim.hf.cache import Cache
+from kvtrim.hf.decode import one_by_one
+from kvtrim.hf.generate import Progress, synchronize
+from kvtrim.hf.long_rope import require_reach
+from kvtrim.hf.replay import Recording, record
+from kvtrim.methods.settings import find
+from kvtrim.prompts import encode_question, frame, repeat_words
+from kvtrim.prompts.document import Document
+
+
+class Comparison:
+    """Answers of several methods to one question.
+
+    A method whose deeper layers read a part of the prompt, or that is cut while it is read, reads
+    it for itself. So does every method where `prefill_chunk` wants several passes, where memory
+    does not do for what the layers were handed, or where the model's own configuration asks for
+    beams.
+
+    Args:
+        cells: the methods with their budgets.
+        others: as `kvtrim.generate` has them.
+
+    Raises:
+        UsageError: as `kvtrim.generate`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        context: str | Document,
+        question: str,
+        cells: Sequence[Candidate],
+        *,
+        max_new_tokens: int,
+        protocol: Protocol = AWARE,
+        chat: bool | None = None,
+        system: str | None = None,
+        truncate: Truncate = "error",
+        prefill_chunk: int | None = None,
+    ):
+        self._given, self._cells = (model, tokenizer, context, question), cells
+        self._framed: dict[str, Any] = {"chat": chat, "system": system}
+        self._how: dict[str, Any] = {
+            "protocol": protocol,
+            "max_new_tokens": max_new_tokens,
+            "truncate": truncate,
+            "prefill_chunk": prefill_chunk,
+            **self._framed,
+        }
+        around = frame(tokenizer, chat, system)
+        follow = encode_question(tokenizer, around, question)
+        room = window(model) - max_new_tokens - len(follow)
+        read_first = fit_context(tokenizer, around, context, room, truncate)
+        self._whole = read_first.asked(follow)
+        self._read_first = read_first if protocol == AGNOSTIC else self._whole
+        self._words = repeat_words(tokenizer, around)
+        self._hidden = any(
+            find(cell.method, **cell.settings).policy.reads_hidden for cell in cells
+        )
+        self._once = one_by_one(model.generation_config)
+        self._once &= prefill_chunk is None or len(self._read_first) <= prefill_chunk
+        self._recording: Recording | None = None
+        self.reading_s: float | None = None  # the reading that is shared, once there was one
+        self.alone: list[Candidate] = []  # those that read the prompt for themselves
+
+    def results(self, told: Callable[[Candidate], Progress] | None = None) -> list[Result]:
+        """What each method makes of it, in order.
+
+        Seconds to the first token are those of the reading and of all that this method did after
+        it: nothing that another one found out helps it.
+
+        Args:
+            told: gives what is told of a method's progress.
+        """
+        found: dict[int, Result] = {}
+        for number, cell in enumerate(self._cells):
+            progress = told and told(cell)
+            recording = self._shared(cell, progress)
+            if recording is not None:
+                found[number] = self._continued(recording, cell, progress)
+        recording = self._recording = None  # the others need the memory
+        for number, cell in enumerate(self._cells):
+            if number not in found:
+                self.alone.append(cell)
+                found[number] = self._by_itself(cell, told and told(cell))
+        return [found[number] for number in range(len(self._cells))]
+
+    def _continued(
+        self, recording: Recording, cell: Candidate, progress: Progress | None
+    ) -> Result:
+        model, tokenizer, *_ = self._given
+        start = perf_counter()
+        cache = recording.unshared().cache(cell.method, cell.keep or 1.0, **cell.settings)
+        cache.prompt = self._framed
+        synchronize(model.device)
+        spent_s = (self.reading_s or 0.0) + perf_counter() - start
+        asking = {"max_new_tokens": self._how["max_new_tokens"], "progress": progress}
+        if self._how["protocol"] == AGNOSTIC:
+            own = generate(model, tokenizer, cache, self._given[3], **asking)
+            return replace(own, compress_s=spent_s)
+        asking["first"] = recording.logits
+        first = answer(model, tokenizer, cache, self._whole.ids, asking)
+        first = replace(first, ttft_s=spent_s + first.ttft_s)
+        return Result([first], AWARE, name_of(cache.request[0]), str(cache.keep), 0.0)
+
+    def _by_itself(self, cell: Candidate, progress: Progress | None) -> Result:
+        own = {"method": cell.method, "keep": cell.keep or 1.0, "progress": progress}
+        return generate(*self._given, **(own | self._how | cell.settings))
+
+    def _shared(self, cell: Candidate, progress: Progress | None) -> Recording | None:
+        """The reading, if this method can go on from it."""
+        model = self._given[0]
+        own = Cache(model, cell.method, cell.keep or 1.0, prompt_tokens=1, **cell.settings).method
+        if not self._once or own.propagation.narrows or own.schedule.chunks:
+            return None
+        if self._recording is None:
+            made = attempted(lambda: self._read(progress))
+            if isinstance(made, Failure):
+                self._once = False
+                return None
+            self._recording = made
+        return self._recording
+
+    def _read(self, progress: Progress | None) -> Recording:
+        model, prompt = self._given[0], self._read_first
+        more = self._how["max_new_tokens"] - 1
+        require_reach(Cache(model, "full"), len(prompt), len(self._whole) + more)
+        synchronize(model.device)
+        start = perf_counter()
+        ids = torch.tensor([prompt.ids], device=model.device)
+        made = record(model, ids, prompt.spans, self._words, self._hidden, progress)
+        synchronize(model.device)
+        self.reading_s = perf_counter() - start
+        return made
