@@ -107,7 +107,7 @@ OutFolder = Annotated[
         "-o",
         help="A folder for run.json, inputs.jsonl, samples.jsonl, times.jsonl, scores.jsonl, "
         "eval.json and eval.md. A run that was cut off goes on where it stopped when asked for "
-        "again.",
+        "again; a finished one takes one more --method or --keep.",
     ),
 ]
 

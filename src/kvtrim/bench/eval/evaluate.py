@@ -1,8 +1,8 @@
 """An evaluation: every sample of every task under every method and budget, and what came of it.
 
-One unit of samples at a time: each prompt is read once (`prefilling`), every method's cache is
-asked how likely the right answer is, and then answers for itself (`continuing`). The lines go to
-the run's journals unit by unit (`book`); scores and tables are made from them by `derived`.
+One unit of samples at a time: each prompt is read once (`prefill`), every method's cache is
+asked how likely the right answer is, and then answers for itself (`decode`). The lines go to the
+run's journals unit by unit (`run_folder`); scores and tables are made from them by `scores`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,15 +12,18 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvtrim import files, records
 from kvtrim.bench import jsonl
+from kvtrim.bench.eval import extension
 from kvtrim.bench.eval.encode import Encoder
 from kvtrim.bench.eval.grid import Grid
-from kvtrim.bench.eval.run_folder import SAMPLES, Book
+from kvtrim.bench.eval.run_folder import Book
 from kvtrim.bench.eval.runner import Answering
 from kvtrim.bench.provenance import provenance
-from kvtrim.errors import UsageError
+from kvtrim.errors import FileError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.models import fingerprint
+from kvtrim.records import RECORD, SAMPLES
 from kvtrim.tasks.base import Request, Sample, Task
 
 Progress = Callable[[str, int, int], None]
@@ -136,7 +139,10 @@ def evaluate(
     once: bool = True,
     progress: Progress = lambda *_: None,
 ) -> None:
-    """Measure what a folder does not hold yet. `derived.derive` makes scores and tables of it.
+    """Measure what a folder does not hold yet. `scores.derive` makes scores and tables of it.
+
+    A folder that holds a run of some of these methods and budgets, and of nothing else, takes the
+    others: see `extension`.
 
     Args:
         rows: the data, see `kvtrim.tasks.rows.reader`.
@@ -150,8 +156,50 @@ def evaluate(
     """
     subject.encoder(grid.length)
     progress("reading the tasks", 0, 1)
-    jsonl.opened(folder, record(subject, grid, rows), SAMPLES)
-    measure(subject, grid, units(subject, grid, rows), folder, once, progress)
+    first = _begun(grid, folder)
+    jsonl.opened(folder, record(subject, first, rows), SAMPLES)
+    measure(subject, first, units(subject, first, rows), folder, once, progress)
+    if first != grid:
+        _extend(subject, grid, first, rows, folder, once, progress)
+
+
+def _begun(grid: Grid, folder: Path) -> Grid:
+    """The part of a grid that a folder holds, or the whole of it."""
+    if not (folder / RECORD).exists():
+        return grid
+    extension.settle(folder)
+    try:
+        return extension.base(grid, records.record(folder / RECORD))
+    except FileError:  # damaged: `opened` says so, if anything was measured
+        return grid
+
+
+def _extend(
+    subject: Subject,
+    grid: Grid,
+    base: Grid,
+    rows: Rows,
+    folder: Path,
+    once: bool,
+    progress: Progress,
+) -> None:
+    """Measure the cells that a finished run lacks, and make one run of both."""
+    new = extension.added(grid, base)
+    part = extension.part(folder, new)
+    files.make_folder(part.parent)
+    jsonl.opened(part, record(subject, new, rows), SAMPLES)
+    measure(subject, new, units(subject, new, rows), part, once, progress)
+    encoder, ordered = subject.encoder(grid.length), units(subject, grid, rows)
+    both = [(task, sample) for task, samples in ordered for sample in samples]
+    with jsonl.locked(folder):
+        there = records.record(folder / RECORD)
+        extension.join(
+            folder,
+            part,
+            there | {name: grid.record()[name] for name in ("methods", "outside")},
+            [encoder.encode(task, sample).line(task.name) for task, sample in both],
+            [grid.key(task, sample, cell) for task, sample in both for cell in grid.cells],
+        )
 
 
 def measure(
@@ -173,7 +221,7 @@ def measure(
     encoder, total = subject.encoder(grid.length), sum(len(samples) for _, samples in chosen)
     with attach(subject.model), closing(book):
         for task, samples in chosen:
-            keys = [grid.key(task, sample, cell) for sample in samples for cell in grid.cells]
+            keys = [grid.key(task, sample, cell) for sample in samples for cell in grid.written]
             progress(f"{task.name} {samples[0].id}", done, total)
             given = [encoder.encode(task, sample) for sample in samples]
             inputs = [one.line(task.name) for one in given]

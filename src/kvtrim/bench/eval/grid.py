@@ -32,6 +32,7 @@ class Grid:
     max_new_tokens: int | None = None  # answers are at most so long, where their task allows more
     own_tasks: tuple[str, ...] = ()  # those of one's own, as module:NAME
     prefill_chunk: int | None = None  # tokens of a pass, for methods that cut after each of them
+    full_known: bool = False  # the full cache is only compared with: its lines are there already
 
     def __post_init__(self) -> None:
         """Refuse settings that nothing would act on."""
@@ -41,6 +42,11 @@ class Grid:
     def aware(self) -> bool:
         """The question is read together with the context."""
         return self.protocol == AWARE
+
+    @property
+    def written(self) -> tuple[Candidate, ...]:
+        """The cells that lines are written of."""
+        return self.cells[1:] if self.full_known else self.cells
 
     @property
     def samples_at_once(self) -> int:

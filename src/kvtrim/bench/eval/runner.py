@@ -90,7 +90,7 @@ class Answering:
         groups: list[Group] = []
         for given in unit:
             own = [Row(given, cell) for cell in self._grid.cells]
-            rows += own
+            rows += [row for row in own if row.cell in self._grid.written]
             groups += self._begun(own)
         for group in self._packed(groups):
             self._answer(task, group)
@@ -121,13 +121,14 @@ class Answering:
             groups += self._branched(some)
         for group in groups:
             self._fit(group, reference)
-        return groups
+        return [group for group in groups if group.rows[0].cell in self._grid.written]
 
     def _bundles(self, ready: list[tuple[Row, Ready]]) -> list[list[tuple[Row, Ready]]]:
         """Those that can go on together, at most `batch` of them; the others one by one."""
         found: dict[Any, list[tuple[Row, Ready]]] = {}
         for number, (row, one) in enumerate(ready):
-            same = None if self._grid.batch == 1 else kind(one.cache)
+            alone = self._grid.batch == 1 or row.cell not in self._grid.written
+            same = None if alone else kind(one.cache)
             found.setdefault(number if same is None else same, []).append((row, one))
         size = self._grid.batch
         return [
