@@ -71,3 +71,18 @@ def test_cake(case):
     require_match(
         case, kvtrim.select("cake", *case.qkv(), keep=keep, preset="upstream", **settings)
     )
+
+
+@recorded("defensivekv")
+def test_defensivekv(case):
+    params = case.params
+    name = "defensivekv" if params["budget"] == "per-head" else "layer-defensivekv"
+    kept = kvtrim.select(
+        name,
+        *case.qkv(),
+        keep=params["keep"],
+        output=projections(case),
+        own=params["own"],
+        among=params["among"],
+    )
+    require_match(case, kept)

@@ -13,6 +13,7 @@ KVPRESS_WINDOW: Mapping[str, Any] = {
     "group_order": "after",
 }
 KVF_WINDOW: Mapping[str, Any] = {"window": 8, "kernel": 7, "pool": "max"}
+UPSTREAM_DEFENSIVE: Mapping[str, Any] = {"among": "heads", "own": "before"}
 CURDKV_PRESETS: Presets = {
     "paper": {},
     "authors": {"project": None, "local_window": 16, "padding": "front"},

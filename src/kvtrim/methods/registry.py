@@ -13,6 +13,7 @@ from kvtrim.methods.policies.cake import Cake
 from kvtrim.methods.policies.circuitkv import CircuitKV
 from kvtrim.methods.policies.critical import Critical
 from kvtrim.methods.policies.curdkv import CurDKV
+from kvtrim.methods.policies.defensive import Defensive
 from kvtrim.methods.policies.echo import Echo
 from kvtrim.methods.policies.full import Full
 from kvtrim.methods.policies.h2o import H2O
@@ -35,6 +36,7 @@ from kvtrim.methods.presets import (
     HEADKV_PRESETS,
     KVPRESS_WINDOW,
     SNAPKV_PRESETS,
+    UPSTREAM_DEFENSIVE,
 )
 from kvtrim.methods.propagation import Cascade, Restart, TokenSelective
 from kvtrim.methods.schedule import Schedule
@@ -157,6 +159,22 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "ada": {"budget": "per-head", "rule": "floor"},
                 "kvpress": {**KVPRESS_WINDOW, "count_protected": True},
             },
+        ),
+        "defensivekv": Method(
+            Defensive(),
+            budget=PerHead(floor=0.0),
+            source="arXiv 2510.13334",
+            use="As adakv, where one query of the window may ask for what no other does.",
+            cost="As snapkv without its sums, one sort per head, and every value through W_O.",
+            presets={"upstream": UPSTREAM_DEFENSIVE},
+        ),
+        "layer-defensivekv": Method(
+            Defensive(),
+            budget=Global(),
+            source="arXiv 2510.13334",
+            use="As defensivekv; layers compete as well as heads.",
+            cost="As defensivekv, and one pool of scores for the model.",
+            presets={"upstream": UPSTREAM_DEFENSIVE},
         ),
         "laprox": Method(
             LaProx(),

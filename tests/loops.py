@@ -1,0 +1,183 @@
+"""Methods as plain loops over single numbers, and the golden files that were made of them.
+
+    PYTHONPATH=src:tests python tests/loops.py
+
+Nothing here shares code with kvtrim. Inputs are those of golden/inputs.safetensors; everything is
+float64 and compared one number at a time, so this is slow. `golden/README.md` has the format.
+"""
+
+import json
+import math
+
+import torch
+from safetensors.torch import save_file
+
+import golden
+import oracles
+
+
+def inputs(name):
+    """Queries, keys and values of one layer, float64."""
+    return tuple(golden._tensors("inputs")[f"{name}/{x}"].double() for x in "qkv")
+
+
+def projection(name):
+    return golden._tensors("inputs")[f"wo/{name}"].double()
+
+
+def share_before(ordered, room, mass):
+    """How many of these shares, largest first, lie before the one with which `mass` is reached."""
+    total, count = 0.0, 0
+    for share in ordered:
+        total += share
+        if total >= mass or count == room:
+            break
+        count += 1
+    return count
+
+
+def head_columns(wo, head, width):
+    """The output projection of one query head, [M, D]."""
+    return wo[:, head * width : (head + 1) * width]
+
+
+def defensive(q, k, v, wo, keep, window=32, kernel=5, mass=0.9, own="window", among="slots"):
+    """DefensiveKV's scores of the slots before the window: [K][n - window]."""
+    heads, n, width = q.shape
+    kv_heads, group, candidates = len(k), heads // len(k), n - window
+    weights = oracles.window_weights(q, k, window, width**-0.5).tolist()
+    worst = [[0.0] * candidates for _ in range(kv_heads)]
+    mean = [[0.0] * candidates for _ in range(kv_heads)]
+    for head in range(heads):
+        at = head // group
+        for row in weights[head]:
+            before, pooled = row[:candidates], []
+            for j in range(candidates):
+                near = range(max(0, j - kernel // 2), min(candidates, j + kernel // 2 + 1))
+                pooled.append(sum(before[i] for i in near) / kernel)
+            factor = sum(before) / sum(pooled)
+            for j in range(candidates):
+                worst[at][j] = max(worst[at][j], pooled[j] * factor)
+                mean[at][j] += before[j] / (group * window)
+    first, last = (0, candidates) if own == "window" else (candidates - window, candidates)
+    paid = [sum(row[max(0, first) : last]) for each in weights for row in each]
+    already = sum(paid) / len(paid)
+    already = 1 - already if own == "window" else already
+    sizes = [[0.0] * candidates for _ in range(kv_heads)]
+    for head in range(heads):
+        columns = head_columns(wo, head, width)
+        for j in range(candidates):
+            product = columns @ v[head // group, j]
+            sizes[head // group][j] += float(product.abs().sum()) / group
+    scores = []
+    for at in range(kv_heads):
+        floor = sum(worst[at]) / candidates
+        row = []
+        for j in range(candidates):
+            whole = sum(sizes[at]) if among == "slots" else sum(each[j] for each in sizes)
+            row.append(max(worst[at][j], floor) * sizes[at][j] / whole)
+        scores.append(row)
+    top = max(max(row) for row in scores)
+    for at in range(kv_heads):
+        order = sorted(range(candidates), key=lambda j: (-mean[at][j], j))
+        shares = [mean[at][j] / sum(mean[at]) for j in order]
+        for place in range(share_before(shares, keep - window, mass - already)):
+            scores[at][order[place]] = top * (1 + shares[place])
+    return scores
+
+
+# From scores to positions
+
+
+def best(scores, count):
+    """The `count` best of [layers][heads][slots], and the smallest relative gap at the cut."""
+    listed = sorted(
+        (-value, layer, head, slot)
+        for layer, heads in enumerate(scores)
+        for head, row in enumerate(heads)
+        for slot, value in enumerate(row)
+    )
+    kept = [[[] for _ in heads] for heads in scores]
+    for _, layer, head, slot in listed[:count]:
+        kept[layer][head].append(slot)
+    gap = math.inf
+    if 0 < count < len(listed):
+        last, next_ = -listed[count - 1][0], -listed[count][0]
+        gap = (last - next_) / max(abs(last), 1e-300)
+    return kept, gap
+
+
+def among_heads(scores, room):
+    """Each layer's best `room` per head on average, its heads together."""
+    parts = [best([heads], room * len(heads)) for heads in scores]
+    return [kept[0] for kept, _ in parts], min(gap for _, gap in parts)
+
+
+def among_layers(scores, room):
+    """The best of the whole model, `room` per head on average."""
+    return best(scores, room * len(scores) * len(scores[0]))
+
+
+def each_head(scores, room):
+    """The best `room` of every head by itself."""
+    parts = [[best([[row]], room) for row in heads] for heads in scores]
+    kept = [[each[0][0][0] for each in heads] for heads in parts]
+    return kept, min(each[1] for heads in parts for each in heads)
+
+
+# Writing
+
+
+class File:
+    """A golden file under way."""
+
+    def __init__(self, method):
+        self.method, self.tensors, self.cases = method, {}, []
+
+    def add(self, params, names, kept, scores, gap, notes, **others):
+        """One case: `kept[layer][head]` positions, `scores[layer][head][slot]`."""
+        assert gap > 1e-4, f"{self.method} {params}: cut at a gap of {gap:.1e}, too near to a tie"
+        at = f"case{len(self.cases)}"
+        for layer, heads in enumerate(kept):
+            prefix = f"{at}/l{layer}/" if len(kept) > 1 else f"{at}/"
+            for head, slots in enumerate(heads):
+                self.tensors[f"{prefix}kept_head{head}"] = torch.tensor(sorted(slots))
+            own = torch.tensor(scores[layer], dtype=torch.float64).float()
+            self.tensors[f"{prefix}scores"] = own
+        for name, tensor in others.items():
+            self.tensors[f"{at}/{name}"] = tensor.contiguous()
+        case = {"params": params, "inputs": list(names), "origin": "loops", "notes": notes}
+        self.cases.append(case | {"min_gap": gap, "free": {}})
+
+    def write(self):
+        metadata = {"method": self.method, "cases": str(len(self.cases)), "format": "1"}
+        metadata |= {f"case{i}": json.dumps(case) for i, case in enumerate(self.cases)}
+        save_file(self.tensors, golden.FOLDER / f"{self.method}.safetensors", metadata)
+
+
+def write_defensivekv():
+    file = File("defensivekv")
+    for budget, sets, keep, own, among in [
+        ("per-head", ("s0_n200", "s1_n200"), 48, "window", "slots"),
+        ("per-head", ("s2_n200", "s3_n200"), 80, "window", "slots"),
+        ("per-head", ("s0_n333", "s1_n333"), 64, "before", "heads"),
+        ("global", ("s0_n200", "s1_n200", "s2_n200"), 48, "window", "slots"),
+        ("global", ("s1_n200", "s2_n200"), 70, "before", "heads"),
+        ("global", ("s0_n333", "s1_n333"), 48, "window", "slots"),
+    ]:
+        wo = [f"h8_d32_l{layer}" for layer in range(len(sets))]
+        scores = [
+            defensive(*inputs(name), projection(w), keep, own=own, among=among)
+            for name, w in zip(sets, wo, strict=True)
+        ]
+        share_out = among_heads if budget == "per-head" else among_layers
+        kept, gap = share_out(scores, keep - 32)
+        n = inputs(sets[0])[0].shape[1]
+        kept = [[[*head, *range(n - 32, n)] for head in layer] for layer in kept]
+        params = {"budget": budget, "keep": keep, "own": own, "among": among, "wo": wo}
+        file.add(params, sets, kept, scores, gap, "keep includes the window of 32")
+    file.write()
+
+
+if __name__ == "__main__":
+    write_defensivekv()
