@@ -34,6 +34,7 @@ ROOMS = {
     "kernels.programs": Room(owns="triton"),  # Triton's language, whose sources it reads itself
     "cache": Room("errors files kernels types", owns="safetensors", shapes=True),
     "methods": Room("moved", torch=False),
+    "methods.entry_points": Room("errors", torch=False),
     "methods.keep": Room("errors", torch=False),
     "methods.ranges": Room("errors", torch=False),
     "methods.echo_tables": Room("errors files types", owns="safetensors", shapes=True),
@@ -65,8 +66,9 @@ ROOMS = {
         shapes=True,
     ),
     "methods.settings": Room(
-        "errors methods.auto methods.budgets methods.method methods.policies methods.propagation "
-        "methods.ranges methods.refit methods.registry methods.schedule methods.unit"
+        "errors methods.auto methods.budgets methods.entry_points methods.method methods.policies "
+        "methods.propagation methods.ranges methods.refit methods.registry methods.schedule "
+        "methods.unit"
     ),
     "methods.describe": Room(
         "methods.auto methods.budgets methods.method methods.policies methods.propagation "
@@ -91,7 +93,7 @@ ROOMS = {
     ),
     "api": Room("errors hf methods.keep methods.method methods.ranges methods.settings prompts"),
     "tasks": Room(
-        "errors files prompts tasks.ruler tasks.sandbox",
+        "errors files methods.entry_points prompts tasks.ruler tasks.sandbox",
         owns="huggingface_hub datasets rouge rapidfuzz wonderwords",
     ),
     "tasks.ruler": Room("errors prompts tasks", owns="wonderwords"),
@@ -108,7 +110,8 @@ ROOMS = {
         owns="safetensors",
     ),
     "serve": Room(
-        "api cache errors files hf hf.models methods.keep prompts serve.library types",
+        "api cache errors files hf hf.models methods.keep methods.settings prompts serve.library "
+        "types",
         shapes=True,
     ),
     "serve.library": Room("errors files", owns="platformdirs", torch=False),

@@ -56,10 +56,14 @@ def ask(
     json: options.Json = False,
 ) -> None:
     """Answer questions about a document, a named one (@NAME) or a saved cache."""
+    from kvtrim.methods.settings import places
+
     questions, name = options.read_questions(question), options.name_in(document)
+    named = method if places([method]) else None  # which a file names, and only the caller may
     if cache is not None or name is not None:
         made = f"{cache} was made" if cache is not None else f"@{name} was compressed"
-        options.require_unset(context, MADE, f"was settled when {made}; leave it out")
+        settled = tuple(each for each in MADE if named is None or each != "method")
+        options.require_unset(context, settled, f"was settled when {made}; leave it out")
     if cache is not None and document is not None:
         raise UsageError("give a document or --cache, not both")
     if cache is not None and not cache.is_file():
@@ -76,7 +80,6 @@ def ask(
     loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
     from kvtrim.hf.saving import load_cache
 
-    named = method if ":" in method else None  # which a file names, and only the caller may
     given = text if cache is None else load_cache(cache, loaded, tokenizer, named)
     if name is not None:
         from kvtrim.serve import documents

@@ -23,8 +23,8 @@ Tasks = Annotated[
     typer.Option(
         "--task",
         "-t",
-        help="A benchmark (niah, gsm8k, longbench-qasper), a group of them (longbench, ruler), or "
-        "module:NAME of your own; repeat for several.",
+        help="A benchmark (niah, gsm8k, longbench-qasper), a group of them (longbench, ruler), "
+        "one of an installed package, or module:NAME of your own; repeat for several.",
     ),
 ]
 Limit = Annotated[
@@ -177,6 +177,7 @@ def _grid(
 ) -> "Grid":
     """What is measured, once everything that needs no model was checked."""
     from kvtrim.bench.eval import grid
+    from kvtrim.tasks import places
 
     if protocol not in options.PROTOCOLS:
         named = "is missing" if protocol is None else f"{protocol} is unknown"
@@ -195,7 +196,7 @@ def _grid(
         batch,
         fitting,
         max_new_tokens,
-        tuple(name for name in task or [] if ":" in name),
+        places(task or []),
         prefill_chunk,
     )
 

@@ -1,6 +1,6 @@
 """`methods`: what there is, and one method in detail."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,10 +15,9 @@ Markdown = Annotated[bool, typer.Option("--markdown", help="Print the page of do
 
 
 def methods(name: Name = None, json: options.Json = False, markdown: Markdown = False) -> None:
-    """List the methods, or explain one."""
+    """List the methods, those of installed packages too, or explain one."""
     from kvtrim.methods.describe.entries import entry
     from kvtrim.methods.describe.markdown import manual, section
-    from kvtrim.methods.registry import METHODS
 
     if json and markdown:
         raise UsageError("--json and --markdown: choose one")
@@ -27,14 +26,29 @@ def methods(name: Name = None, json: options.Json = False, markdown: Markdown = 
     elif name is not None:
         _explain(entry(name), json)
     else:
-        _list([entry(key) for key in METHODS], json)
+        _list(json)
 
 
-def _list(entries: "list[Entry]", json: bool) -> None:
-    records = [e.record() for e in entries]
+def _list(json: bool) -> None:
+    """Every method that can be described; those of packages that cannot are named at the end."""
+    from kvtrim.methods.describe.entries import entry
+    from kvtrim.methods.settings import names
+
+    records, broken = [], []
+    for name in names():
+        try:
+            records.append(entry(name).record())
+        except UsageError as error:  # of whoever wrote that package
+            broken.append(str(error))
     if json:
         output.print_json(records)
-        return
+    else:
+        _print_list(records)
+    if broken:
+        raise UsageError("; ".join(broken))
+
+
+def _print_list(records: list[dict[str, Any]]) -> None:
     headings = ("name", "scores by", "budget", "evicts", "propagation", "source")
     keys = ("name", "scorer", "budget", "schedule", "propagation", "source")
     rows = [[record[key] for key in keys] for record in records]

@@ -6,13 +6,12 @@ whole part.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from importlib import import_module
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-from kvtrim.errors import KvtrimError, UnknownNameError, UsageError
-from kvtrim.methods import auto, ranges
+from kvtrim.errors import UnknownNameError, UsageError
+from kvtrim.methods import auto, entry_points, ranges
 from kvtrim.methods.budgets import BUDGETS, Budget
 from kvtrim.methods.method import Method
 from kvtrim.methods.policies.base import Policy
@@ -22,10 +21,10 @@ from kvtrim.methods.registry import METHODS
 from kvtrim.methods.schedule import Schedule
 from kvtrim.methods.unit import Chunk, Shot, Token, Unit
 
-Own = TypeVar("Own")
 PARTS = ("policy", "budget", "schedule", "propagation", "unit", "refit")
 UNITS: dict[str, type[Unit]] = {"token": Token, "chunk": Chunk, "shot": Shot}
 _SAMPLING = "sampling."
+_GROUP = "kvtrim.methods"
 _NOT_SETTINGS = {"source", "use", "cost", "presets", *PARTS}
 
 
@@ -33,7 +32,8 @@ def find(name: "str | Method", **settings: Any) -> Method:
     """The method of that name with its parameters changed; their order does not matter.
 
     Args:
-        name: a name of `METHODS`, `module:ATTRIBUTE` of your own, or a `Method`.
+        name: a name of `METHODS` or of an installed package, `module:ATTRIBUTE` of your own, or a
+            `Method`.
         settings: parameters by name, and `preset` for a set of them that the method names.
 
     Raises:
@@ -134,32 +134,27 @@ def _known_somewhere(key: str) -> bool:
     )
 
 
+def names() -> list[str]:
+    """Every method that has a name: kvtrim's own, then those of installed packages."""
+    return [*METHODS, *entry_points.names(_GROUP)]
+
+
+def places(asked: Iterable[str]) -> tuple[str, ...]:
+    """Those of the names that do not come with kvtrim, as `module:ATTRIBUTE`."""
+    return entry_points.places(_GROUP, asked)
+
+
 def _named(name: str) -> Method:
+    if ":" in name:
+        return entry_points.imported(name, Method)
+    other = entry_points.installed(_GROUP, name, Method, [*METHODS, auto.NAME])
+    if other is not None:
+        return other
     if name == auto.NAME:
         return auto.AUTO
-    if name in METHODS:
-        return METHODS[name]
-    if ":" not in name:
-        raise UnknownNameError("method", name, [*METHODS, auto.NAME])
-    return imported(name, Method)
-
-
-def imported(name: str, kind: type[Own]) -> Own:
-    """An object of the user's own, named `module:ATTRIBUTE`.
-
-    Raises:
-        UsageError: no such module or attribute, or it is of another kind.
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(import_module(module), attribute)
-    except Exception as error:  # whatever stands in that module
-        said = str(error) if isinstance(error, KvtrimError | ImportError | AttributeError) else ""
-        said = said or f"{type(error).__name__}: {error}"
-        raise UsageError(f"cannot load {kind.__name__.lower()} {name!r}: {said}") from error
-    if not isinstance(found, kind):
-        raise UsageError(f"{name} is a {type(found).__name__}, not a kvtrim {kind.__name__}")
-    return found
+    if name not in METHODS:
+        raise UnknownNameError("method", name, [*names(), auto.NAME])
+    return METHODS[name]
 
 
 @dataclass
@@ -292,7 +287,9 @@ def _part(part: str, value: Any) -> Any:
 
 
 def _policy(name: str) -> Policy:
-    return _lookup("policy", name, METHODS).policy
+    if name not in names():
+        raise UnknownNameError("policy", name, names())
+    return _named(name).policy
 
 
 def _budget(name: str) -> Budget:

@@ -13,6 +13,7 @@ from kvtrim.hf.cache import Cache
 from kvtrim.hf.models import fingerprint
 from kvtrim.hf.saving import load_cache
 from kvtrim.methods.keep import Keep
+from kvtrim.methods.settings import places
 from kvtrim.prompts.document import Document
 from kvtrim.serve.library import Entry, Library, checked_name, key_of, now
 
@@ -59,7 +60,7 @@ def find(library: Library, prints: Prints, document: Document, how: How) -> Entr
 
     A method of one's own may have changed since, so it is never taken for the same.
     """
-    return None if ":" in how.method else library.find(key(prints, document, how))
+    return None if places([how.method]) else library.find(key(prints, document, how))
 
 
 def add(

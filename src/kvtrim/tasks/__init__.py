@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from kvtrim.errors import UnknownNameError
+from kvtrim.methods import entry_points
 from kvtrim.tasks import (
     choices,
     gsm8k,
@@ -15,8 +16,9 @@ from kvtrim.tasks import (
 )
 from kvtrim.tasks.base import Request, Sample, Task
 
-__all__ = ["GROUPS", "TASKS", "Request", "Sample", "Task", "named"]
+__all__ = ["GROUPS", "TASKS", "Request", "Sample", "Task", "named", "places"]
 
+_GROUP = "kvtrim.tasks"
 _MODULES = (longbench, ruler, niah, gsm8k, choices, humaneval, longgenbench, jailbreak)
 TASKS: Mapping[str, Task] = {task.name: task for module in _MODULES for task in module.TASKS}
 """Every benchmark by its name."""
@@ -43,15 +45,33 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 
 def named(names: Iterable[str]) -> list[Task]:
-    """The benchmarks of these names and groups, each once, in the order asked for.
+    """The benchmarks of these names, each once, in the order asked for.
+
+    Args:
+        names: of a benchmark or a group of them, of one that an installed package offers, or
+            `module:ATTRIBUTE` of your own.
 
     Raises:
-        UnknownNameError: a name that is neither.
+        UnknownNameError: a name that is none of these.
+        UsageError: what is not kvtrim's own cannot be loaded, or has a name that is taken.
     """
     found: dict[str, Task] = {}
     for name in names:
-        if name not in TASKS and name not in GROUPS:
-            raise UnknownNameError("task", name, {*TASKS, *GROUPS})
-        for one in GROUPS.get(name, (name,)):
-            found[one] = TASKS[one]
+        found |= {task.name: task for task in _asked(name)}
     return list(found.values())
+
+
+def places(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the names that do not come with kvtrim, as `module:ATTRIBUTE`."""
+    return entry_points.places(_GROUP, names)
+
+
+def _asked(name: str) -> list[Task]:
+    if ":" in name:
+        return [entry_points.imported(name, Task)]
+    other = entry_points.installed(_GROUP, name, Task, {*TASKS, *GROUPS})
+    if other is not None:
+        return [other]
+    if name not in TASKS and name not in GROUPS:
+        raise UnknownNameError("task", name, {*TASKS, *GROUPS, *entry_points.names(_GROUP)})
+    return [TASKS[one] for one in GROUPS.get(name, (name,))]

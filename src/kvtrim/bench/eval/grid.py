@@ -10,7 +10,7 @@ from kvtrim.bench.eval.encode import Encoder
 from kvtrim.bench.provenance import outside
 from kvtrim.errors import UsageError
 from kvtrim.methods.keep import Keep
-from kvtrim.methods.settings import find, imported
+from kvtrim.methods.settings import find, places
 from kvtrim.tasks import Sample, Task, named
 
 FULL = "full"
@@ -30,7 +30,7 @@ class Grid:
     batch: int = 1  # answers that are generated together
     fitting: bool = False  # samples that would have to be cut are left out
     max_new_tokens: int | None = None  # answers are at most so long, where their task allows more
-    own_tasks: tuple[str, ...] = ()  # those of one's own, as module:NAME
+    own_tasks: tuple[str, ...] = ()  # those that do not come with kvtrim, as module:NAME
     prefill_chunk: int | None = None  # tokens of a pass, for methods that cut after each of them
     full_known: bool = False  # the full cache is only compared with: its lines are there already
 
@@ -73,6 +73,7 @@ class Grid:
 
     def record(self) -> dict[str, Any]:
         """What `run.json` says of it."""
+        own = places(cell.method for cell in self.cells)
         return {
             "tasks": {
                 task.name: {
@@ -88,7 +89,7 @@ class Grid:
                 {name: value for name, value in asdict(cell).items() if name != "peer"}
                 for cell in self.cells
             ],
-            "outside": outside({*(cell.method for cell in self.cells), *self.own_tasks}),
+            "outside": outside({*own, *self.own_tasks}),
             "protocol": self.protocol,
             "limit": self.limit,
             "length": self.length,
@@ -123,10 +124,6 @@ def tasks(names: Sequence[str]) -> tuple[Task, ...]:
         UnknownNameError: no such task.
         UsageError: no such module, or what has that name is no task.
     """
-    found: dict[str, Task] = {}
-    for name in names:
-        for task in [imported(name, Task)] if ":" in name else named([name]):
-            found[task.name] = task
-    if not found:
+    if not (found := named(names)):
         raise UsageError("no task; name one with --task, see kvtrim eval --help")
-    return tuple(found.values())
+    return tuple(found)

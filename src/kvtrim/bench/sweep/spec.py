@@ -14,6 +14,7 @@ from kvtrim import files
 from kvtrim.api import AGNOSTIC, AWARE
 from kvtrim.bench.eval import grid
 from kvtrim.errors import FileError, UnknownNameError, UsageError
+from kvtrim.tasks import places
 
 DEFAULT_BATCH = 16
 
@@ -58,7 +59,7 @@ class Job:
             self.batch,
             self.fitting,
             self.max_new_tokens,
-            tuple(name for name in self.tasks if ":" in name),
+            places(self.tasks),
             self.prefill_chunk,
         )
 
