@@ -73,7 +73,8 @@ def fill_lines(text: str, width: int) -> str:
     return "\n".join(fill(line, width) for line in text.split("\n"))
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of that size in inches, in no window; UsageError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -93,7 +94,7 @@ def _lines(picture: Picture, look: Mapping[str, Mapping[str, Any]]) -> Any:
     groups = [others[at : at + size] for at in range(0, len(others), size)] or [[]]
     across = 2 if len(groups) in (2, 4) else min(len(groups), _ACROSS)
     down = ceil(len(groups) / across)
-    figure = _figure(max(7.0, 4.6 * across), 4.6 * down + 0.5)
+    figure = new_figure(max(7.0, 4.6 * across), 4.6 * down + 0.5)
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, group in zip(panels, groups, strict=False):
         for place, one in enumerate([*full, *group]):
@@ -164,7 +165,7 @@ def _heat(picture: Picture, look: Mapping[str, Mapping[str, Any]]) -> Any:
     down = ceil(len(panels) / across)
     wide = max(1.9, 0.42 * len(picture["xs"]) + 0.7)
     tall = max(1.7, 0.22 * len(picture["ys"]) + 0.8)
-    figure = _figure(max(6.0, wide * across + 1.2), tall * down + 1.0)
+    figure = new_figure(max(6.0, wide * across + 1.2), tall * down + 1.0)
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     image = None
     for axes, panel in zip(grid.flat, panels, strict=False):
@@ -194,7 +195,7 @@ def _short(tokens: float) -> str:
 def _matrix(picture: Picture, look: Mapping[str, Mapping[str, Any]]) -> Any:
     """Methods down, tasks across, the score in every cell."""
     rows, columns = picture["rows"], picture["columns"]
-    figure = _figure(max(6.0, 0.62 * len(columns) + 2.6), 0.27 * len(rows) + 2.1)
+    figure = new_figure(max(6.0, 0.62 * len(columns) + 2.6), 0.27 * len(rows) + 2.1)
     axes = figure.subplots()
     numbers = [
         [float("nan") if cell is None else cell for cell in line] for line in picture["panels"]
