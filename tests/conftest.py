@@ -4,11 +4,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read as soon as torch imports Triton
 
-import jaxtyping
-
 import rooms
+import shapes
 
-jaxtyping.install_import_hook(rooms.shaped(), "beartype.beartype")  # before any of them is loaded
+shapes.check(rooms.shaped())  # before any of them is loaded
 
 import pytest
 import torch
