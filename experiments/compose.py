@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,9 +23,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=3000, help="how many")
     parser.add_argument("--seed", type=int, default=1, help="the same seed, the same cases")
+    parser.add_argument("--first", type=int, default=0, help="the number of the first of them")
     parser.add_argument("--only", type=int, help="one case of them, with its whole traceback")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", ".*past_key_values. is deprecated", FutureWarning)
     if given.only is not None:
         case, _ = compositions.draw(given.seed, given.only)
         print(compositions.describe(case))
@@ -36,7 +39,7 @@ def main():
         text = compositions.describe(compositions.draw(given.seed, number)[0])
         print(f"{number}: {wrong}\n    {text}", flush=True)
 
-    tally = compositions.run(given.seed, range(given.cases), tell)
+    tally = compositions.run(given.seed, range(given.first, given.first + given.cases), tell)
     print(
         f"{given.cases} cases: {tally.right} right, {tally.refused} refused, "
         f"{len(tally.faults)} wrong; {time.process_time() - start:.0f} s of one core"

@@ -192,8 +192,7 @@ def _spans(rng, length):
 
 def _ops(rng, lengths, sliding):
     ops, rows = [], len(lengths)
-    kinds = ["step", "step", "step", "turn", "turn", "rows", "save", "copy", "detour"]
-    kinds += [] if sliding else ["crop"]
+    kinds = ["step", "step", "step", "turn", "turn", "rows", "save", "copy", "detour", "crop"]
     for _ in range(rng.randint(1, 7)):
         kind = rng.choice(kinds)
         if kind == "step":

@@ -124,6 +124,8 @@ def test_where_memory_does_not_do_every_method_reads_for_itself(llama, monkeypat
 
 def test_seconds_to_the_first_token_hold_the_reading(llama):
     comparison, found = compared(llama, cells(["snapkv"], ["40"]))
-    assert all(result.ttft_s > comparison.reading_s > 0 for result in found)
+    reading_s = comparison.reading_s or 0.0
+    assert all(result.ttft_s > reading_s > 0 for result in found)
     comparison, found = compared(llama, cells(["h2o"], ["40"]), protocol="question-agnostic")
-    assert all(result.compress_s > comparison.reading_s > 0 for result in found)
+    reading_s = comparison.reading_s or 0.0
+    assert all(result.compress_s > reading_s > 0 for result in found)

@@ -113,3 +113,20 @@ def test_the_help_names_every_configuration(speed):
 def test_a_prompt_longer_than_a_loaded_models_window_is_refused(speed, model_folder):
     code, _, err = speed("--model", model_folder, "--length", 600)
     assert code == 2 and "exceed the window, 512" in err
+
+
+def test_a_method_of_ones_own_that_was_edited_is_another_run(speed, tmp_path, monkeypatch):
+    source = "import kvtrim\nMINE = kvtrim.METHODS['knorm']\n"
+    (tmp_path / "speedy.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = ("--length", 48, "--method", "speedy:MINE", "--keep", "40", *SHORT, *RANDOM, "--json")
+    code, out, _ = speed(*asked, "--out", "run")
+    first = json.loads(out)
+    assert code == 0 and list(first["outside"]) == ["speedy:MINE"]
+    assert speed(*asked, "--out", "run")[:2] == (0, out)
+    (tmp_path / "speedy.py").write_text(source + "# another version\n")
+    monkeypatch.delitem(sys.modules, "speedy")
+    code, out, err = speed(*asked, "--out", "run")
+    assert code == 2 and "outside.speedy:MINE" in err and "holds another run" in err
+    code, out, _ = speed(*asked)
+    assert json.loads(out)["outside"] != first["outside"]

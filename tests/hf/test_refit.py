@@ -197,6 +197,17 @@ def test_what_a_bias_takes_is_counted_saved_and_joined(llama, tmp_path):
             torch.testing.assert_close(two.logits[row], alone, rtol=1e-8, atol=1e-8)
 
 
+def test_a_budget_in_bytes_pays_for_biases(llama):
+    ids, settings = models.prompt(N), small("snapkv")
+    for size in range(8000, 20000, 900):
+        for refit in (REFIT, BOTH):
+            cache = kvtrim.Cache(llama, "snapkv", f"{size}B", **settings, **refit)
+            held = read(llama, cache, ids).held_bytes
+            assert (
+                size - 6 * (2 * 8 * 8 + 8) < held <= size
+            )  # an entry more in each head is too many
+
+
 def test_a_prompt_that_fits_is_left_as_it_is(llama):
     ids = models.prompt(N)
     cache = read(llama, kvtrim.Cache(llama, "snapkv", N, **small("snapkv"), **BOTH), ids)

@@ -129,7 +129,7 @@ def _found(
     model: Any, name: str, protocol: str, plan: "Plan", asked: Any, lines: list[dict[str, Any]]
 ) -> dict[str, Any]:
     from kvtrim.bench import recommend as bench
-    from kvtrim.bench.provenance import provenance
+    from kvtrim.bench.provenance import outside, provenance
     from kvtrim.hf.models import fingerprint
 
     rows = bench.rows(lines, plan.tolerance)
@@ -142,6 +142,7 @@ def _found(
         "rows": rows,
         "smallest": {method: row and row["keep"] for method, row in small.items()},
         "best": bench.best(rows),
+        "outside": outside({row["method"] for row in rows}),
         "machine": provenance(model.device),
         "lines": lines,
     }

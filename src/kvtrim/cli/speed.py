@@ -205,7 +205,7 @@ def _record(model: Any, about: dict[str, Any], plan: Any, chosen: Any) -> dict[s
     """Everything that decides what the figures mean."""
     from dataclasses import asdict
 
-    from kvtrim.bench.provenance import provenance
+    from kvtrim.bench.provenance import outside, provenance
     from kvtrim.bench.speed import roofline
     from kvtrim.hf.models import fingerprint
 
@@ -214,6 +214,7 @@ def _record(model: Any, about: dict[str, Any], plan: Any, chosen: Any) -> dict[s
         "model": about | {"dtype": own["dtype"]} | own,
         "plan": asdict(plan),
         "candidates": [asdict(candidate) for candidate in chosen],
+        "outside": outside({candidate.method for candidate in chosen if not candidate.peer}),
         "machine": provenance(model.device),
         "limits": roofline.of_model(model) | roofline.of_machine(model.device, model.dtype),
     }

@@ -203,8 +203,9 @@ class Cutting:
         if self.prompt or self.probed:
             layers, policy = len(self.state.layers), self.method.policy
             again = self.method.schedule.every is not None
-            column = torch.float32.itemsize if again and policy.observes(decoding=True) else 0
-            entry = layers * call.keys.shape[1] * (call.entry_bytes + column) * self.now.rows
+            columns = (again and policy.observes(decoding=True)) + self.method.refit.biases
+            beside = columns * torch.float32.itemsize
+            entry = layers * call.keys.shape[1] * (call.entry_bytes + beside) * self.now.rows
             count = policy.remembers() if again else 0
             remembered = call.remembered_bytes(count, policy.reads_hidden)
             keep = self.keep.beside(layers * remembered)
