@@ -2,7 +2,7 @@
 
 jaxtyping's own import hook checks the arguments of every call twice, and of functions without
 shapes too, which was most of what the suite cost. Here beartype checks a call once, and only a
-function that names shapes gives their letters a scope.
+function that names shapes gives their letters a scope. Generators with shapes are not checked.
 """
 
 import ast
@@ -31,9 +31,11 @@ def checked(made):
         return made
     if not made.__annotations__:
         return made
-    strict = _strictly(made)
-    if inspect.isgeneratorfunction(made) or not any(map(_shaped, made.__annotations__.values())):
+    strict, shaped = _strictly(made), any(map(_shaped, made.__annotations__.values()))
+    if not shaped:
         return strict
+    if inspect.isgeneratorfunction(made):  # it runs among its caller's letters, which are others
+        return made
 
     @functools.wraps(made)
     def scoped(*args, **kwargs):
