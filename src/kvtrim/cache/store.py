@@ -208,12 +208,20 @@ class LayerStore:
             self.borrowed = None
             self.start, self.capacity = starts_of(kept.counts), kept.counts.clone()
         else:
-            starts = self.start.to(slots.device)[rows, heads]
-            for buffer in self.buffers.values():
-                buffer[starts + place] = buffer[starts + slots]
+            old = self.start.to(slots.device)[rows, heads] + slots
+            roomy = bool((self.capacity > kept.counts + 2 * slack(kept.counts)).any())
+            if roomy:  # what stays moves into smaller buffers at once
+                self.start, self.capacity = starts_of(kept.counts), kept.counts.clone()
+                total = int(kept.counts.sum())
+            else:
+                total = self.keys.shape[0]
+            new = self.start.to(slots.device)[rows, heads] + place
+            for name, buffer in self.buffers.items():
+                stays = buffer.index_select(0, old)
+                if not roomy:
+                    buffer.index_copy_(0, new, stays)
+                self.buffers[name] = stays if roomy else buffer
         self._resize(kept.counts)
-        if bool((self.capacity > self.length + 2 * slack(self.length)).any()):
-            self._move(self.length.clone())
 
     def settle(self) -> None:
         """Own the entries: copy what is still borrowed."""

@@ -165,15 +165,20 @@ class Cutting:
     def _cut_again(self, index: int) -> None:
         """Layers compete: what this one won, the earlier ones lose; the last one settles it."""
         layers, last = self.state.layers, index == len(self.state.layers) - 1
-        dealt = any(cutter.dealt for _, cutter in self._cutters)
-        for earlier, held in enumerate(layers[:index]):
-            store = held.store
-            if store is None or not dealt:
-                continue
-            parts = []
-            for rows, cutter in self._cutters:
-                scores = self._part(store, rows).column(SCORE)
-                parts.append((rows, cutter.again(earlier, scores, store.length[rows], last)))
+        read = [(at, held.store) for at, held in enumerate(layers[: index + 1])]
+        stores = [(at, store) for at, store in read if store is not None]
+        late = [
+            bool(cutter.dealt) and (last or cutter.late([x.length[rows] for _, x in stores]))
+            for rows, cutter in self._cutters
+        ]
+        for earlier, store in stores if any(late) else []:
+            parts: list[tuple[slice, Kept | None]] = []
+            for due, (rows, cutter) in zip(late, self._cutters, strict=True):
+                kept = None
+                if due and earlier < index:
+                    scores = self._part(store, rows).column(SCORE)
+                    kept = cutter.again(earlier, scores, store.length[rows])
+                parts.append((rows, kept))
             self._retain(store, merge(parts, store.length))
         for layer, held in enumerate(layers if last else []):
             if held.store is not None:

@@ -17,7 +17,7 @@ from kvtrim.methods.selection import SecondStage, select
 from kvtrim.types import Counts, Float, Kept, LayerView, Room, Scores, Tensor
 
 LATE = 4
-"""While layers go by, an earlier one is cut again once it holds a quarter more than it may."""
+"""While layers go by, the earlier ones are cut again once all hold a quarter more than they may."""
 
 
 class Cutter(ABC):
@@ -36,9 +36,14 @@ class Cutter(ABC):
         `share`: entries per head that an earlier cut settled for this layer.
         """
 
-    def again(
-        self, layer: int, scores: Float[Tensor, "B K S"], held: Counts, last: bool
-    ) -> Kept | None:
+    def late(self, held: Sequence[Counts]) -> bool:
+        """Whether layers hold so much more than they may that they are to be cut again.
+
+        `held`: entries per head of every layer so far.
+        """
+        return False
+
+    def again(self, layer: int, scores: Float[Tensor, "B K S"], held: Counts) -> Kept | None:
         """What survives of an earlier layer now that more layers share the budget."""
         return None
 
@@ -79,16 +84,19 @@ class Evictor(Cutter):
             self._leader = (leader, self._select(view, share))
         return self._leader[1]
 
-    def again(
-        self, layer: int, scores: Float[Tensor, "B K S"], held: Counts, last: bool
-    ) -> Kept | None:
+    def late(self, held: Sequence[Counts]) -> bool:
+        """See `Cutter.late`."""
+        protected = sum(self._protected())
+        may = sum(int(counts.sum()) + counts.numel() * protected for counts in self.dealt)
+        return bool(self.dealt) and sum(int(counts.sum()) for counts in held) > may + may // LATE
+
+    def again(self, layer: int, scores: Float[Tensor, "B K S"], held: Counts) -> Kept | None:
         """See `Cutter.again`."""
         if not self.dealt:
             return None
         sinks, recent = self._protected()
         counts = self.dealt[layer]
-        may = counts + sinks + recent
-        if bool((held <= may).all()) or not (last or bool((held > may + may // LATE).any())):
+        if bool((held <= counts + sinks + recent).all()):
             return None
         candidates = max(sinks, scores.shape[-1] - recent)
         return select(scores[..., :candidates], counts, held, sinks=sinks, recent=recent)

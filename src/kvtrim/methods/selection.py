@@ -105,8 +105,7 @@ def _raise_window(scores: Scores, lengths: Counts, recent: int) -> Float[Tensor,
 def kept_from_mask(stay: Bool[Tensor, "B K S"]) -> Kept:
     """The survivors of a mask, ascending per head, padded with -1 at the end."""
     counts = stay.sum(dim=-1)
-    width = int(counts.max())
-    # a stable sort of "is dropped" brings the survivors to the front in their own order
-    slots = (~stay).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
-    padded = torch.arange(width, device=stay.device) < counts[..., None]
-    return Kept(slots.masked_fill(~padded, -1), counts.cpu())
+    slots = torch.full((*counts.shape, int(counts.max())), -1, device=stay.device)
+    row, head, slot = stay.nonzero(as_tuple=True)
+    slots[row, head, stay.cumsum(dim=-1)[row, head, slot] - 1] = slot
+    return Kept(slots, counts.cpu())
