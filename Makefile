@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install $(PIP_ARGS)
 REPORT_DIR ?= experiments/evaluation
 QUESTION := What is the secret password of the old lighthouse keeper?
+ASK = $(BIN)/kvtrim compare examples/time_machine.txt -q "$(QUESTION)" --max-new-tokens 24 --keep 512
 
-.PHONY: setup demo test check format docs report gpu clean
+.PHONY: setup demo test check format docs site report gpu clean
 
 # torch first and pinned: an open range would fetch gigabytes of CUDA
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -29,9 +30,10 @@ $(VENV)/complete: $(VENV)/ready
 
 setup: $(VENV)/complete
 
+# the question known while the document is read, then not
 demo: $(VENV)/ready
-	$(BIN)/kvtrim compare examples/time_machine.txt -q "$(QUESTION)" --max-new-tokens 24 --keep 512 --keep 128 \
-	  --method auto --method snapkv --method adakv --method pyramidkv --method h2o --method tova --method chunkkv --method streaming-llm
+	$(ASK) --protocol question-aware --method auto --method snapkv --method streaming-llm
+	$(ASK) --protocol question-agnostic --method auto --method kvzip --method snapkv
 
 test: setup
 	$(BIN)/python -m pytest -n 2
@@ -50,6 +52,12 @@ docs: setup
 	mv docs/methods.new docs/methods.md
 	$(BIN)/python -m kvtrim.tasks > docs/tasks.new
 	mv docs/tasks.new docs/tasks.md
+	$(BIN)/python experiments/choosing.py
+
+# build/site: the pages of docs/, README and experiments/, with the reference; a warning is an error
+site: setup
+	$(PIP) -c constraints.txt -e ".[site]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # the tables and plots of REPORT_DIR again, from the lines of its samples
 report: setup
@@ -63,4 +71,4 @@ gpu:
 	$(GPU_PYTHON) experiments/gpu.py $(GPU_ARGS)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis dist
