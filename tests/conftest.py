@@ -10,14 +10,14 @@ import shapes
 shapes.check(rooms.shaped())  # before any of them is loaded
 
 import pytest
-import torch
 
-import models
-
-torch.set_num_threads(1)
+# torch is loaded where tests run, not in the process that hands them out
 
 
 def pytest_collection_modifyitems(items):
+    import torch
+
+    torch.set_num_threads(1)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -26,18 +26,35 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def llama():
-    return models.tiny("llama")
+    return _tiny("llama")
 
 
-@pytest.fixture(params=models.ARCHITECTURES)
+@pytest.fixture
 def any_model(request):
-    return models.tiny(request.param)
+    return _tiny(request.param)
+
+
+def pytest_generate_tests(metafunc):
+    if "any_model" in metafunc.fixturenames:
+        import models
+
+        metafunc.parametrize("any_model", models.ARCHITECTURES, indirect=True)
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A tiny Llama and its tokenizer, saved as transformers saves them."""
+    import torch
+
+    import models
+
     folder = tmp_path_factory.mktemp("model")
     models.tiny("llama", dtype=torch.float32).save_pretrained(folder)
     models.tokenizer().save_pretrained(folder)
     return folder
+
+
+def _tiny(architecture):
+    import models
+
+    return models.tiny(architecture)

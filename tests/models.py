@@ -87,17 +87,22 @@ _CHAT = (
 )
 
 
-def config(architecture: str):
-    """A fresh configuration of a tiny model."""
+def config(architecture: str, **sizes: int):
+    """A fresh configuration of a tiny model; `sizes` are others than those above."""
     if architecture in _CONFIGS:
-        return _CONFIGS[architecture]()
+        made = _CONFIGS[architecture]()
+        for name, size in sizes.items():
+            setattr(made, name, size)
+        return made
     return AutoConfig.for_model(architecture, **_SIZES, **_FURTHER[architecture])
 
 
-def tiny(architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64):
+def tiny(
+    architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: int
+):
     """A fresh random model; float64, so that equal means equal."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(architecture))
+    model = AutoModelForCausalLM.from_config(config(architecture, **sizes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "proj" in name:  # sharper attention than random initialisation gives

@@ -200,7 +200,8 @@ def test_a_name_of_the_method_and_of_sampling_is_refused_with_both(llama):
     assert one == {"policy.temperature": 0.5}
     assert two == {"temperature": 0.7, "do_sample": True}
     own = {"policy.temperature": 0.5}
-    assert kvtrim.generate(llama, tokenizer(), "a b c " * 20, "d?", **ask, **own).text is not None
+    answer = kvtrim.generate(llama, tokenizer(), "a b c " * 20, "d?", **ask, **own)
+    assert answer.kept == [[40, 40]] * 3
     assert split("circuitkv", {"temperature": 2.0}) == ({"temperature": 2.0}, {})
 
 

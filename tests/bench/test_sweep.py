@@ -30,9 +30,9 @@ tasks = ["bench.questions:WORDS_TASK", "bench.questions:PREFIXED"]
 methods = ["snapkv", "adakv"]
 keeps = [48]
 protocols = ["question-agnostic"]
-limit = 5
+limit = 3
 batch = 6
-chunk = 3
+chunk = 2
 threads = 1
 models = ["{model}"]
 set = {{ window = 8 }}
@@ -115,12 +115,12 @@ def test_work_that_kills_every_worker_is_given_up_and_the_rest_is_kept(asked, se
     assert same(folder, serial)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 5])
+@pytest.mark.parametrize("chunk", [1, 3])
 def test_work_that_is_cut_up_in_another_way_is_gone_on_with(asked, serial, tmp_path, chunk):
     with pytest.raises(KvtrimError, match="workers died"):
         Driver(load(asked), tmp_path / "out", Inside(dies=lambda count: count > 2)).run()
     assert list(tmp_path.glob("out/*/parts/*/samples.jsonl"))
-    asked.write_text(asked.read_text().replace("chunk = 3", f"chunk = {chunk}"))
+    asked.write_text(asked.read_text().replace("chunk = 2", f"chunk = {chunk}"))
     (folder,) = Driver(load(asked), tmp_path / "out", Inside()).run()
     assert same(folder, serial)
 
@@ -143,14 +143,14 @@ def test_data_that_are_missing_are_named_before_a_worker_starts(asked, tmp_path)
 
 def test_another_sweep_in_the_folder_is_refused(asked, tmp_path):
     Driver(load(asked), tmp_path / "out", Inside()).run()
-    asked.write_text(asked.read_text().replace("limit = 5", "limit = 4"))
-    with pytest.raises(UsageError, match="limit: 5 there, 4 here"):
+    asked.write_text(asked.read_text().replace("limit = 3", "limit = 2"))
+    with pytest.raises(UsageError, match="limit: 3 there, 2 here"):
         Driver(load(asked), tmp_path / "out", Inside()).run()
 
 
 def test_protocols_and_lengths_are_folders_of_their_own(asked, tmp_path):
     text = asked.read_text().replace(AGNOSTIC + '"', AGNOSTIC + '", "question-aware"')
-    asked.write_text("lengths = [128, 200]\n" + text.replace("limit = 5", "limit = 1"))
+    asked.write_text("lengths = [128, 200]\n" + text.replace("limit = 3", "limit = 1"))
     folders = Driver(load(asked), tmp_path / "out", Inside()).run()
     short = Path(load(asked).models[0]).name
     assert [folder.name for folder in folders] == [
@@ -173,22 +173,22 @@ def test_pieces_hold_whole_units_of_one_task(asked):
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        (("limit = 5", "limt = 5"), UnknownNameError, "did you mean 'limit'"),
-        (("limit = 5", "limit = 0"), UsageError, "at least 1"),
+        (("limit = 3", "limt = 5"), UnknownNameError, "did you mean 'limit'"),
+        (("limit = 3", "limit = 0"), UsageError, "at least 1"),
         (('"question-agnostic"', '"both"'), UsageError, "'both' is none"),
         (("keeps = [48]", "keeps = 48"), UsageError, "must be a list"),
         (("keeps = [48]", ""), UsageError, "names no keeps"),
         (("keeps = [48]", "keeps = []"), UsageError, "keeps is empty"),
         (("keeps = [48]", "keeps = [true]"), UsageError, "keeps = .*use budgets"),
         (("keeps = [48]", "keeps = [48, 48]"), UsageError, "keeps names 48 twice"),
-        (("limit = 5", "lengths = []"), UsageError, "lengths is empty"),
-        (("limit = 5", "lengths = [-5]"), UsageError, r"lengths = \[-5\]: use whole numbers"),
-        (("limit = 5", 'lengths = ["2048"]'), UsageError, "without quotes"),
-        (("limit = 5", "data = 5"), UsageError, "data = 5: use text in quotes"),
-        (("limit = 5", 'seed = "a"'), UsageError, "seed = 'a': use a whole number"),
-        (("limit = 5", "seed = true"), UsageError, "seed = True: use a whole number"),
-        (("limit = 5", "retries = -1"), UsageError, "retries = -1: use a whole number"),
-        (("limit = 5", "fitting = 1"), UsageError, "use true or false"),
+        (("limit = 3", "lengths = []"), UsageError, "lengths is empty"),
+        (("limit = 3", "lengths = [-5]"), UsageError, r"lengths = \[-5\]: use whole numbers"),
+        (("limit = 3", 'lengths = ["2048"]'), UsageError, "without quotes"),
+        (("limit = 3", "data = 5"), UsageError, "data = 5: use text in quotes"),
+        (("limit = 3", 'seed = "a"'), UsageError, "seed = 'a': use a whole number"),
+        (("limit = 3", "seed = true"), UsageError, "seed = True: use a whole number"),
+        (("limit = 3", "retries = -1"), UsageError, "retries = -1: use a whole number"),
+        (("limit = 3", "fitting = 1"), UsageError, "use true or false"),
         (("set = { window = 8 }", "set = 5"), UsageError, "set must be a table"),
         (('models = ["', 'models = [] # ["'), UsageError, "models is empty"),
         (('models = ["', 'models = [5, "'), UsageError, "models = .*use texts"),
@@ -200,7 +200,7 @@ def test_pieces_hold_whole_units_of_one_task(asked):
         (('"snapkv"', '"snapvk"'), UnknownNameError, "did you mean 'snapkv'"),
         (("window = 8", "windw = 8"), UnknownNameError, "did you mean 'window'"),
         (("WORDS_TASK", "NO_TASK"), UsageError, "NO_TASK"),
-        (("limit = 5", "limit = "), UsageError, "no TOML"),
+        (("limit = 3", "limit = "), UsageError, "no TOML"),
     ],
 )
 def test_a_wrong_file_is_refused_before_anything_runs(asked, changed, error, message):
@@ -221,16 +221,17 @@ def test_a_killed_process_is_replaced(asked, serial, tmp_path):
     assert killed and same(folder, serial)
 
 
-@pytest.mark.parametrize("how", [[], ["--ray", "--workers", "1"]], ids=["local", "ray"])
+@pytest.mark.parametrize("how", [[], ["--ray"]], ids=["local", "ray"])
 def test_a_killed_driver_is_gone_on_with(asked, serial, tmp_path, how):
     if how:
         pytest.importorskip("ray", reason="Ray is not installed: pip install 'kvtrim[ray]'")
-    asked.write_text(asked.read_text().replace("chunk = 3", "chunk = 2"))
+    asked.write_text(asked.read_text().replace("chunk = 2", "chunk = 1"))
     here = Path(__file__).parents[1]
     paths = [str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")]
     own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}  # as this process has
     told = dict(env=os.environ | own, cwd=tmp_path)
     command = [sys.executable, "-m", "kvtrim", "sweep", str(asked), "--out", "out", *how]
+    command += ["--workers", "1"]
     nowhere = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = subprocess.Popen(command, **nowhere, **told)
     try:
@@ -257,7 +258,7 @@ def test_ray_workers_do_the_same_and_a_killed_one_is_replaced(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent / "src")]))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        pool, killed = pool_ray.RayPool(size=2), []
+        pool, killed = pool_ray.RayPool(size=1), []
 
         def kill(what, done, out_of):
             if not killed and out_of > 1:
@@ -300,7 +301,7 @@ def test_a_worker_that_dies_with_nothing_to_do_is_not_missed(asked, serial, tmp_
 
 
 def test_a_job_without_samples_is_done_and_the_others_go_on(asked, tmp_path, capsys):
-    text = asked.read_text().replace("limit = 5", "limit = 1\nlengths = [8, 200]")
+    text = asked.read_text().replace("limit = 3", "limit = 1\nlengths = [8, 200]")
     asked.write_text("fitting = true\n" + text)
     empty, other = Driver(load(asked), tmp_path / "out", Inside()).run()
     assert (empty / "samples.jsonl").read_text() == "" and (empty / "eval.md").exists()

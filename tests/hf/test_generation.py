@@ -11,7 +11,9 @@ from kvtrim.hf.generate import read
 from small import small
 
 METHODS = sorted(kvtrim.METHODS)
-NEW = 12
+NEW = 8
+KINDS = ["full", "snapkv", "cake", "fastkv", "h2o", "headkv", "kvzip", "shotkv", "tova"]
+"""One method for each kind of state that a cache keeps between passes."""
 
 
 def cache_for(model, name, keep=24, **options):
@@ -120,7 +122,7 @@ def padded(rows):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_padded_batch_equals_its_prompts_alone(llama, name):
-    prompts = [models.prompt(n, seed=n)[0] for n in (48, 30, 41)]
+    prompts = [models.prompt(n, seed=n)[0] for n in (33, 48)]
     ids, mask = padded(prompts)
     batch = cache_for(llama, name)
     out = generate(llama, ids, batch, mask)
@@ -144,16 +146,16 @@ def test_a_padded_batch_equals_its_prompts_alone_on_other_architectures(architec
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_unpadded_batch_equals_its_prompts_alone(llama, name):
-    ids = models.prompt(40, rows=3)
+    ids = models.prompt(40, rows=2)
     batch = cache_for(llama, name)
     out = generate(llama, ids, batch)
-    for row in range(3):
+    for row in range(2):
         alone = cache_for(llama, name)
         assert torch.equal(out[row], generate(llama, ids[row : row + 1], alone)[0])
         assert models.positions(batch, row) == models.positions(alone)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_second_turn_through_generate_reads_only_what_is_new(llama, name):
     first = models.prompt(40)
     cache = cache_for(llama, name)
@@ -191,8 +193,9 @@ def test_a_second_turn_of_a_batch_whose_answers_ended_at_different_times(llama):
     torch.testing.assert_close(logits[1:], expected, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("chunk", [7, 16])
+@pytest.mark.parametrize(
+    ("name", "chunk"), [*((name, 7) for name in METHODS), *((name, 16) for name in KINDS)]
+)
 def test_reading_in_chunks_keeps_the_same_entries(llama, name, chunk):
     ids = models.prompt(48)
     once = cache_for(llama, name)
@@ -235,7 +238,7 @@ def test_transformers_own_chunked_prefill_works_when_the_prompt_length_is_known(
     assert torch.equal(out, generate(llama, ids, cache_for(llama, "snapkv")))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", KINDS)
 def test_two_interleaved_conversations_equal_two_separate_ones(llama, name):
     texts = [models.prompt(40, seed=1), models.prompt(44, seed=2)]
     apart = [greedy_by_hand(llama, ids, cache_for(llama, name)) for ids in texts]

@@ -253,7 +253,17 @@ def test_a_saved_context_is_asked_again(model, tmp_path):
 
 
 def test_observers_in_the_question_need_a_question(model):
-    assert ask(model, DOCUMENT, "Five?", observers="question").text is not None
+    tokenizer = models.tokenizer()
+    prompt = encode(tokenizer, frame(tokenizer), DOCUMENT, "Five?")
+    held = {}
+    for observers in ("question", "all"):
+        cache = kvtrim.Cache(model, "shotkv", 64, spans=prompt.spans, observers=observers)
+        with torch.no_grad(), kvtrim.attach(model):
+            model(torch.tensor([prompt.ids]), past_key_values=cache)
+        held[observers] = models.positions(cache)
+        counts = [[len(head) for head in layer] for layer in held[observers]]
+        assert ask(model, DOCUMENT, "Five?", observers=observers).kept == counts
+    assert held["question"] != held["all"]
     with pytest.raises(UsageError, match="question-aware"):
         ask(model, DOCUMENT, "Five?", observers="question", protocol="question-agnostic")
 
