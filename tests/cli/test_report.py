@@ -52,7 +52,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -64,7 +64,8 @@ def test_the_pages_hold_every_table_and_need_no_other_file(run, drawing, tmp_pat
     assert (code, err) == (0, "") and "Overview" in out and "report.html" in out
     text = (tmp_path / "results" / "report.html").read_text()
     page = Page(text)
-    assert not page.open and page.tags.count("table") >= 8 and "script" not in page.tags
+    assert not page.open and page.tags.count("table") >= 8
+    assert page.tags.count("script") == 1 and "fetch" not in text and "http" not in text
     sources = [value for name, value in page.attributes if name == "src"]
     assert sources and all(value.startswith("data:image/png;base64,") for value in sources)
     links = [value for name, value in page.attributes if name == "href"]
@@ -217,7 +218,7 @@ def test_a_speed_run_is_a_chapter_with_tables_and_plots(run, drawing, tmp_path):
     assert code == 0 and any(name.endswith("/speed") for name in names)
     assert any(name.endswith("/speed-spread") for name in names)
     page = (tmp_path / "both/report.html").read_text()
-    assert page.count("<h2") == 2 and page.count("Speed: ") > 1
+    assert page.count("<h2") == 3 and page.count("Speed: ") > 1
     assert run("results", "fast", "--out", "both", "--check")[0] == 0
 
 

@@ -1,11 +1,15 @@
-"""A report as one HTML page that needs no other file: tables, pictures within, light and dark."""
+"""A report as one HTML page that needs no other file: tables, pictures within, light and dark.
+
+Rows can be sorted and filtered where scripts run; without them the page shows everything.
+"""
 
 import base64
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape as html_escape
 
+from kvtrim.report import best
 from kvtrim.report.document import Chapter
 from kvtrim.report.format import visible
 from kvtrim.report.markdown import ABOUT, TITLE
@@ -49,7 +53,72 @@ figure { margin: 1.2em 0; }
 figure img { display: block; max-width: 100%; height: auto; background: #ffffff; padding: 6px;
   border: 1px solid var(--line); border-radius: 6px; }
 code { font-size: 12px; color: var(--soft); }
+.best { font-weight: 700; }
+.filter { display: none; position: sticky; top: 0; z-index: 1; padding: .4em 0;
+  background: var(--paper); }
+.filter input { font: inherit; width: min(100%, 32em); padding: .3em .6em; }
+.script .filter { display: block; }
+.script th { cursor: pointer; }
+th[aria-sort=ascending]::after { content: " \\25b2"; }
+th[aria-sort=descending]::after { content: " \\25bc"; }
 """
+SCRIPT = """
+"use strict";
+const UNITS = { KiB: 2 ** 10, MiB: 2 ** 20, GiB: 2 ** 30, ms: 1e-3 };
+function valueOf(text) {
+  const found = /^[x]?([+-]?[0-9][0-9.]*)\\s?([A-Za-z]*)/.exec(text.trim());
+  return found ? parseFloat(found[1]) * (UNITS[found[2]] || 1) : null;
+}
+function compare(one, other) {
+  const [a, b] = [valueOf(one), valueOf(other)];
+  if (a !== null && b !== null) return a - b;
+  return (a === null) - (b === null) || one.localeCompare(other);
+}
+function isShown(method, keep, wanted) {
+  const words = wanted.toLowerCase().split(/[\\s,]+/).filter(Boolean);
+  const budgets = words.filter((word) => /^[0-9]/.test(word));
+  const names = words.filter((word) => !/^[0-9]/.test(word));
+  if (method === "full" || method === "transformers") return true;
+  return (!names.length || names.some((name) => method.toLowerCase().includes(name)))
+    && (!budgets.length || budgets.includes(keep));
+}
+function begin(page) {
+  page.documentElement.classList.add("script");
+  const tables = [...page.querySelectorAll("main table")];
+  for (const table of tables) {
+    const heads = [...table.querySelectorAll("th")];
+    heads.forEach((head, at) => head.addEventListener("click", () => {
+      const down = head.getAttribute("aria-sort") === "ascending";
+      heads.forEach((each) => each.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const rows = [...table.tBodies[0].rows];
+      rows.sort((a, b) => (down ? -1 : 1) * compare(a.cells[at].textContent,
+        b.cells[at].textContent));
+      table.tBodies[0].append(...rows);
+    }));
+  }
+  page.querySelector(".filter input").addEventListener("input", (event) => {
+    for (const table of tables) {
+      const heads = [...table.querySelectorAll("th")].map((head) => head.textContent);
+      const [method, keep] = [heads.indexOf("method"), heads.indexOf("keep")];
+      if (method < 0) continue;
+      for (const row of table.tBodies[0].rows) {
+        const budget = keep < 0 ? "" : row.cells[keep].textContent;
+        row.hidden = !isShown(row.cells[method].textContent, budget, event.target.value);
+      }
+    }
+  });
+}
+if (typeof document !== "undefined") begin(document);
+"""
+FILTER = (
+    '<p class="filter"><label>Rows: <input type="search" placeholder="snapkv kvzip 256">'
+    "</label></p>"
+)
+BEST = (
+    "Bold is the best of its budget; intervals tell whether the others are worse. "
+    "A click on a heading sorts, and the field above shows some methods and budgets alone."
+)
 _LONG = 40  # characters of a cell that may be broken
 
 
@@ -65,6 +134,9 @@ def page(chapters: Sequence[Chapter], drawn: Mapping[str, Sequence[tuple[str, by
         drawn: PNG pictures of a chapter by its title, each with what it shows.
     """
     body = [f"<h1>{TITLE}</h1>\n<p>{_prose(ABOUT)}</p>\n{_contents(chapters)}"]
+    body += [FILTER, f'<p class="about">{BEST}</p>']
+    if short := best.summary(chapters):
+        body += ['<h2 id="summary">Summary</h2>', *map(_table, short)]
     for chapter in chapters:
         body.append(f'<h2 id="{plain(chapter.title)}">{escape(chapter.title)}</h2>')
         body += [f"<p>{_prose(chapter.about)}</p>"] if chapter.about else []
@@ -77,7 +149,8 @@ def page(chapters: Sequence[Chapter], drawn: Mapping[str, Sequence[tuple[str, by
         f'<meta name="{DIGEST}" content="{digest(chapters)}">\n'
         f"<title>{TITLE}</title>\n<style>{_STYLE}</style>\n</head>\n"
     )
-    return head + "<body>\n<main>\n" + "\n".join(body) + "\n</main>\n</body>\n</html>\n"
+    foot = f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+    return head + "<body>\n<main>\n" + "\n".join(body) + foot
 
 
 def digest(chapters: Sequence[Chapter]) -> str:
@@ -106,10 +179,11 @@ def _prose(text: str) -> str:
 def _table(table: Table) -> str:
     sides = [side for _, side in table.columns]
     head = "".join(f"<th{_class(side)}>{escape(name)}</th>" for name, side in table.columns)
-    cells = [
-        [_cell(text, side) for text, side in zip(row, sides, strict=True)] for row in table.rows
-    ]
-    lines = [f"<tr>{''.join(row)}</tr>" for row in cells]
+    won = best.marked(table)
+    lines = []
+    for number, row in enumerate(table.rows):
+        bold = {at for at in range(len(row)) if (number, at) in won}
+        lines.append(f"<tr>{''.join(_cells(row, sides, bold))}</tr>")
     return (
         f'<h3 id="{plain(table.name)}">{escape(table.title)}</h3>\n'
         f'<p class="about">{_prose(table.about)} <code>{escape(table.name)}</code></p>\n'
@@ -119,13 +193,18 @@ def _table(table: Table) -> str:
     )
 
 
-def _cell(text: str, side: str) -> str:
+def _cells(row: Sequence[str], sides: Sequence[str], bold: Collection[int]) -> list[str]:
+    pairs = enumerate(zip(row, sides, strict=True))
+    return [_cell(text, side, "best" * (at in bold)) for at, (text, side) in pairs]
+
+
+def _cell(text: str, side: str, kind: str) -> str:
     found = _INTERVAL.fullmatch(text)
     if found is None:
         long = " long" if len(text) > _LONG else ""
-        return f"<td{_class(side, long)}>{escape(text)}</td>"
+        return f"<td{_class(side, kind + long)}>{escape(text)}</td>"
     mean, spread = escape(found["mean"] + found["rest"]), escape(found["spread"])
-    return f'<td{_class(side)}>{mean} <span class="spread">{spread}</span></td>'
+    return f'<td{_class(side, kind)}>{mean} <span class="spread">{spread}</span></td>'
 
 
 def _class(side: str, more: str = "") -> str:
