@@ -58,7 +58,6 @@ Spans = Mapping[str, tuple[tuple[tuple[int, int], ...], ...]]
 class Probed:
     """Which part of a prompt a probe is about, in positions: [start, stop)."""
 
-    prefix: int  # so many tokens before the context are never evicted
     start: int
     stop: int
 

@@ -212,9 +212,6 @@ class LayerStore:
             roomy = bool((self.capacity > kept.counts + 2 * slack(kept.counts)).any())
             if roomy:  # what stays moves into smaller buffers at once
                 self.start, self.capacity = starts_of(kept.counts), kept.counts.clone()
-                total = int(kept.counts.sum())
-            else:
-                total = self.keys.shape[0]
             new = self.start.to(slots.device)[rows, heads] + place
             for name, buffer in self.buffers.items():
                 stays = buffer.index_select(0, old)

@@ -17,7 +17,7 @@ from kvtrim.methods.selection import SecondStage, select
 from kvtrim.types import Counts, Float, Kept, LayerView, Room, Scores, Tensor
 
 LATE = 4
-"""While layers go by, the earlier ones are cut again once all hold a quarter more than they may."""
+"""While layers go by, they are cut again once all together hold a quarter more than they may."""
 
 
 class Cutter(ABC):

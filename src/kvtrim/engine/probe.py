@@ -35,6 +35,6 @@ def repetition(ids: Sequence[int], words: Words, chunk: int) -> list[Step]:
             request = words.first
         else:
             request = [*words.later, *ids[start - REMEMBERED : start]]
-        probed = Probed(prefix, start, start + len(part))
+        probed = Probed(start, start + len(part))
         steps.append(Step([*request, *words.suffix, *part], probed))
     return steps

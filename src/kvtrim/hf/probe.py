@@ -55,7 +55,7 @@ def _read(
         ids[row, part] = torch.tensor([] if step is None else step.ids, dtype=torch.int64)
         mask[row, part] = 1
         positions[row, part] = lengths[row] + torch.arange(count)
-    nothing = Probed(0, 0, 0)
+    nothing = Probed(0, 0)
     probed = [nothing if step is None else step.probed for step in now]
     given = {
         "input_ids": ids.to(device),

@@ -102,7 +102,7 @@ class Recording:
                 probe(self.model.get_decoder(), other)
             return
         rows = self.ids.shape[0]
-        other.session.begin_probe(0, None, [Probed(0, 0, 0)] * rows, last=True)
+        other.session.begin_probe(0, None, [Probed(0, 0)] * rows, last=True)
         for index, call in enumerate(self.calls):
             other.session.absorb(index, call.without_tokens())
         other.session.end()

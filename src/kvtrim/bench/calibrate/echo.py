@@ -167,7 +167,7 @@ def scores_of(recording: Recording, target: Target) -> list[Float[Tensor, "K n"]
 
 
 def _add(sums: list[Sums], recording: Recording, plan: Plan, prefix: int) -> None:
-    """One text's tokens, those before the context left out: their scores are infinite."""
+    """One text's tokens, those before the context left out: they are not probed."""
     found = scores_of(recording, plan.target)
     for layer, (call, scores) in enumerate(zip(recording.calls, found, strict=True)):
         if call.hidden is None:

@@ -2,7 +2,8 @@
 
 Rule:  once the prompt is read, the model is asked to repeat it, chunk by chunk, against the full
        cache. A slot's score is the largest attention it gets from any query of its chunk's
-       repetition, over the sinks, the chunk and the repetition itself.
+       repetition, over the sinks, the chunk and the repetition itself. What a chat template puts
+       before the context is not repeated: it scores 0, and but for the sinks goes first.
 Paper: Kim et al. 2025, https://arxiv.org/abs/2505.23416.
 Code:  NVIDIA/kvpress@8bb29b9, presses/kvzip_press.py; snu-mllab/KVzip.
        KVzip+ is the flag `kvzip_plus_normalization` there; called the best of that repository.
@@ -56,7 +57,6 @@ class KVzip(Policy):
         most = ops.reduce_group(most, layer.keys.shape[1], "max")
         found = layer.carried.clone()
         found[..., begin:stop] = found[..., begin:stop].maximum(most)
-        found[..., : probed.prefix] = torch.inf
         return found
 
     def _chunk(self, probed: Probed) -> tuple[int, int]:
