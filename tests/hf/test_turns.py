@@ -10,6 +10,8 @@ import kvtrim
 import models
 from kvtrim.errors import UsageError
 from kvtrim.hf.generate import read
+from kvtrim.hf.keyword import passing
+from small import small
 
 ASKED = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
 
@@ -36,6 +38,64 @@ def test_what_later_passes_add_beyond_the_budget_is_said_once(llama):
         with pytest.warns(UserWarning, match=r"prompt_tokens=LENGTH.*every=64"):
             read(llama, models.prompt(10), cache)
         read(llama, models.prompt(10), cache)
+
+
+def by_generate(model, cache, history, turn):
+    history = torch.cat([history, turn], dim=1)
+    return model.generate(history, past_key_values=cache, **ASKED)
+
+
+def by_hand(model, cache, history, turn):
+    with torch.no_grad():
+        model(turn, past_key_values=cache)
+        new = models.prompt(4, rows=len(turn))
+        for at in range(4):
+            model(new[:, at : at + 1], past_key_values=cache)
+    return torch.cat([history, turn, new], dim=1)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("go_on", [by_generate, by_hand])
+def test_turns_are_told_of_with_the_answers_before_them_however_they_come(llama, go_on, rows):
+    cache = cache_for(llama)
+    history = models.prompt(0, rows=rows)
+    with kvtrim.attach(llama), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        lengths = []
+        for number in range(5):
+            turn = models.prompt(5 if number else 40, rows=rows, seed=number)
+            history = go_on(llama, cache, history, turn)
+            lengths.append(sum("applied to the prompt" in str(each.message) for each in said))
+    assert lengths == [0, 0, 0, 1, 1]  # 27 tokens since the prompt, of which 15 are turns'
+    assert all(int(entries.max()) > 24 for entries in cache.entries())
+
+
+def test_what_was_taken_back_is_not_told_of(llama):
+    cache = cache_for(llama)
+    with kvtrim.attach(llama), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llama(models.prompt(40), **passing(cache))
+        for seed in range(6):
+            llama(models.prompt(10, seed=seed), **passing(cache))
+            cache.crop(-10)
+
+
+@pytest.mark.parametrize("name", sorted(set(kvtrim.METHODS) - {"full"}))
+def test_the_remedy_is_one_that_the_method_accepts(llama, name):
+    cache = kvtrim.Cache(llama, name, 24, **small(name))
+    with kvtrim.attach(llama), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        read(llama, models.prompt(40), cache)
+        read(llama, models.prompt(26), cache)
+    texts = [str(each.message) for each in said if "applied to the prompt" in str(each.message)]
+    if cache.method.schedule.every is not None:
+        assert not texts
+    elif "pass every=64" in texts[0]:
+        kvtrim.Cache(llama, name, 24, every=64, **small(name))
+    else:
+        with pytest.raises(UsageError):
+            kvtrim.Cache(llama, name, 24, every=64, **small(name))
+        assert "a new cache" in texts[0]
 
 
 @pytest.mark.parametrize("options", [{"prompt_tokens": 50}, {"every": 4}, {"expected": 50}])

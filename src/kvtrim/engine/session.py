@@ -7,6 +7,7 @@ conversations can take turns on one model.
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from kvtrim.cache.attend import require_known
@@ -186,9 +187,11 @@ class Session(Undoable):
         if not prompt:
             self.state.probed = True  # only the prompt is probed, when it is complete
         columns, expected = self._cuts.whole.columns, self.state.expected
-        if not prompt and columns > 1 and self.state.reading.seen >= expected:
-            self.state.added += columns
+        turn = not prompt and columns > 1 and self.state.reading.seen >= expected
         self.state.reading.record(self._cuts.whole)
+        if turn and not self.recording and self.state.settled:
+            pairs = zip(self.state.reading.lengths, self.state.settled, strict=True)
+            self.state.added = max(length - tokens for length, (tokens, _) in pairs)
         if prompt and not self._plan.coming:
             self.state.settle()
         self.state.schedule(self._plan.due, self._plan.closes, self.method.schedule.share)
@@ -223,10 +226,22 @@ class Session(Undoable):
             return None
         return (
             f"keep={self.keep} was applied to the prompt, the first pass over this cache; later "
-            "passes are added to it and never evicted. If they belong to the prompt, pass "
-            "prompt_tokens=LENGTH; to evict in further turns too, pass every=64, or another "
-            "number of tokens"
+            "passes, and answers before them, are added to it and never evicted. If they belong "
+            f"to the prompt, pass prompt_tokens=LENGTH; {self._remedy}"
         )
+
+    @property
+    def _remedy(self) -> str:
+        """How to evict in further turns."""
+        method = self.method
+        try:
+            replace(method, schedule=replace(method.schedule, every=64))
+        except UsageError:
+            return (
+                "this method cannot evict again after the prompt: read each further turn with "
+                "all before it into a new cache, or take a method that can, with every=64"
+            )
+        return "to evict in further turns too, pass every=64, or another number of tokens"
 
     @property
     def probing(self) -> bool:

@@ -42,7 +42,8 @@ class State:
     """For each prompt how far its tokens moved up when the model started again on a part of it;
     empty if it never did."""
     added: int = 0
-    """Columns of passes over several tokens after the prompt, if nobody announced them."""
+    """Tokens since the prompt, its answer included, when one more turn of several came last that
+    nobody had announced."""
     appended_from: int = 0
     """Columns read from which on entries were only appended."""
     past: list[Any] = field(default_factory=list)
