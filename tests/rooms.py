@@ -27,9 +27,9 @@ ROOMS = {
     "errors": Room(torch=False),
     "files": Room("errors", torch=False),
     "records": Room("errors files", torch=False),
-    "types": Room(shapes=True),
-    "prompts.spans": Room("errors types", shapes=True),
-    "prompts": Room("errors prompts.spans types"),
+    "prompts.spans": Room("errors", torch=False),
+    "prompts": Room("errors prompts.spans", torch=False),
+    "types": Room("prompts.spans", shapes=True),
     "kernels": Room("errors kernels.programs types", owns="triton", shapes=True),
     "kernels.programs": Room(owns="triton"),  # Triton's language, whose sources it reads itself
     "cache": Room("errors files kernels types", owns="safetensors", shapes=True),
@@ -40,10 +40,12 @@ ROOMS = {
     "methods.echo_tables": Room("errors files types", owns="safetensors", shapes=True),
     "methods.schedule": Room("errors methods.ranges", torch=False),
     "methods.presets": Room(torch=False),
-    "methods.unit": Room("errors methods.ranges prompts.spans types", shapes=True),
+    "methods.unit_numbers": Room("types", shapes=True),
+    "methods.unit": Room("errors methods.ranges methods.unit_numbers types", shapes=True),
     "methods.selection": Room("errors methods.unit types", shapes=True),
     "methods.policies": Room(
-        "errors kernels methods.echo_tables methods.ranges prompts.spans types", shapes=True
+        "errors kernels methods.echo_tables methods.ranges methods.unit_numbers types",
+        shapes=True,
     ),
     "methods.budgets": Room("errors files methods.ranges moved types", shapes=True),
     "methods.propagation": Room(
@@ -95,9 +97,10 @@ ROOMS = {
     "tasks": Room(
         "errors files methods.entry_points prompts tasks.ruler tasks.sandbox",
         owns="huggingface_hub datasets rouge rapidfuzz wonderwords",
+        torch=False,
     ),
-    "tasks.ruler": Room("errors prompts tasks", owns="wonderwords"),
-    "tasks.sandbox": Room("errors"),
+    "tasks.ruler": Room("errors prompts tasks", owns="wonderwords", torch=False),
+    "tasks.sandbox": Room("errors", torch=False),
     "report": Room("errors files records", torch=False),
     "report.plots": Room("errors files", owns="matplotlib", torch=False),
     "bench": Room(f"{_BENCH} api bench.eval report version"),

@@ -7,11 +7,13 @@ The shapes are checked while the tests run (jaxtyping and beartype); without jax
 they are plain annotations.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from kvtrim.prompts.spans import Spans
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -49,9 +51,6 @@ Scores = Float[Tensor, "B K N"]
 
 Counts = Int[Tensor, "B K"]
 """How many candidates each KV head keeps; lives on the CPU."""
-
-Spans = Mapping[str, tuple[tuple[tuple[int, int], ...], ...]]
-"""The named parts of one prompt: name -> units -> half-open ranges of positions, see `spans`."""
 
 
 @dataclass(frozen=True)

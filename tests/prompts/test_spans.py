@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtrim.errors import UsageError
+from kvtrim.methods.unit_numbers import unit_numbers
 from kvtrim.prompts.spans import (
     checked,
     fitted,
@@ -15,7 +16,6 @@ from kvtrim.prompts.spans import (
     moved,
     per_prompt,
     require_within,
-    unit_numbers,
     without,
 )
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kvtrim.methods.ranges import Declared, Some, Tokens
-from kvtrim.prompts.spans import unit_numbers
+from kvtrim.methods.unit_numbers import unit_numbers
 from kvtrim.types import Bool, Counts, Float, Int, Scores, Spans, Tensor
 
 

@@ -5,8 +5,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 
 from kvtrim.errors import UsageError
-from kvtrim.prompts.spans import Given, checked
-from kvtrim.types import Spans
+from kvtrim.prompts.spans import Given, Spans, checked
 
 SHOTS, SENTENCES = "shots", "sentences"
 # a sentence ends at . ! ? and closing quotes before a blank, at their full-width forms,

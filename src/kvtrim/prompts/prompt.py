@@ -18,8 +18,7 @@ from typing import Any
 
 from kvtrim.errors import UsageError
 from kvtrim.prompts.document import Document, require_characters
-from kvtrim.prompts.spans import joined, moved, without
-from kvtrim.types import Spans
+from kvtrim.prompts.spans import Spans, joined, moved, without
 
 # what templates may want to escape, quote, strip or format stands in them, so that it shows
 _HARD = "\"'`<&>{}[]\\%é\n\t|"

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
-
 from kvtrim.errors import UsageError
-from kvtrim.types import Int, Spans, Tensor
+
+Spans = Mapping[str, tuple[tuple[tuple[int, int], ...], ...]]
+"""The named parts of one prompt: name -> units -> half-open ranges of positions."""
 
 Given = Mapping[str, Sequence[Any]]
 """Spans as a user writes them: a unit is one range or a list of ranges."""
@@ -115,14 +115,3 @@ def moved(spans: Spans, move: Callable[[int], int]) -> Spans:
         whole = [tuple(piece for piece in unit if piece[0] < piece[1]) for unit in pieces]
         found[name] = tuple(unit for unit in whole if unit)
     return found
-
-
-def unit_numbers(spans: Spans, name: str, positions: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:
-    """The number of the unit each position lies in, from 0 in the order given; -1 for none."""
-    pieces = sorted((*piece, number) for number, unit in enumerate(spans[name]) for piece in unit)
-    if not pieces:
-        return torch.full_like(positions, -1, dtype=torch.int64)
-    start, end, number = torch.tensor(pieces, device=positions.device).T.contiguous()
-    piece = torch.bucketize(positions.long(), start, right=True) - 1
-    inside = (piece >= 0) & (positions < end[piece])
-    return number[piece].masked_fill(~inside, -1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from kvtrim.errors import UsageError
 from kvtrim.kernels.available import FORMATS, WIDEST, obstacle
-from kvtrim.prompts.spans import unit_numbers
+from kvtrim.methods.unit_numbers import unit_numbers
 from kvtrim.types import Bool, Counts, Float, Int, LayerView, Noted, Tensor
 
 Pool = Literal["none", "avg", "max"]
