@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
 def concluded(out: Path) -> int:
     """Write the summary; 1 if something failed."""
     from kvtrim import files
-    from kvtrim.bench.jsonl import Journal
+    from kvtrim.records.journal import Journal
     from kvtrim.report import gpu
 
     lines = Journal(out / agenda.LINES).lines

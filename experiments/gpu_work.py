@@ -387,8 +387,8 @@ def largest(bench: Bench, folder: Path, until: float, method: str, keep: str) ->
     import torch
 
     from kvtrim.bench.candidates import Candidate
-    from kvtrim.bench.jsonl import Journal
     from kvtrim.bench.speed.max_batch import Search, search
+    from kvtrim.records.journal import Journal
 
     weights = sum(each.nbytes for each in bench.model.parameters())
     memory = weights + 2**30

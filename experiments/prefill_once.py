@@ -20,7 +20,7 @@ from statistics import median
 import kvtrim
 from kvtrim.bench.eval import grid
 from kvtrim.bench.eval.evaluate import Subject, evaluate, record
-from kvtrim.bench.eval.run_folder import INPUTS, SAMPLES, TIMES
+from kvtrim.records.run_folder import INPUTS, SAMPLES, TIMES
 from kvtrim.tasks.rows import reader
 
 METHODS = ["snapkv", "adakv", "pyramidkv", "keydiff", "laprox", "criticalkv"]

@@ -11,11 +11,11 @@ from types import ModuleType
 MODULES = {
     "kvtrim.analysis": "kvtrim.report.plots",
     "kvtrim.answers": "kvtrim.api",
-    "kvtrim.bench.book": "kvtrim.bench.eval.run_folder",
+    "kvtrim.bench.book": "kvtrim.records.run_folder",
     "kvtrim.bench.derived": "kvtrim.bench.eval.scores",
     "kvtrim.bench.evaluate": "kvtrim.bench.eval.evaluate",
     "kvtrim.bench.grid": "kvtrim.bench.eval.grid",
-    "kvtrim.bench.journal": "kvtrim.bench.jsonl",
+    "kvtrim.bench.journal": "kvtrim.records.journal",
     "kvtrim.bench.machine": "kvtrim.bench.provenance",
     "kvtrim.bench.subjects": "kvtrim.bench.candidates",
     "kvtrim.budgets": "kvtrim.methods.budgets",

@@ -7,10 +7,10 @@ import torch
 
 import models
 from kvtrim.bench.candidates import candidates
-from kvtrim.bench.jsonl import Journal
 from kvtrim.bench.speed import max_batch
 from kvtrim.bench.speed.max_batch import Search, following, search
 from kvtrim.errors import UsageError
+from kvtrim.records.journal import Journal
 from kvtrim.report.max_batch import page, rows, table
 
 

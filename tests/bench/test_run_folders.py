@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 
 from kvtrim import records
-from kvtrim.bench import jsonl
 from kvtrim.bench.eval import scores
 from kvtrim.bench.eval.evaluate import distinct
-from kvtrim.bench.eval.run_folder import Book
-from kvtrim.bench.jsonl import Journal
 from kvtrim.errors import FileError, UsageError
 from kvtrim.prompts.document import Document
+from kvtrim.records import journal
+from kvtrim.records.journal import Journal
+from kvtrim.records.run_folder import RunFolder
 from kvtrim.tasks.base import Sample, Task
 
 LINE = {"method": "knorm", "outcome": "ok", "note": "é" * 50}
@@ -91,40 +91,40 @@ def test_a_line_that_lacks_what_it_must_hold_is_named_where_it_is_read(tmp_path,
 @pytest.mark.parametrize("damage", ["", "{", "[]", "5", "[" * 2000, '{"a": "\\ud800"}'])
 def test_a_damaged_record_is_one_error_where_something_was_measured(tmp_path, damage):
     folder = tmp_path / "run"
-    begun, _ = jsonl.opened(folder, {"a": 1})
+    begun, _ = journal.begin(folder, {"a": 1})
     begun.add(LINE)
     (folder / "run.json").write_text(damage)
     with pytest.raises(FileError, match=r"cannot read .*run\.json"):
-        jsonl.opened(folder, {"a": 1})
+        journal.begin(folder, {"a": 1})
     (folder / records.SPEED).write_text("")
-    assert jsonl.opened(folder, {"a": 1})[1] == {"a": 1}  # nothing was lost with it
+    assert journal.begin(folder, {"a": 1})[1] == {"a": 1}  # nothing was lost with it
 
 
 def test_what_was_refused_before_its_first_line_does_not_block_the_folder(tmp_path):
     folder = tmp_path / "run"
-    jsonl.opened(folder, {"a": 1, "date": "Monday"})
-    assert jsonl.opened(folder, {"a": 1, "date": "Tuesday"})[1]["date"] == "Monday"
-    begun, record = jsonl.opened(folder, {"a": 2})
+    journal.begin(folder, {"a": 1, "date": "Monday"})
+    assert journal.begin(folder, {"a": 1, "date": "Tuesday"})[1]["date"] == "Monday"
+    begun, record = journal.begin(folder, {"a": 2})
     assert record == json.loads((folder / "run.json").read_text()) == {"a": 2}
     begun.add(LINE)
     with pytest.raises(UsageError, match="holds another run: a: 2 there, 3 here"):
-        jsonl.opened(folder, {"a": 3})
+        journal.begin(folder, {"a": 3})
 
 
 def test_a_sweep_with_samples_in_one_of_its_folders_is_not_replaced(tmp_path):
     folder = tmp_path / "sweep"
-    jsonl.opened(folder, {"a": 1}, records.SAMPLES, "sweep.json")
+    journal.begin(folder, {"a": 1}, records.SAMPLES, "sweep.json")
     (folder / "job" / "parts" / "0").mkdir(parents=True)
     (folder / "job" / "parts" / "0" / records.SAMPLES).write_text("x\n")
     with pytest.raises(UsageError, match="holds another run"):
-        jsonl.opened(folder, {"a": 2}, records.SAMPLES, "sweep.json")
+        journal.begin(folder, {"a": 2}, records.SAMPLES, "sweep.json")
 
 
 def test_a_run_that_another_process_has_just_begun_is_not_replaced(tmp_path):
     folder = tmp_path / "run"
-    jsonl.opened(folder, {"a": 1})
-    with jsonl.locked(folder), pytest.raises(UsageError, match="another process is measuring"):
-        jsonl.opened(folder, {"a": 2})
+    journal.begin(folder, {"a": 1})
+    with journal.lock(folder), pytest.raises(UsageError, match="another process is measuring"):
+        journal.begin(folder, {"a": 2})
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -132,7 +132,7 @@ def test_a_closed_folder_is_one_error(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir(mode=0o500)
     with pytest.raises(FileError, match="cannot write"):
-        jsonl.opened(folder, {"a": 1})
+        journal.begin(folder, {"a": 1})
 
 
 def unit(number):
@@ -143,7 +143,7 @@ def unit(number):
 
 @pytest.mark.parametrize("name", [records.INPUTS, records.SAMPLES, records.TIMES])
 def test_lines_that_were_taken_out_are_measured_again_and_none_beside_them(tmp_path, name):
-    book = Book(tmp_path)
+    book = RunFolder(tmp_path)
     for number in range(3):
         inputs, keys, lines = unit(number)
         assert not book.holds(inputs, keys)
@@ -152,7 +152,7 @@ def test_lines_that_were_taken_out_are_measured_again_and_none_beside_them(tmp_p
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     path = tmp_path / name
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:1]))
-    book, again = Book(tmp_path), []
+    book, again = RunFolder(tmp_path), []
     for number in range(3):
         inputs, keys, lines = unit(number)
         if not book.holds(inputs, keys):

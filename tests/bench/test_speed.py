@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import models
-from kvtrim.bench import jsonl
+from kvtrim import records
 from kvtrim.bench.candidates import Candidate, candidates
-from kvtrim.bench.jsonl import Journal
 from kvtrim.bench.speed import peer_kvpress, roofline
 from kvtrim.bench.speed.clock import Plan, measure, turns
 from kvtrim.errors import BudgetError, UnknownNameError, UsageError
 from kvtrim.hf.attach import is_attached
+from kvtrim.records import journal
+from kvtrim.records.journal import Journal
 from kvtrim.report.speed import rows
 
 PLAN = Plan((48, 80), new_tokens=3, repeats=2)
@@ -87,13 +88,13 @@ def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
         if done == 9:
             raise KeyboardInterrupt
 
-    first, _ = jsonl.opened(tmp_path / "run", record)
+    first, _ = journal.begin(tmp_path / "run", record)
     with pytest.raises(KeyboardInterrupt):
         measure(model, PLAN, chosen, first, killed)
-    path = tmp_path / "run" / jsonl.LINES
+    path = tmp_path / "run" / records.SPEED
     with path.open("a") as file:
         file.write('{"round": 1, "bat')  # what a power cut leaves
-    again, _ = jsonl.opened(tmp_path / "run", record)
+    again, _ = journal.begin(tmp_path / "run", record)
     assert again.lines == first.lines and len(again.lines) == 7
     told = []
     measure(model, PLAN, chosen, again, told.append)
@@ -108,19 +109,19 @@ def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
 def test_another_run_is_refused_and_another_day_is_not(tmp_path):
     record = {"machine": {"threads": 1, "date": "Monday", "commit": "a"}, "plan": {"repeats": 3}}
     folder = tmp_path / "run"
-    jsonl.opened(folder, record)
+    journal.begin(folder, record)
     later = {**record, "machine": {**record["machine"], "date": "Tuesday", "commit": "b"}}
-    there, known = jsonl.opened(folder, later)
+    there, known = journal.begin(folder, later)
     assert known == record
     there.add({"method": "knorm", "outcome": "ok"})
     other = {"machine": {"threads": 2}, "plan": {"repeats": 5}}
     with pytest.raises(UsageError, match="threads: 1 there, 2 here") as refused:
-        jsonl.opened(folder, other)
+        journal.begin(folder, other)
     assert "plan.repeats: 3 there, 5 here" in str(refused.value) and "--out" in str(refused.value)
-    (folder / jsonl.RECORD).unlink()
-    (folder / jsonl.LINES).touch()
+    (folder / records.RECORD).unlink()
+    (folder / records.SPEED).touch()
     with pytest.raises(UsageError, match=r"without run\.json"):
-        jsonl.opened(folder, record)
+        journal.begin(folder, record)
 
 
 class Hungry(Candidate):

@@ -356,10 +356,10 @@ def test_ray_that_is_missing_is_named(monkeypatch):
 
 
 def test_two_processes_do_not_write_into_one_folder(asked, tmp_path):
-    from kvtrim.bench.eval.run_folder import Book
+    from kvtrim.records.run_folder import RunFolder
 
-    book = Book(tmp_path)
+    book = RunFolder(tmp_path)
     with pytest.raises(UsageError, match="another process is measuring"):
-        Book(tmp_path)
+        RunFolder(tmp_path)
     book.close()
-    Book(tmp_path).close()
+    RunFolder(tmp_path).close()

@@ -10,13 +10,14 @@ import typer
 
 from kvtrim.cli import options, output
 from kvtrim.errors import UsageError
+from kvtrim.records.spec import BATCH, PROTOCOLS, EvalSpec
 
 if TYPE_CHECKING:
     from kvtrim.bench.eval.evaluate import Rows, Subject
     from kvtrim.bench.eval.grid import Grid
 
 PREFILLS = ("once", "each")
-BATCH = 16
+METHODS, KEEPS = ("snapkv", "adakv"), ("512",)
 
 Tasks = Annotated[
     list[str] | None,
@@ -142,12 +143,21 @@ def evaluate(
     The full cache is always measured beside them, on the same samples.
     """
     from kvtrim.bench.eval import scores
+    from kvtrim.bench.eval.grid import Grid
 
     options.require_choice("--prefill", prefill, PREFILLS)
-    grid = _grid(
-        task, method, keep, set_, protocol, limit, length, seed, batch, fitting, max_new_tokens,
-        prefill_chunk,
-    )  # fmt: skip
+    spec = EvalSpec(
+        protocol=_protocol(protocol),
+        limit=limit,
+        length=length,
+        seed=seed,
+        batch=batch,
+        fitting=fitting,
+        max_new_tokens=max_new_tokens,
+        prefill_chunk=prefill_chunk,
+    )
+    settings = options.parse_settings(set_)
+    grid = Grid.of(task or [], method or METHODS, keep or KEEPS, settings, spec)
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
     scores.require_programs(grid.tasks, allow_code_execution, unconfined)
@@ -161,44 +171,12 @@ def evaluate(
         _finish(folder, grid, allow_code_execution, unconfined, json)
 
 
-def _grid(
-    task: list[str] | None,
-    method: list[str] | None,
-    keep: list[str] | None,
-    set_: list[str] | None,
-    protocol: str | None,
-    limit: int | None,
-    length: int | None,
-    seed: int,
-    batch: int,
-    fitting: bool,
-    max_new_tokens: int | None,
-    prefill_chunk: int | None,
-) -> "Grid":
-    """What is measured, once everything that needs no model was checked."""
-    from kvtrim.bench.eval import grid
-    from kvtrim.tasks import places
-
-    if protocol not in options.PROTOCOLS:
+def _protocol(protocol: str | None) -> str:
+    """It must be given, since results differ a lot."""
+    if protocol not in PROTOCOLS:
         named = "is missing" if protocol is None else f"{protocol} is unknown"
-        raise UsageError(f"--protocol {named}: use {' or '.join(options.PROTOCOLS)}")
-    tasks = grid.tasks(task or [])
-    cells = grid.cells(
-        method or ["snapkv", "adakv"], keep or ["512"], options.parse_settings(set_)
-    )
-    return grid.Grid(
-        tasks,
-        cells,
-        protocol,  # pyright: ignore[reportArgumentType]
-        limit,
-        length,
-        seed,
-        batch,
-        fitting,
-        max_new_tokens,
-        places(task or []),
-        prefill_chunk,
-    )
+        raise UsageError(f"--protocol {named}: use {' or '.join(PROTOCOLS)}")
+    return protocol
 
 
 def _rows(data: Path | None) -> "Rows":

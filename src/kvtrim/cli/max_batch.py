@@ -8,8 +8,8 @@ from kvtrim.errors import UsageError
 
 if TYPE_CHECKING:
     from kvtrim.bench.candidates import Candidate
-    from kvtrim.bench.jsonl import Journal
     from kvtrim.bench.speed.max_batch import Search
+    from kvtrim.records.journal import Journal
 
 LARGEST = "max"
 

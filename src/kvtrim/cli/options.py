@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvtrim.errors import UsageError
+from kvtrim.records.spec import PROTOCOLS
 
 if TYPE_CHECKING:
     from kvtrim.prompts import document
@@ -88,7 +89,7 @@ Shots = Annotated[
         "line break), for methods that keep whole shots. Default: every sentence is one.",
     ),
 ]
-PROTOCOLS, TRUNCATE = ("question-aware", "question-agnostic"), ("error", "middle")
+TRUNCATE = ("error", "middle")
 Document = Annotated[
     str | None,
     typer.Argument(help="A text file, - for standard input, or @NAME of `kvtrim caches`."),

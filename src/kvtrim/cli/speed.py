@@ -11,8 +11,8 @@ from kvtrim.errors import UsageError
 
 if TYPE_CHECKING:
     from kvtrim.bench.candidates import Candidate
-    from kvtrim.bench.jsonl import Journal
     from kvtrim.bench.speed.clock import Plan
+    from kvtrim.records.journal import Journal
 
 MODEL = "smollm2"
 PEERS = ("kvpress",)
@@ -221,9 +221,9 @@ def _record(model: Any, about: dict[str, Any], plan: Any, chosen: Any) -> dict[s
 
 
 def _opened(out: Path | None, record: dict[str, Any]) -> "tuple[Journal, dict[str, Any]]":
-    from kvtrim.bench import jsonl as journal
+    from kvtrim.records import journal
 
-    return (journal.Journal(), record) if out is None else journal.opened(out, record)
+    return (journal.Journal(), record) if out is None else journal.begin(out, record)
 
 
 def _measure(model: Any, plan: "Plan", chosen: "list[Candidate]", journal: "Journal") -> None:

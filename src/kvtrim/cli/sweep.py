@@ -8,6 +8,7 @@ import typer
 from kvtrim.cli import options, output
 from kvtrim.cli.eval import AllowCode, Unconfined
 from kvtrim.errors import UsageError
+from kvtrim.records.spec import SHARED
 
 if TYPE_CHECKING:
     from kvtrim.bench.sweep.queue import Pool
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 File = Annotated[
     Path,
     typer.Argument(
-        help="A TOML file: lists models, tasks, methods, keeps, protocols, lengths; and limit, "
-        "max_new_tokens, prefill_chunk, fitting, seed, batch, data, device, dtype, threads, gpus, "
-        "chunk, retries, [set]. See docs/evaluation.md."
+        help="A TOML file: lists models, tasks, methods, keeps, protocols, lengths; and "
+        f"{', '.join(SHARED)}, data, device, dtype, threads, gpus, chunk, retries, [set]. See "
+        "docs/evaluation.md."
     ),
 ]
 OutFolder = Annotated[

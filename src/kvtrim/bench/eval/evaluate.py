@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvtrim import files, records
-from kvtrim.bench import jsonl
 from kvtrim.bench.eval import extension
 from kvtrim.bench.eval.encode import Encoder
 from kvtrim.bench.eval.grid import Grid
-from kvtrim.bench.eval.run_folder import Book
 from kvtrim.bench.eval.runner import Answering
 from kvtrim.bench.provenance import provenance
 from kvtrim.errors import FileError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.models import fingerprint
-from kvtrim.records import RECORD, SAMPLES
+from kvtrim.records import RECORD, SAMPLES, journal
+from kvtrim.records.run_folder import RunFolder
 from kvtrim.tasks.base import Request, Sample, Task
 
 Progress = Callable[[str, int, int], None]
@@ -157,7 +156,7 @@ def evaluate(
     subject.encoder(grid.length)
     progress("reading the tasks", 0, 1)
     first = _begun(grid, folder)
-    jsonl.opened(folder, record(subject, first, rows), SAMPLES)
+    journal.begin(folder, record(subject, first, rows), SAMPLES)
     measure(subject, first, units(subject, first, rows), folder, once, progress)
     if first != grid:
         _extend(subject, grid, first, rows, folder, once, progress)
@@ -187,11 +186,11 @@ def _extend(
     new = extension.added(grid, base)
     part = extension.part(folder, new)
     files.make_folder(part.parent)
-    jsonl.opened(part, record(subject, new, rows), SAMPLES)
+    journal.begin(part, record(subject, new, rows), SAMPLES)
     measure(subject, new, units(subject, new, rows), part, once, progress)
     encoder, ordered = subject.encoder(grid.length), units(subject, grid, rows)
     both = [(task, sample) for task, samples in ordered for sample in samples]
-    with jsonl.locked(folder):
+    with journal.lock(folder):
         there = records.record(folder / RECORD)
         extension.join(
             folder,
@@ -216,7 +215,7 @@ def measure(
     Raises:
         UsageError: another process does so, unless it is waited for; or other units lie there.
     """
-    book, done = Book(folder, wait), 0
+    book, done = RunFolder(folder, wait), 0
     answering = Answering(subject.model, subject.tokenizer, grid, once)
     encoder, total = subject.encoder(grid.length), sum(len(samples) for _, samples in chosen)
     with attach(subject.model), closing(book):

@@ -4,39 +4,50 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvtrim.api import AWARE, Protocol
 from kvtrim.bench.candidates import PLAIN, Candidate, candidates, require_chunks
 from kvtrim.bench.eval.encode import Encoder
 from kvtrim.bench.provenance import outside
 from kvtrim.errors import UsageError
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.settings import find, places
+from kvtrim.records.spec import AWARE, EvalSpec
 from kvtrim.tasks import Sample, Task, named
+from kvtrim.tasks import places as outside_tasks
 
 FULL = "full"
 Key = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(EvalSpec):
     """Everything that decides what an evaluation's figures are, apart from model and data."""
 
     tasks: tuple[Task, ...]
     cells: tuple[Candidate, ...]  # the full cache first
-    protocol: Protocol = AWARE
-    limit: int | None = None  # samples per task
-    length: int | None = None  # tokens of a prompt
-    seed: int = 0
-    batch: int = 1  # answers that are generated together
-    fitting: bool = False  # samples that would have to be cut are left out
-    max_new_tokens: int | None = None  # answers are at most so long, where their task allows more
     own_tasks: tuple[str, ...] = ()  # those that do not come with kvtrim, as module:NAME
-    prefill_chunk: int | None = None  # tokens of a pass, for methods that cut after each of them
     full_known: bool = False  # the full cache is only compared with: its lines are there already
 
     def __post_init__(self) -> None:
         """Refuse settings that nothing would act on."""
+        super().__post_init__()
         require_chunks(self.cells, self.prefill_chunk)
+
+    @classmethod
+    def of(
+        cls,
+        names: Sequence[str],
+        methods: Sequence[str],
+        keeps: Sequence[str],
+        settings: dict[str, Any],
+        spec: EvalSpec,
+    ) -> "Grid":
+        """Tasks, methods and budgets by name, with these options.
+
+        Raises:
+            UsageError: as `tasks` and `cells`, or `prefill_chunk` that no method acts on.
+        """
+        chosen = tasks(names), cells(methods, keeps, settings)
+        return cls(*chosen, outside_tasks(names), **spec.options())
 
     @property
     def aware(self) -> bool:
@@ -90,14 +101,7 @@ class Grid:
                 for cell in self.cells
             ],
             "outside": outside({*own, *self.own_tasks}),
-            "protocol": self.protocol,
-            "limit": self.limit,
-            "length": self.length,
-            "seed": self.seed,
-            "batch": self.batch,
-            "fitting": self.fitting,
-            "max_new_tokens": self.max_new_tokens,
-            "prefill_chunk": self.prefill_chunk,
+            **self.options(),
             "decoding": "greedy",
         }
 

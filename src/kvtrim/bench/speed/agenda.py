@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from kvtrim.bench.jsonl import Journal
+from kvtrim.records.journal import Journal
 
 LINES = "gpu.jsonl"
 BEGUN, OK, FAILED, SKIPPED, ENDED = "begun", "ok", "failed", "skipped", "ended"

@@ -18,10 +18,10 @@ import torch
 
 from kvtrim.bench import failures
 from kvtrim.bench.candidates import Candidate, Feed, Subject
-from kvtrim.bench.jsonl import Journal, Key
 from kvtrim.bench.provenance import peak_memory
 from kvtrim.errors import UsageError
 from kvtrim.hf.generate import synchronize
+from kvtrim.records.journal import Journal, Key
 from kvtrim.types import Int, Tensor
 
 MEMORY = 0

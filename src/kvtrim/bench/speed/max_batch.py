@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from kvtrim.bench.candidates import Candidate
-from kvtrim.bench.jsonl import Journal, Key
 from kvtrim.bench.provenance import peak_memory
 from kvtrim.bench.speed.clock import prompt, require_window
 from kvtrim.errors import KvtrimError, UsageError
 from kvtrim.hf.generate import synchronize
+from kvtrim.records.journal import Journal, Key
 
 _MEMORY_STEPS = 2  # tokens while memory is measured, which slows steps down
 

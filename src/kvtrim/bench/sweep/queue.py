@@ -12,14 +12,13 @@ from typing import Any, Protocol
 
 import torch
 
-from kvtrim.bench import jsonl
 from kvtrim.bench.eval import scores
 from kvtrim.bench.eval.evaluate import read
-from kvtrim.bench.eval.run_folder import INPUTS, SAMPLES, TIMES
 from kvtrim.bench.provenance import provenance
 from kvtrim.bench.sweep.spec import Job, Piece, Sweep, pieces
 from kvtrim.errors import KvtrimError
 from kvtrim.files import replacing
+from kvtrim.records import INPUTS, SAMPLES, TIMES, journal
 from kvtrim.tasks.rows import reader
 
 SWEEP = "sweep.json"
@@ -71,7 +70,7 @@ class Driver:
         """
         record = {"kind": "sweep", **self.sweep.record()}
         record["machine"] = provenance(torch.device("cpu"))
-        jsonl.opened(self.folder, record, SAMPLES, SWEEP)
+        journal.begin(self.folder, record, SAMPLES, SWEEP)
         self._done = self._total = 0
         folders = {job: self.folder / job.name for job in self.sweep.jobs()}
         self._left: dict[Job, int] = {}
@@ -133,7 +132,7 @@ class Driver:
             raise KvtrimError(result["error"])
         job = piece.job
         if not piece.stop:
-            jsonl.opened(Path(piece.folder), result["record"], SAMPLES)
+            journal.begin(Path(piece.folder), result["record"], SAMPLES)
             cut = pieces(job, piece.folder, result["units"], self.sweep.chunk)
             self._queue += cut
             self._left[job], self._parts[job] = len(cut), [Path(one.folder) for one in cut]

@@ -2,7 +2,7 @@
 
 Every (model, protocol, length) is a job: one folder, with the files that `kvtrim eval` alone would
 have written there. A job is cut into pieces of work, each a few samples of one task under all its
-methods and budgets, since those share a prefill. `driving` gives them to workers.
+methods and budgets, since those share a prefill. `queue` gives them to workers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,31 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from kvtrim import files
-from kvtrim.api import AGNOSTIC, AWARE
-from kvtrim.bench.eval import grid
+from kvtrim.bench.eval.grid import Grid
 from kvtrim.errors import FileError, UnknownNameError, UsageError
-from kvtrim.tasks import places
-
-DEFAULT_BATCH = 16
+from kvtrim.records.spec import AGNOSTIC, AWARE, BATCH, PROTOCOLS, SHARED, EvalSpec, require
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(EvalSpec):
     """One evaluation, as plain values that go to any process."""
 
     model: str
-    protocol: str
-    length: int | None
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
     keeps: tuple[str, ...]
     settings: tuple[tuple[str, str], ...]
-    limit: int | None
-    seed: int
-    batch: int
-    fitting: bool
-    max_new_tokens: int | None
-    prefill_chunk: int | None
     data: str | None
     device: str | None
     dtype: str | None
@@ -47,21 +36,9 @@ class Job:
         short = Path(self.model).name.removesuffix(".gguf").lower()
         return "-".join([short, self.protocol, *([str(self.length)] if self.length else [])])
 
-    def grid(self) -> grid.Grid:
+    def grid(self) -> Grid:
         """What is measured."""
-        return grid.Grid(
-            grid.tasks(self.tasks),
-            grid.cells(self.methods, self.keeps, dict(self.settings)),
-            self.protocol,  # pyright: ignore[reportArgumentType] (checked by `Sweep`)
-            self.limit,
-            self.length,
-            self.seed,
-            self.batch,
-            self.fitting,
-            self.max_new_tokens,
-            places(self.tasks),
-            self.prefill_chunk,
-        )
+        return Grid.of(self.tasks, self.methods, self.keeps, dict(self.settings), self)
 
 
 @dataclass(frozen=True)
@@ -75,12 +52,7 @@ class Sweep:
     models: tuple[str, ...] = ("smollm2",)
     lengths: tuple[int | None, ...] = (None,)
     set: Mapping[str, str] = field(default_factory=dict)  # parameters of the methods
-    limit: int | None = None
-    seed: int = 0
-    batch: int = DEFAULT_BATCH
-    fitting: bool = False  # leave out samples that would have to be cut
-    max_new_tokens: int | None = None  # bound of answers, where a task allows more
-    prefill_chunk: int | None = None  # tokens of a pass, for methods that cut after each of them
+    spec: EvalSpec = field(default_factory=lambda: EvalSpec(batch=BATCH))  # what jobs share
     data: str | None = None  # seen from the TOML file
     device: str | None = None
     dtype: str | None = None
@@ -92,9 +64,10 @@ class Sweep:
     def __post_init__(self) -> None:
         """Refuse what cannot be measured, before anything is."""
         for each in fields(self):
-            _require(each.name, getattr(self, each.name))
+            if each.name != "spec":
+                _require(each.name, getattr(self, each.name))
         for protocol in self.protocols:
-            if protocol not in (AWARE, AGNOSTIC):
+            if protocol not in PROTOCOLS:
                 raise UsageError(f"protocols: {protocol!r} is none; use {AWARE!r} or {AGNOSTIC!r}")
         names = [job.name for job in self.jobs()]
         twice = {name for name in names if names.count(name) > 1}
@@ -104,20 +77,9 @@ class Sweep:
 
     def jobs(self) -> list[Job]:
         """Every evaluation, in order."""
-        shared = (
-            "tasks",
-            "methods",
-            "keeps",
-            "limit",
-            "seed",
-            "batch",
-            "fitting",
-            "max_new_tokens",
-            "prefill_chunk",
-            "data",
-            "device",
-        )
-        own = {name: getattr(self, name) for name in (*shared, "dtype", "threads")}
+        shared = ("tasks", "methods", "keeps", "data", "device", "dtype", "threads")
+        own = {name: getattr(self, name) for name in shared}
+        own |= {name: getattr(self.spec, name) for name in SHARED}
         settings = tuple(self.set.items())
         return [
             Job(model=model, protocol=protocol, length=length, settings=settings, **own)
@@ -128,7 +90,13 @@ class Sweep:
 
     def record(self) -> dict[str, Any]:
         """What it asks for, as JSON; how the work is cut up does not count."""
-        return {k: v for k, v in asdict(self).items() if k not in ("gpus", "chunk", "retries")}
+        own = {k: v for k, v in asdict(self).items() if k not in ("spec", *_WORK)}
+        return own | {name: getattr(self.spec, name) for name in SHARED}
+
+
+_WORK = ("gpus", "chunk", "retries")
+KEYS = (*(each.name for each in fields(Sweep) if each.name != "spec"), *SHARED)
+"""What a TOML file may say."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +125,9 @@ def load(path: Path) -> Sweep:
         given = files.toml_of(path)
     except FileError as error:
         raise UsageError(str(error)) from None
-    known = {each.name for each in fields(Sweep)}
     for name in given:
-        if name not in known:
-            raise UnknownNameError(f"key in {path}", name, known)
+        if name not in KEYS:
+            raise UnknownNameError(f"key in {path}", name, KEYS)
     missing = [n for n in ("tasks", "methods", "keeps", "protocols") if n not in given]
     if missing:
         raise UsageError(f"{path} names no {' and no '.join(missing)}")
@@ -170,7 +137,8 @@ def load(path: Path) -> Sweep:
         made = {name: _value(name, value) for name, value in given.items()}
         if made.get("data"):
             made["data"] = str((path.parent / made["data"]).resolve())
-        return Sweep(**made)
+        asked: dict[str, Any] = {name: made.pop(name) for name in SHARED if name in made}
+        return Sweep(**made, spec=EvalSpec(**{"batch": BATCH, **asked}))
     except UnknownNameError:
         raise
     except UsageError as error:
@@ -193,6 +161,9 @@ def _require(name: str, value: Any) -> None:
     if name == "set":
         if not isinstance(value, Mapping):
             raise UsageError("set must be a table: [set], and window = 16 below it")
+        return
+    if name in SHARED:
+        require(name, value)
         return
     if name not in _LISTS:
         _require_one(name, value, value)
@@ -235,12 +206,10 @@ _COUNT = (_is_whole(0), "a whole number of at least 0")
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # what is right, and how to say it
     **dict.fromkeys(("tasks", "methods", "protocols", "models"), (_is_text, "texts in quotes")),
     **dict.fromkeys(("data", "device", "dtype"), _TEXT),
-    **dict.fromkeys(("limit", "max_new_tokens", "batch", "threads", "gpus", "chunk"), _POSITIVE),
-    "prefill_chunk": _POSITIVE,
-    **dict.fromkeys(("seed", "retries"), _COUNT),
+    **dict.fromkeys(("threads", "gpus", "chunk"), _POSITIVE),
+    "retries": _COUNT,
     "lengths": (_is_whole(1), "whole numbers of at least 1, without quotes"),
     "keeps": (_is_budget, "budgets such as 256 or '10%'"),
-    "fitting": (lambda value: isinstance(value, bool), "true or false"),
 }
 
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from kvtrim import files, records
 from kvtrim.errors import FileError, UsageError
-from kvtrim.records import RECORD
-from kvtrim.records import SPEED as LINES
+from kvtrim.records import RECORD, SPEED
 
 try:
     import fcntl
@@ -71,8 +70,8 @@ class Journal:
         return any(key.items() <= line.items() for line in self.lines)
 
 
-def opened(
-    folder: Path, record: dict[str, Any], lines: str = LINES, name: str = RECORD
+def begin(
+    folder: Path, record: dict[str, Any], lines: str = SPEED, name: str = RECORD
 ) -> tuple[Journal, dict[str, Any]]:
     """Begin a run in a folder, or go on with the one that lies there.
 
@@ -98,7 +97,7 @@ def opened(
         raise UsageError(f"{folder} holds {lines} without {name}; name another folder")
     else:
         files.make_folder(folder)
-        with locked(folder):
+        with lock(folder):
             text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
             files.replace(path, text.encode())
     return Journal(folder / lines), record
@@ -117,7 +116,7 @@ def _measured(folder: Path, lines: str) -> bool:
 
 
 @contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+def lock(folder: Path, wait: bool = False) -> Iterator[None]:
     """No other process measures in the folder. The system takes the lock back when one ends.
 
     Raises:

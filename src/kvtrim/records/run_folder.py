@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from kvtrim.bench.jsonl import Journal, locked
 from kvtrim.errors import UsageError
 from kvtrim.records import INPUTS, SAMPLES, TIMES, Line
+from kvtrim.records.journal import Journal, lock
 
 
-class Book:
+class RunFolder:
     """The three journals of one run, gone through from the start, by one process at a time.
 
     Args:
@@ -28,7 +28,7 @@ class Book:
     def __init__(self, folder: Path, wait: bool = False):
         self._folder = folder
         self._lock = ExitStack()
-        self._lock.enter_context(locked(folder, wait))
+        self._lock.enter_context(lock(folder, wait))
         self._inputs, self._samples, self._times = (
             Journal(folder / name) for name in (INPUTS, SAMPLES, TIMES)
         )
