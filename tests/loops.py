@@ -86,6 +86,56 @@ def defensive(q, k, v, wo, keep, window=32, kernel=5, mass=0.9, own="window", am
     return scores
 
 
+def turned(vector, by, theta=10000.0):
+    """RoPE over all of a vector: pairs (i, i + D/2) turn by `by` times their frequency."""
+    half = len(vector) // 2
+    out = [0.0] * len(vector)
+    for i in range(half):
+        angle = by * theta ** (-i / half)
+        a, b = vector[i], vector[i + half]
+        out[i] = a * math.cos(angle) - b * math.sin(angle)
+        out[i + half] = a * math.sin(angle) + b * math.cos(angle)
+    return out
+
+
+def expected_attention(q, k, v, future=512, covariance=True, values=True, eps=0.0, sinks=4):
+    """Expected attention of every slot, sinks 0: [K][n]."""
+    heads, n, width = q.shape
+    kv_heads, scale = len(k), width**-0.5
+    group = heads // kv_heads
+    columns = []  # the mean rotation, column by column
+    for d in range(width):
+        one, total = [float(i == d) for i in range(width)], [0.0] * width
+        for at in range(n, n + future):
+            for i, x in enumerate(turned(one, at)):
+                total[i] += x / future
+        columns.append(total)
+    rotation = torch.tensor(columns, dtype=torch.float64).T
+    scores = [[0.0] * n for _ in range(kv_heads)]
+    for head in range(heads):
+        at = head // group
+        rows = [turned(q[head, i].tolist(), -i) for i in range(sinks, n)]
+        mean = [sum(row[d] for row in rows) / len(rows) for d in range(width)]
+        spread = torch.zeros(width, width, dtype=torch.float64)
+        for row in rows:
+            apart = torch.tensor([x - m for x, m in zip(row, mean, strict=True)]).double()
+            spread += torch.outer(apart, apart) / len(rows)
+        mean = rotation @ torch.tensor(mean, dtype=torch.float64)
+        spread = rotation @ spread @ rotation.T
+        weights = []
+        for j in range(sinks, n):
+            logit = float(mean @ k[at, j]) * scale
+            if covariance:
+                logit += float(k[at, j] @ spread @ k[at, j]) * scale**2 / 2
+            weights.append(math.exp(logit))
+        for j in range(sinks, n):
+            scores[at][j] += weights[j - sinks] / sum(weights) / group
+    for at in range(kv_heads):
+        for j in range(sinks, n) if values else ():
+            scores[at][j] = (scores[at][j] + eps) * float((v[at, j] ** 2).sum()) ** 0.5
+    return scores
+
+
 # From scores to positions
 
 
@@ -179,5 +229,26 @@ def write_defensivekv():
     file.write()
 
 
+def write_expected_attention():
+    file = File("expected_attention")
+    for budget, sets, keep, settings in [
+        ("uniform", ("s0_n200",), 48, {}),
+        ("uniform", ("s1_n200",), 80, {"eps": 0.02}),
+        ("uniform", ("s0_n333", "s1_n333"), 64, {"covariance": False}),
+        ("uniform", ("s2_n200", "s3_n200"), 30, {"values": False, "future": 64}),
+        ("per-head", ("s2_n200", "s3_n200"), 60, {}),
+    ]:
+        scores = [expected_attention(*inputs(name), **settings) for name in sets]
+        sinks = range(4)
+        rest = [[row[len(sinks) :] for row in heads] for heads in scores]
+        deal = each_head if budget == "uniform" else among_heads
+        kept, gap = deal(rest, keep - len(sinks))
+        kept = [[[*sinks, *(s + len(sinks) for s in row)] for row in heads] for heads in kept]
+        params = {"budget": budget, "keep": keep, "settings": settings, "theta": 10000.0}
+        file.add(params, sets, kept, scores, gap, "RoPE turns all of a head; queries are after it")
+    file.write()
+
+
 if __name__ == "__main__":
     write_defensivekv()
+    write_expected_attention()

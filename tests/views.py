@@ -20,3 +20,11 @@ def view(q, k, v=None, **options):
         "scale": q.shape[-1] ** -0.5,
     }
     return LayerView(**{**given, **options})
+
+
+def rope(vectors, by, theta=10000.0):
+    """Vectors [N, D] turned on by so many positions each, as most models do."""
+    half = vectors.shape[-1] // 2
+    angles = by[:, None].double() * theta ** (-torch.arange(half).double() / half)
+    cos, sin, (a, b) = angles.cos(), angles.sin(), vectors.double().split(half, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(vectors.dtype)

@@ -97,6 +97,8 @@ class LayerView:
     # query's token, after the norm; given where the policy `reads_hidden`
     output: Callable[[], Float[Tensor, "H E M"]] | None = None  # W_O per query head
     factor: Callable[[], Float[Tensor, "H E E"]] | None = None  # R with |v @ W_O| = |v @ R.T|
+    rotate: Callable[[Float[Tensor, "N D"], Int[Tensor, " N"]], Tensor] | None = None
+    # RoPE: vectors turned on by so many positions each; given where the policy `turns`
     bias: Float[Tensor, "B K S"] | None = None  # added to the logits of each slot, see `refit`
     spans: tuple[Spans, ...] = ()  # named parts, one mapping per prompt; empty if none were given
 

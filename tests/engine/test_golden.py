@@ -1,5 +1,7 @@
 """Every method keeps the tokens that its reference implementation kept."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from kvtrim.methods.budgets import Pyramid
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.settings import find
 from kvtrim.types import Room
+from views import rope
 
 
 def window_settings(params):
@@ -164,3 +167,13 @@ def test_chunkkv_of_kvpress(case):
     n = case.qkv()[0][0].shape[1]
     keep = int(n * (1 - params["compression_ratio"]))
     require_match(case, kvtrim.select("chunkkv", *case.qkv(), keep=keep, **settings))
+
+
+@recorded("expected_attention")
+def test_expected_attention(case):
+    params = case.params
+    settings = params["settings"] | {"rotate": partial(rope, theta=params["theta"])}
+    if params["budget"] == "per-head":
+        settings |= {"budget": "per-head", "floor": 0.0}
+    kept = kvtrim.select("expected-attention", *case.qkv(), keep=params["keep"], **settings)
+    require_match(case, kept)

@@ -14,6 +14,7 @@ from kvtrim.methods.policies.output import output_factor
 from kvtrim.methods.settings import find, parameters
 from kvtrim.types import LayerView
 from small import small, table
+from views import rope
 
 METHODS = sorted(name for name in kvtrim.METHODS if not find(name).policy.probes)
 H, K, D, N = 6, 2, 8, 64
@@ -36,7 +37,7 @@ def output(layers=2):
 
 
 def kept(name, q, k, v, keep=24):
-    given = {"output": output(len(q)), "hidden": hidden(len(q))}
+    given = {"output": output(len(q)), "hidden": hidden(len(q)), "rotate": rope}
     return kvtrim.select(method(name), q, k, v, keep=keep, **given)
 
 
@@ -138,6 +139,7 @@ def test_a_prompt_scores_the_same_alone_and_in_a_batch(name):
             carried=torch.zeros(len(q[rows]), K, N),
             output=lambda: weight,
             factor=lambda: output_factor(weight),
+            rotate=rope,
         )
 
     def score(rows):
@@ -188,7 +190,7 @@ def test_every_preset_can_be_built_and_selects(name):
         chosen = find(name, preset=preset, **table(name, layers=2))
         keep = 80
         q, k, v = (t.repeat(1, 1, 3, 1) for t in qkv())
-        given = {"output": output(), "hidden": hidden(tokens=3 * N)}
+        given = {"output": output(), "hidden": hidden(tokens=3 * N), "rotate": rope}
         heads = [h for layer in kvtrim.select(chosen, q, k, v, keep=keep, **given) for h in layer]
         assert all(head.tolist() == sorted({*head.tolist()} & {*range(3 * N)}) for head in heads)
         mean = sum(map(len, heads)) / len(heads)

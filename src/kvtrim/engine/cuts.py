@@ -292,6 +292,7 @@ class Cutting:
             hidden=hidden,
             output=call.output,
             factor=call.factor,
+            rotate=call.rotate,
             bias=dense.get(BIAS),
             spans=tuple(self.state.spans[rows]),
         )

@@ -205,12 +205,13 @@ def last_queries(
     if now.real is None:
         joined = queries if before is None else torch.cat([before, queries], dim=2)
         return joined[:, :, -count:]
+    rows = [queries[row, :, columns] for row, columns in enumerate(now.real)]
+    if before is not None:
+        rows = [torch.cat([before[row], own], dim=1) for row, own in enumerate(rows)]
+    count = min(count, max(own.shape[1] for own in rows))
     out = queries.new_zeros(*queries.shape[:2], count, queries.shape[-1])
-    for row, columns in enumerate(now.real):
-        own = queries[row, :, columns]
-        own = own if before is None else torch.cat([before[row], own], dim=1)
-        own = own[:, -count:]
-        out[row, :, count - own.shape[1] :] = own
+    for row, own in enumerate(rows):
+        out[row, :, max(0, count - own.shape[1]) :] = own[:, -count:]
     return out
 
 

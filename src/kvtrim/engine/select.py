@@ -1,6 +1,6 @@
 """What a method would keep, from queries, keys and values alone: no model, no generation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from kvtrim.prompts.spans import Given
 from kvtrim.types import Float, Int, Target, Tensor
 
 Layers = Tensor | Sequence[Tensor]
+Rotate = Callable[[Float[Tensor, "N D"], Int[Tensor, " N"]], Tensor]
 
 
 def select(
@@ -32,6 +33,7 @@ def select(
     scale: float | None = None,
     output: Sequence[Float[Tensor, "M HD"]] | None = None,
     hidden: Layers | None = None,
+    rotate: Rotate | None = None,
     spans: Given | None = None,
     **settings: Any,
 ) -> list[list[Int[Tensor, " kept"]]]:
@@ -48,6 +50,8 @@ def select(
             values by it.
         hidden: what each layer's attention receives, after the norm: [n, M] for one layer,
             [L, n, M] or a list of [n, M] for several; for methods that read it (echo).
+        rotate: RoPE: vectors [N, D] and how many positions each is turned on, [N], to vectors; for
+            methods that turn queries (expected-attention).
         spans: named parts of the prompt, see `kvtrim.Cache`.
         settings: parameters of the method, `preset` among them.
 
@@ -87,7 +91,7 @@ def select(
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         if session.narrowing is not None:
             q, k, v = (x[:, session.narrowing.columns[0].to(x.device)] for x in (q, k, v))
-        call = Call(q[None], k[None], v[None], factor)
+        call = Call(q[None], k[None], v[None], factor, rotate=rotate)
         if states:
             call = replace(call, hidden=_read(session, states[index])[None])
         if output is not None:

@@ -96,7 +96,8 @@ class Cache(TransformersCache):
         if self.choice is not None:
             method = self.choice.name
         turns = chosen.refit.changes and not chosen.policy.probes
-        self.rotations = rotations(model) if chosen.positions == "rolled" or turns else []
+        turns |= chosen.policy.turns or chosen.positions == "rolled"
+        self.rotations = rotations(model) if turns else []
         self.session = Session(chosen, budget, len(self.managed), prompt_tokens, impl, spans)
         self.words = Words() if tokenizer is None else repeat_words(tokenizer, frame(tokenizer))
         self.request = (method, settings)  # as asked for, to be saved

@@ -45,6 +45,11 @@ class Method(Declared):
                 f"{type(self.policy).__name__} probes the prompt once: "
                 "use schedule=prompt and no skip_layers"
             )
+        if self.policy.turns and (self.positions == "rolled" or self.propagation.narrows):
+            raise UsageError(
+                f"{type(self.policy).__name__} turns queries from where they were read: set "
+                "positions=original and propagation=everything"
+            )
         if self.budget.unlimited and (self.schedule != Schedule() or self.skip_layers):
             raise UsageError(
                 f"budget={type(self.budget).__name__} never evicts, so a schedule and skip_layers "

@@ -15,6 +15,7 @@ from kvtrim.methods.policies.critical import Critical
 from kvtrim.methods.policies.curdkv import CurDKV
 from kvtrim.methods.policies.defensive import Defensive
 from kvtrim.methods.policies.echo import Echo
+from kvtrim.methods.policies.expected_attention import ExpectedAttention
 from kvtrim.methods.policies.full import Full
 from kvtrim.methods.policies.h2o import H2O
 from kvtrim.methods.policies.keydiff import KeyDiff
@@ -216,6 +217,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             use="As kvzip; what an entry adds to the layer's output counts, not attention alone.",
             cost="As kvzip, and one small product per value.",
             presets={"uniform": {"budget": "uniform"}},
+        ),
+        "expected-attention": Method(
+            ExpectedAttention(),
+            source="arXiv 2510.00636",
+            use="Contexts compressed before any question is known, with nothing to calibrate.",
+            cost="A covariance of the prompt's queries per head, and its product with every key.",
+            presets={"kvpress": {"budget": "per-head", "rule": "floor", "eps": 0.01}},
         ),
         "lava": Method(
             Lava(),

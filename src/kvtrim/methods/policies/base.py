@@ -38,6 +38,9 @@ class Policy(Declared, ABC):
         """Whether it needs `layer.hidden`: what the attention receives for each query's token."""
         return False
 
+    turns: ClassVar[bool] = False
+    """It turns vectors to other positions by `layer.rotate`, and knows where queries stand."""
+
     chunk: int = 0
     """Tokens of the prompt that one pass of its probe is about."""
 
