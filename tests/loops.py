@@ -98,7 +98,7 @@ def turned(vector, by, theta=10000.0):
     return out
 
 
-def expected_attention(q, k, v, future=512, covariance=True, values=True, eps=0.0, sinks=4):
+def expected_attention(q, k, v, future=512, covariance=True, value_norms=True, eps=0.0, sinks=4):
     """Expected attention of every slot, sinks 0: [K][n]."""
     heads, n, width = q.shape
     kv_heads, scale = len(k), width**-0.5
@@ -131,9 +131,31 @@ def expected_attention(q, k, v, future=512, covariance=True, values=True, eps=0.
         for j in range(sinks, n):
             scores[at][j] += weights[j - sinks] / sum(weights) / group
     for at in range(kv_heads):
-        for j in range(sinks, n) if values else ():
+        for j in range(sinks, n) if value_norms else ():
             scores[at][j] = (scores[at][j] + eps) * float((v[at, j] ** 2).sum()) ** 0.5
     return scores
+
+
+def whole_heads(table, group, n, keep, sinks, window):
+    """DuoAttention's positions [L][K]: table [L][H] of scores; a group's largest counts."""
+    layers, kv_heads = len(table), len(table[0]) // group
+    window = min(window, keep // 2)
+    entries = layers * kv_heads * keep - layers * kv_heads * (sinks + window)
+    order = sorted(
+        (-max(row[head * group : (head + 1) * group]), layer, head)
+        for layer, row in enumerate(table)
+        for head in range(kv_heads)
+    )
+    whole = set()
+    while order and entries >= n - sinks - window:
+        whole.add(order.pop(0)[1:])
+        entries -= n - sinks - window
+    others = layers * kv_heads - len(whole)
+    newest = window + (entries // others if others else 0)
+    kept = [[[*range(sinks), *range(n - newest, n)] for _ in range(kv_heads)] for _ in table]
+    for layer, head in whole:
+        kept[layer][head] = list(range(n))
+    return kept
 
 
 # From scores to positions
@@ -235,7 +257,7 @@ def write_expected_attention():
         ("uniform", ("s0_n200",), 48, {}),
         ("uniform", ("s1_n200",), 80, {"eps": 0.02}),
         ("uniform", ("s0_n333", "s1_n333"), 64, {"covariance": False}),
-        ("uniform", ("s2_n200", "s3_n200"), 30, {"values": False, "future": 64}),
+        ("uniform", ("s2_n200", "s3_n200"), 30, {"value_norms": False, "future": 64}),
         ("per-head", ("s2_n200", "s3_n200"), 60, {}),
     ]:
         scores = [expected_attention(*inputs(name), **settings) for name in sets]
@@ -249,6 +271,28 @@ def write_expected_attention():
     file.write()
 
 
+def write_duoattention():
+    file = File("duoattention")
+    draw = torch.Generator().manual_seed(5)
+    sets = ["s0_n200", "s1_n200", "s2_n200", "s3_n200"]
+    for count, keep, sinks, window in [
+        (4, 100, 4, 16),
+        (4, 40, 4, 32),
+        (4, 30, 0, 64),
+        (4, 180, 8, 16),
+        (2, 90, 4, 0),
+    ]:
+        table = torch.rand(count, 8, generator=draw, dtype=torch.float64)
+        table = (table * 1000).round() / 1000
+        kept = whole_heads(table.tolist(), 4, 200, keep, sinks, window)
+        scores = [[[float(j) for j in range(200)]] * 2] * count  # a slot's position
+        params = {"keep": keep, "sinks": sinks, "window": window}
+        notes = "table: scores of the query heads; a KV head has its best one's"
+        file.add(params, sets[:count], kept, scores, math.inf, notes, table=table)
+    file.write()
+
+
 if __name__ == "__main__":
+    write_duoattention()
     write_defensivekv()
     write_expected_attention()

@@ -1,5 +1,6 @@
 """Every method keeps the tokens that its reference implementation kept."""
 
+import json
 from functools import partial
 
 import pytest
@@ -177,3 +178,15 @@ def test_expected_attention(case):
         settings |= {"budget": "per-head", "floor": 0.0}
     kept = kvtrim.select("expected-attention", *case.qkv(), keep=params["keep"], **settings)
     require_match(case, kept)
+
+
+@recorded("duoattention")
+def test_duoattention(case, tmp_path):
+    params, rows = case.params, case.tensor("table").tolist()
+    table = {f"{i}-{j}": [x] for i, row in enumerate(rows) for j, x in enumerate(row)}
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(table))
+    settings = {"sinks": params["sinks"], "window": params["window"], "table": str(path)}
+    require_match(
+        case, kvtrim.select("duoattention", *case.qkv(), keep=params["keep"], **settings)
+    )

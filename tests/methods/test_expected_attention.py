@@ -26,7 +26,7 @@ def seen(q, k, v, **options):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"covariance": False}, {"values": False}, {"eps": 0.3, "future": 3}, {"sinks": 0}],
+    [{}, {"covariance": False}, {"value_norms": False}, {"eps": 0.3, "future": 3}, {"sinks": 0}],
 )
 def test_scores_are_those_of_the_loop(settings):
     q, k, v = given()
@@ -40,7 +40,7 @@ def test_equal_queries_are_expected_to_look_as_they_do_now():
     """Without RoPE, one and the same query everywhere: nothing varies, and the mean is it."""
     q, k, v = given(seed=1)
     q = q[:, :1].expand(-1, N, -1)
-    still = ExpectedAttention(values=False, sinks=0)
+    still = ExpectedAttention(value_norms=False, sinks=0)
     got = still.score(seen(q, k, v, rotate=lambda vectors, by: vectors))[0]
     weights = (q[:, -1:] @ k.repeat_interleave(2, 0).mT * D**-0.5).softmax(-1)[:, 0]
     torch.testing.assert_close(got, weights.unflatten(0, (K, 2)).mean(1), rtol=1e-4, atol=1e-6)
@@ -50,7 +50,7 @@ def test_a_key_along_which_queries_vary_is_worth_more():
     """s^2 k C k / 2 is worked out by hand: queries (1, +-2), keys (1, 0) and (0, 1), s = 1."""
     q = torch.tensor([[[1.0, 2.0], [1.0, -2.0]]])
     k = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
-    policy = ExpectedAttention(values=False, sinks=0)
+    policy = ExpectedAttention(value_norms=False, sinks=0)
     got = policy.score(seen(q, k, k, scale=1.0, rotate=lambda vectors, by: vectors))[0, 0]
     # logits: 1 along the mean; 4 / 2 = 2 along the spread
     torch.testing.assert_close(got, torch.tensor([1.0, 2.0]).softmax(0))

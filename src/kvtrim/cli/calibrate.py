@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvtrim.bench.calibrate.echo import Fitted
     from kvtrim.bench.calibrate.heads import Measured
 
-SCORES = ("reason", "copy")
+SCORES = ("reason", "copy", "kvzip")
 TARGETS = ("kvzip", "kvzip-plus")
 PUZZLES = ("two-step", "one-step", "contrast")
 
@@ -25,7 +25,7 @@ Score = Annotated[
     str,
     typer.Option(
         help="reason: attention to the sentence that answers a puzzle (R2). copy: the answer's "
-        "tokens copied from the place looked at most (R)."
+        "tokens copied from the place looked at most (R). kvzip: KVzip's scores, for kvzip-head."
     ),
 ]
 Puzzle = Annotated[
@@ -100,7 +100,7 @@ def heads(
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
-    """Measure which heads find what is asked for, and write the table that headkv reads."""
+    """Measure which heads matter, and write the table that headkv and duoattention read."""
     options.require_choice("--score", score, SCORES)
     options.require_choice("--puzzle", puzzle, PUZZLES)
     options.require_writable(out)

@@ -7,13 +7,22 @@ To add one: write `policies/NAME.py` (or reuse a policy) and add its entry here,
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from kvtrim.methods.budgets import Global, HeadTable, LayerShare, PerHead, Pyramid, Unlimited
+from kvtrim.methods.budgets import (
+    Global,
+    HeadTable,
+    LayerShare,
+    PerHead,
+    Pyramid,
+    Unlimited,
+    WholeHeads,
+)
 from kvtrim.methods.method import Method
 from kvtrim.methods.policies.cake import Cake
 from kvtrim.methods.policies.circuitkv import CircuitKV
 from kvtrim.methods.policies.critical import Critical
 from kvtrim.methods.policies.curdkv import CurDKV
 from kvtrim.methods.policies.defensive import Defensive
+from kvtrim.methods.policies.duoattention import DuoAttention
 from kvtrim.methods.policies.echo import Echo
 from kvtrim.methods.policies.expected_attention import ExpectedAttention
 from kvtrim.methods.policies.full import Full
@@ -224,6 +233,23 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             use="Contexts compressed before any question is known, with nothing to calibrate.",
             cost="A covariance of the prompt's queries per head, and its product with every key.",
             presets={"kvpress": {"budget": "per-head", "rule": "floor", "eps": 0.01}},
+        ),
+        "kvzip-head": Method(
+            DuoAttention(window=0),
+            budget=WholeHeads(measure="kvzip"),
+            source="arXiv 2505.23416",
+            use="As duoattention; heads are ranked by what a repetition of texts looks at.",
+            cost="Nothing to compute; the table is measured once per model (`kvtrim calibrate "
+            "heads --score kvzip`).",
+        ),
+        "duoattention": Method(
+            DuoAttention(),
+            budget=WholeHeads(),
+            source="arXiv 2410.10819",
+            use="Models with a measured table and budgets of half the prompt: some heads see all.",
+            cost="Nothing to compute; the table is measured once per model (`kvtrim calibrate "
+            "heads`).",
+            presets={"paper": {"sinks": 64, "window": 256}},
         ),
         "lava": Method(
             Lava(),

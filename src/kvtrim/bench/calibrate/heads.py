@@ -7,7 +7,10 @@ every head. With n tokens of the needle:
     copy (R):    + 1/n if the position attended most is in the needle and holds the new token
     reason (R2): + attention/n of each of the n most attended positions that is in the needle
 
-Sums over an answer are one sample. It counts if the answer is right: ROUGE-1 recall of the needle
+    kvzip:       the largest of KVzip's scores of any token of the prompt, for the KV head
+
+Sums over an answer are one sample. With kvzip nothing is answered and every prompt counts; else it
+counts if the answer is right: ROUGE-1 recall of the needle
 above 0.5 (copy), QA-F1 above 0.5 (reason).
 
 Paper: Fu et al. 2024 (HeadKV), https://arxiv.org/abs/2410.19258, section 3.1; R is Wu et al. 2024,
@@ -26,6 +29,7 @@ from typing import Any, Literal
 
 import torch
 
+from kvtrim.bench.calibrate.echo import scores_of
 from kvtrim.bench.calibrate.needles import plant
 from kvtrim.bench.provenance import provenance
 from kvtrim.engine.layer import Call
@@ -35,11 +39,13 @@ from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import read
 from kvtrim.hf.keyword import passing
 from kvtrim.hf.models import fingerprint
+from kvtrim.hf.replay import record as read_once
 from kvtrim.methods.policies import ops
+from kvtrim.prompts import frame, repeat_words
 from kvtrim.tasks import haystack, scorers
 from kvtrim.types import Float, Int, LayerView, Tensor
 
-Score = Literal["copy", "reason"]
+Score = Literal["copy", "reason", "kvzip"]
 Report = Callable[[str, int, int], None]
 
 RIGHT = 0.5  # an answer that matches better than this counts
@@ -173,6 +179,9 @@ def _sample(
     riddle = haystack.riddle(plan.kind, draw)
     source = haystack.filler(draw) if text is None else haystack.sentences(text, draw)
     planted = plant(tokenizer, riddle, source, length, depth, plan.chat)
+    if plan.score == "kvzip":
+        unanswered = Sample(len(planted.ids), round(depth, 3), "", "", 0, True, False)
+        return unanswered, repeated(model, tokenizer, planted.ids, plan.chat)
     step = copied if plan.score == "copy" else reasoned
     fed, total = list(planted.ids), torch.zeros(())
     for token, weights in answering(model, planted.ids, planted.steps):
@@ -186,6 +195,19 @@ def _sample(
     misled = riddle.decoy is not None and rate(said, [riddle.decoy]) > RIGHT
     done = len(planted.ids), round(depth, 3), riddle.answer, said, round(match, 3)
     return Sample(*done, counted=match > RIGHT, misled=misled), total
+
+
+def repeated(
+    model: Any, tokenizer: Any, ids: Sequence[int], chat: bool | None = None
+) -> Float[Tensor, "L H"]:
+    """The largest of KVzip's scores that any token of a prompt has, by query head."""
+    words = repeat_words(tokenizer, frame(tokenizer, chat))
+    with torch.no_grad():
+        recording = read_once(model, torch.tensor([list(ids)], device=model.device), None, words)
+        found = scores_of(recording, "kvzip")
+    most = torch.stack([scores.masked_fill(scores.isinf(), 0).amax(dim=-1) for scores in found])
+    group = recording.calls[0].queries.shape[1] // most.shape[1]
+    return most.double().cpu().repeat_interleave(group, dim=1)
 
 
 def answering(

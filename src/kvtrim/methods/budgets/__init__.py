@@ -8,6 +8,7 @@ from kvtrim.methods.budgets.model_wide import Global
 from kvtrim.methods.budgets.per_head import PerHead
 from kvtrim.methods.budgets.pyramid import Pyramid
 from kvtrim.methods.budgets.uniform import Uniform, Unlimited
+from kvtrim.methods.budgets.whole_heads import WholeHeads
 
 BUDGETS: dict[str, type[Budget]] = {
     "global": Global,
@@ -17,6 +18,7 @@ BUDGETS: dict[str, type[Budget]] = {
     "pyramid": Pyramid,
     "uniform": Uniform,
     "unlimited": Unlimited,
+    "whole-heads": WholeHeads,
 }
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Pyramid",
     "Uniform",
     "Unlimited",
+    "WholeHeads",
 ]
 
 

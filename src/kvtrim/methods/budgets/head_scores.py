@@ -10,6 +10,7 @@ A shipped table has a record beside it (NAME.record.json) that says what it was 
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ import torch
 
 from kvtrim import files
 from kvtrim.errors import UsageError
-from kvtrim.types import Float, Tensor
+from kvtrim.types import Float, Target, Tensor
 
+AUTO, RANDOM = "auto", "random"
+RETRIEVAL = ("reason", "copy")
+"""Kinds of scores, as the records name them, that say how much a head helps to find a needle."""
 SHIPPED = Path(__file__).parents[1] / "tables"
 RECORD = ".record.json"
 _MOST = 1_000_000  # heads of a model
@@ -32,12 +36,62 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
 
 
-def measured_on(identity: str | None) -> str | None:
-    """The name of the first shipped table that was measured on exactly these weights."""
+def measured_on(identity: str | None, kinds: Collection[str] = RETRIEVAL) -> str | None:
+    """The name of the first shipped table of these kinds that was measured on these weights."""
     for name, path in shipped().items():
-        if identity is not None and record_of(path).get("identity") == identity:
+        record = record_of(path)
+        if identity is None or record.get("score") not in kinds:
+            continue
+        if record.get("identity") == identity:
             return name
     return None
+
+
+def require_readable(table: str) -> None:
+    """Refuse a table that is named and cannot be read; errors as `read`."""
+    if table not in (AUTO, RANDOM):
+        read(table)
+
+
+def fitted(table: str, target: Target, kinds: Collection[str]) -> str:
+    """The table for a model: the one that is named, or its own of one of these kinds.
+
+    Raises:
+        UsageError: none of its own, or one of other heads.
+    """
+    if table != AUTO:
+        of(table, target.name, target.layers, target.heads)
+        return table
+    found = measured_on(target.identity(), kinds)
+    if found is None:
+        how = f"{HOW_TO} --score {next(iter(kinds))}"
+        raise UsageError(
+            f"this method needs a table of head scores measured on {target.name} "
+            f"({target.layers} layers of {target.heads} query heads); those that come with "
+            f"kvtrim ({', '.join(shipped())}) were measured on other weights. "
+            f"Measure one: {how}, then pass table=FILE (--set table=FILE)"
+        )
+    return fitted(found, target, kinds)
+
+
+def of(table: str, name: str, layers: int, heads: int) -> Float[Tensor, "L H"]:
+    """The mean scores, if they are of so many layers and query heads.
+
+    Raises:
+        UsageError: they are of others, or no table was given.
+    """
+    if table == AUTO:
+        raise UsageError(f"no table of head scores was given. Measure one: {HOW_TO}")
+    if table == RANDOM:
+        return drawn(layers, heads)
+    found = read(table)
+    if list(found.shape) != [layers, heads]:
+        raise UsageError(
+            f"the head table {table} has {found.shape[0]} layers of {found.shape[1]} "
+            f"query heads, {name} has {layers} of {heads}; use a table of this model. "
+            f"Measure one: {HOW_TO}"
+        )
+    return found
 
 
 def record_of(path: Path) -> dict[str, Any]:

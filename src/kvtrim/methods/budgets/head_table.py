@@ -21,18 +21,17 @@ from typing import Annotated
 
 import torch
 
-from kvtrim.errors import UsageError
 from kvtrim.methods.budgets import head_scores
 from kvtrim.methods.budgets.base import Budget, everyone
 from kvtrim.methods.ranges import Positive, Range
 from kvtrim.types import Counts, Float, Int, Room, Scores, Target, Tensor
 
-AUTO, RANDOM = "auto", "random"
-
 
 @dataclass(frozen=True)
 class HeadTable(Budget):
-    table: str = AUTO  # a file, or the name of a shipped table; auto: one of this very model;
+    table: str = (
+        head_scores.AUTO
+    )  # a file, or the name of a shipped table; auto: one of this very model;
     # random: drawn scores, to measure speed where no table is at hand
     beta: Annotated[float, Range(1)] = 1.2  # the pool is one beta-th of the budget
     temp: Positive = 1.0  # exponent on the shares: above 1 sharper, below 1 flatter
@@ -41,8 +40,7 @@ class HeadTable(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.table not in (AUTO, RANDOM):
-            head_scores.read(self.table)
+        head_scores.require_readable(self.table)
 
     @property
     def holds_more(self) -> str:
@@ -55,18 +53,7 @@ class HeadTable(Budget):
         return "what a head's share exceeds the prompt by is lost (redistribute=true deals it out)"
 
     def fitted(self, target: Target) -> "HeadTable":
-        if self.table != AUTO:
-            self._require(target.name, target.layers, target.heads)
-            return self
-        found = head_scores.measured_on(target.identity())
-        if found is None:
-            raise UsageError(
-                f"this method needs a table of head scores measured on {target.name} "
-                f"({target.layers} layers of {target.heads} query heads); those that come with "
-                f"kvtrim ({', '.join(head_scores.shipped())}) were measured on other weights. "
-                f"Measure one: {head_scores.HOW_TO}, then pass table=FILE (--set table=FILE)"
-            )
-        return replace(self, table=found).fitted(target)
+        return replace(self, table=head_scores.fitted(self.table, target, head_scores.RETRIEVAL))
 
     def counts(self, room: Room, scores: Scores) -> Counts:
         if room.free >= room.candidates:
@@ -76,11 +63,7 @@ class HeadTable(Budget):
 
     def caps(self, room: Room) -> Int[Tensor, "L K"]:
         """Candidates that each head of the model may keep, before clipping to what there is."""
-        if self.table == AUTO:
-            raise UsageError(
-                f"no table of head scores was given. Measure one: {head_scores.HOW_TO}"
-            )
-        table = self._require("this model", room.layers, room.heads * room.group)
+        table = head_scores.of(self.table, "this model", room.layers, room.heads * room.group)
         shares = (table / table.sum()) ** self.temp
         shares = shares / shares.sum()
         base = max(0, room.keep - (room.protected if self.window_inside else 0))
@@ -91,19 +74,6 @@ class HeadTable(Budget):
             weights = shares.unflatten(1, (room.heads, room.group)).mean(dim=-1)
             caps = dealt_again(caps, weights, room.candidates)
         return caps.long()
-
-    def _require(self, name: str, layers: int, heads: int) -> Float[Tensor, "L H"]:
-        """The mean scores, if they are of so many layers and query heads."""
-        if self.table == RANDOM:
-            return head_scores.drawn(layers, heads)
-        table = head_scores.read(self.table)
-        if list(table.shape) != [layers, heads]:
-            raise UsageError(
-                f"the head table {self.table} has {table.shape[0]} layers of {table.shape[1]} "
-                f"query heads, {name} has {layers} of {heads}; use a table of this model. "
-                f"Measure one: {head_scores.HOW_TO}"
-            )
-        return table
 
 
 def dealt_again(

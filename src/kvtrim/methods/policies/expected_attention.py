@@ -29,7 +29,7 @@ _ALL = 2**31 - 1
 class ExpectedAttention(Policy):
     future: Some = 512  # so many positions behind the last token are expected to be asked from
     covariance: bool = True  # how queries vary counts, not their mean alone
-    values: bool = True  # times the length of the slot's value
+    value_norms: bool = True  # times the length of the slot's value
     eps: Weight = 0.0  # added before that; the authors' leaderboard has 0.01
     remembered: Some = 128  # newest queries that stand for those to come while generating
     sinks: Tokens = 4  # slots that always stay, and queries that are left out
@@ -59,7 +59,7 @@ class ExpectedAttention(Policy):
         competing = there & (slot >= min(self.sinks, logits.shape[-1] - 1))
         expected = logits.masked_fill(~competing[:, :, None], -torch.inf).softmax(dim=-1)
         scores = expected.mean(dim=2)
-        if self.values:
+        if self.value_norms:
             scores = (scores + self.eps) * ops.length_of(layer.values.float())
         return scores.masked_fill(~competing, 0)
 
