@@ -139,7 +139,7 @@ def expected_attention(q, k, v, future=512, covariance=True, value_norms=True, e
 def whole_heads(table, group, n, keep, sinks, window):
     """DuoAttention's positions [L][K]: table [L][H] of scores; a group's largest counts."""
     layers, kv_heads = len(table), len(table[0]) // group
-    window = min(window, keep // 2)
+    window = min(window, max(0, keep // 2 - sinks))
     entries = layers * kv_heads * keep - layers * kv_heads * (sinks + window)
     order = sorted(
         (-max(row[head * group : (head + 1) * group]), layer, head)

@@ -19,13 +19,13 @@ from kvtrim.types import LayerView, Scores
 @dataclass(frozen=True)
 class DuoAttention(Policy):
     sinks: Tokens = 4
-    window: Tokens = 64  # newest slots that streaming heads keep too, or half of the budget
+    window: Tokens = 64  # newest slots that stay too, with the sinks half of the budget at most
 
     def lookback(self) -> int:
         return 0
 
     def recent(self, keep: int) -> int:
-        return min(self.window, keep // 2)
+        return min(self.window, max(0, keep // 2 - self.sinks))
 
     def score(self, layer: LayerView) -> Scores:
         """Newer is better: positions [B, K, S] to scores [B, K, S]."""
