@@ -10,7 +10,7 @@ A shipped table has a record beside it (NAME.record.json) that says what it was 
 import hashlib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,11 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
 
 
-def measured_on(identity: str | None, kinds: Collection[str] = RETRIEVAL) -> str | None:
+def measured_on(identity: str | None, kinds: Sequence[str] = RETRIEVAL) -> str | None:
     """The name of the first shipped table of these kinds that was measured on these weights."""
     for name, path in shipped().items():
         record = record_of(path)
-        if identity is None or record.get("score") not in kinds:
+        if identity is None or record.get("score", kinds[0]) not in kinds:
             continue
         if record.get("identity") == identity:
             return name
@@ -53,7 +53,7 @@ def require_readable(table: str) -> None:
         read(table)
 
 
-def fitted(table: str, target: Target, kinds: Collection[str]) -> str:
+def fitted(table: str, target: Target, kinds: Sequence[str]) -> str:
     """The table for a model: the one that is named, or its own of one of these kinds.
 
     Raises:
@@ -64,7 +64,7 @@ def fitted(table: str, target: Target, kinds: Collection[str]) -> str:
         return table
     found = measured_on(target.identity(), kinds)
     if found is None:
-        how = f"{HOW_TO} --score {next(iter(kinds))}"
+        how = f"{HOW_TO} --score {kinds[0]}"
         raise UsageError(
             f"this method needs a table of head scores measured on {target.name} "
             f"({target.layers} layers of {target.heads} query heads); those that come with "
