@@ -28,7 +28,7 @@ ROOMS = {
     "files": Room("errors", torch=False),
     "records": Room("errors files", torch=False),
     "prompts.spans": Room("errors", torch=False),
-    "prompts": Room("errors prompts.spans", torch=False),
+    "prompts": Room("errors prompts.spans", owns="jinja2", torch=False),
     "types": Room("prompts.spans", shapes=True),
     "kernels": Room("errors kernels.programs types", owns="triton", shapes=True),
     "kernels.programs": Room(owns="triton"),  # Triton's language, whose sources it reads itself

@@ -15,6 +15,7 @@ EACH = "{% for m in messages %}<{{m['role']}}>"
 GOOD = {
     "plain": f"{EACH}{{{{ m['content'] }}}}{{% endfor %}}<a>",
     "trimmed": f"{EACH}{{{{ m['content'] | trim }}}}{{% endfor %}}<a>",
+    "powers in text": f"{EACH}{{{{ m['content'] }}}}{{% endfor %}} 2 ** 99999999999 <a>",
     "system last": "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     "{% for m in messages if m['role'] == 'system' %}[{{ m['content'] }}]{% endfor %}<a>",
 }
@@ -27,6 +28,10 @@ BAD = {
         "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
         "fails",
     ),
+    "computes for hours": ("{{ 9 ** 9 ** 9 }}", r"power \(\*\*\)"),
+    "fills the memory": ("{{ 'a' * 1_000_000_000_000 }}", "above 10,000,000"),
+    "fills it with blanks": ("{{ 'a' | center(1e12 | int) }}", "above 10,000,000"),
+    "counts in hexadecimals": ("{{ 'a' * 0xffffffffff }}", "above 10,000,000"),
     "prints twice": (f"{EACH}{{{{ m.content }}}} + {{{{ m.content }}}}{{% endfor %}}", "2 times"),
     "prints thrice": (f"{EACH}{{{{ m['content'] * 3 }}}}{{% endfor %}}", "3 times"),
     "wants parts": (

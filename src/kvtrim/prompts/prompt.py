@@ -9,6 +9,7 @@ of the context. A token belongs to the unit in which it begins.
 """
 
 import sys
+from ast import literal_eval
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ _CONTEXT, _QUESTION = f"\u2980context{_HARD}\u2980", f"\u2980question{_HARD}\u29
 _BETWEEN = "\n\n"
 _WITHOUT_CHAT = "use chat=False (--no-chat)"
 _TEMPLATE_S = 10.0  # a template takes milliseconds
+_LARGEST = 10_000_000  # number in a template: repeated texts and ranges take their length
 
 try:
     import resource
@@ -114,6 +116,7 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
         UsageError: it fails, or does not come to an end.
     """
     try:
+        _require_small_numbers(tokenizer.chat_template)
         with _bounded(_TEMPLATE_S):
             return tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
@@ -121,6 +124,24 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     except Exception as error:  # whatever a template may raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(f"the chat template fails: {reason}; {_WITHOUT_CHAT}") from error
+
+
+def _require_small_numbers(templates: str | dict[str, str]) -> None:
+    """Refuse a template that one step of could keep a processor, or the memory, for itself.
+
+    Such a step runs inside the interpreter, where `_bounded` does not see it. No text needs one.
+
+    Raises:
+        ValueError: it raises numbers to a power, or has one above what any list or text needs.
+    """
+    from jinja2 import Environment
+
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        for _, kind, text in Environment().lex(template):
+            if kind == "operator" and text == "**":
+                raise ValueError("it raises numbers to a power (**)")
+            if kind in ("integer", "float") and literal_eval(text) > _LARGEST:
+                raise ValueError(f"its number {text} is above {_LARGEST:,}")
 
 
 @contextmanager
