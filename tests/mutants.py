@@ -1,0 +1,216 @@
+"""Small faults of the code, each of which a test must notice.
+
+python tests/mutants.py            # all of them, in copies of src; about 20 s of CPU time each
+python tests/mutants.py window     # those whose names say that
+
+Prints the test that noticed each. A fault that nothing notices, or that fits the code no longer,
+makes the command fail.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+UNFIT = "NO LONGER FITS THE CODE"
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` once in a file; these tests run until one fails."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+# what is held, counted and given back
+MEMORY = {
+    "freed slots are not given back": Mutant(
+        "cache/store.py",
+        "roomy = bool((self.capacity > kept.counts + 2 * slack(kept.counts)).any())",
+        "roomy = False",
+        "cache hf/test_cache.py",
+    ),
+    "room behind a cut back store is not given back": Mutant(
+        "cache/store.py",
+        "if bool((self.capacity > self.length + slack(self.length)).any()):",
+        "if False:",
+        "cache hf/test_decode.py hf/test_cache.py hf/test_going_back.py",
+    ),
+    "slack is not counted": Mutant(
+        "cache/store.py",
+        "return sum(buffer.nbytes for buffer in self.buffers.values())",
+        "held = int(self.length.sum())\n"
+        "        return sum(buffer[:held].nbytes for buffer in self.buffers.values())",
+        "cache hf/test_cache.py",
+    ),
+    "remembered queries are not counted": Mutant(
+        "engine/layer.py",
+        "parts = (self.queries, self.hidden, self.store,",
+        "parts = (self.hidden, self.store,",
+        "hf/test_cache.py hf/test_hidden.py",
+    ),
+    "remembered hidden states are not counted": Mutant(
+        "engine/layer.py",
+        "parts = (self.queries, self.hidden, self.store,",
+        "parts = (self.queries, self.store,",
+        "hf/test_cache.py hf/test_hidden.py",
+    ),
+    "passes that can be taken back are not counted": Mutant(
+        "engine/state.py",
+        "return sum(each.nbytes for each in (*self.layers, *self.past))",
+        "return sum(each.nbytes for each in self.layers)",
+        "hf/test_going_back.py",
+    ),
+    "methods that read in chunks are replayed": Mutant(
+        "hf/replay.py",
+        "if other.method.propagation.narrows or other.method.schedule.chunks:",
+        "if other.method.propagation.narrows:",
+        "hf/test_replay.py",
+    ),
+}
+RULES = {
+    "the window is one short": Mutant(
+        "methods/selection.py",
+        "ends = (lengths - recent).clamp(min=0)",
+        "ends = (lengths - max(0, recent - 1)).clamp(min=0)",
+        "methods/test_selection.py methods/test_contract.py",
+    ),
+    "sinks are not kept": Mutant(
+        "methods/selection.py",
+        "first = min(sinks, width)",
+        "first = 0",
+        "methods/test_selection.py methods/test_contract.py",
+    ),
+    "a group's mean is its sum": Mutant(
+        "methods/policies/ops.py",
+        'return grouped.sum(dim=2) if how == "sum" else grouped.mean(dim=2)',
+        "return grouped.sum(dim=2)",
+        "methods/test_formulas.py methods engine/test_golden.py",
+    ),
+    "attention is normalised without the newest slot": Mutant(
+        "methods/policies/ops.py",
+        "logits[..., seen - rows :].masked_fill_(slot[seen - rows :] > last, -torch.inf)",
+        "logits[..., seen - rows :].masked_fill_(slot[seen - rows :] >= last, -torch.inf)",
+        "methods/test_formulas.py methods engine/test_golden.py",
+    ),
+    "heavy hitters forget what earlier passes gave": Mutant(
+        "methods/policies/h2o.py",
+        "return sums if layer.carried is None else layer.carried + sums",
+        "return sums",
+        "methods/test_h2o.py hf/test_generation.py",
+    ),
+    "the floor of a head is not added": Mutant(
+        "methods/budgets/per_head.py",
+        "ideal = won.double() * (1 - self.floor) + even.floor()",
+        "ideal = won.double() + 0 * even",
+        "methods/test_budgets.py engine/test_golden.py",
+    ),
+    "the mask ignores padding": Mutant(
+        "engine/tokens.py",
+        "return Pass(columns, first, [row.nonzero()[:, 0] for row in new])",
+        "return Pass(columns, first, None)",
+        "hf/test_generation.py",
+    ),
+    "beams keep each other's queries": Mutant(
+        "engine/state.py",
+        "held.queries = held.queries[rows.to(held.queries.device)]",
+        "pass",
+        "hf/test_cache.py hf/test_named_parts.py hf/test_generation.py hf/test_compositions.py",
+    ),
+    "a crop leaves the schedule as it was": Mutant(
+        "engine/state.py",
+        "self.due_at = [min(pair) for pair in zip(self.due_at, lengths, strict=False)]",
+        "pass",
+        "hf/test_going_back.py hf/test_compositions.py",
+    ),
+    "tokens that go on stand one further": Mutant(
+        "engine/propagation.py",
+        'positions.append(now.row_positions(row, torch.device("cpu"))[0, 0][own])',
+        'positions.append(now.row_positions(row, torch.device("cpu"))[0, 0][own] + 1)',
+        "methods/test_propagation.py hf/test_models.py propagation",
+    ),
+    "the divergence is the other way round": Mutant(
+        "bench/eval/decode.py",
+        "return (true.exp() * (true - log)).sum().double().cpu()",
+        "return (log.exp() * (log - true)).sum().double().cpu()",
+        "bench/test_evaluate.py",
+    ),
+}
+MUTANTS = MEMORY | RULES
+
+
+class _First:
+    """The first test that failed."""
+
+    name = ""
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and not self.name:
+            self.name = report.nodeid
+
+    def pytest_collectreport(self, report):
+        if report.failed and not self.name:
+            self.name = f"{report.nodeid} (not even loaded)"
+
+
+def noticed(mutant: Mutant) -> str:
+    """The test that a fault fails; empty if there is none."""
+    import pytest
+
+    with tempfile.TemporaryDirectory(prefix="kvtrim-mutant-") as folder:
+        copy = shutil.copytree(ROOT / "src", Path(folder) / "src")
+        path = copy / "kvtrim" / mutant.file
+        text = path.read_text()
+        if text.count(mutant.old) != 1:
+            return UNFIT
+        path.write_text(text.replace(mutant.old, mutant.new))
+        out, into = os.pipe()
+        child = os.fork()
+        if child == 0:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
+            sys.path.insert(0, str(copy))
+            first = _First()
+            tests = [str(ROOT / "tests" / name) for name in mutant.tests.split()]
+            known = "ignore::pytest.PytestAssertRewriteWarning"  # what is loaded already
+            how = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-W", known]
+            end = 99
+            try:
+                end = int(pytest.main([*how, *tests], plugins=[first]))
+            finally:
+                first.name = first.name or ("" if end == 0 else f"DID NOT RUN ({end})")
+                os.write(into, first.name.encode())
+                os._exit(0)
+        os.close(into)
+        with os.fdopen(out) as answer:
+            name = answer.read()
+        os.waitpid(child, 0)
+    return name
+
+
+def main(wanted: list[str]) -> int:
+    """Try them; the number that nothing noticed."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    import torch  # noqa: F401 (shared by all that are tried)
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    left = 0
+    for name, mutant in MUTANTS.items():
+        if wanted and not any(word in name for word in wanted):
+            continue
+        by = noticed(mutant)
+        left += by in ("", UNFIT) or by.startswith("DID NOT")
+        print(f"{name}: {by or 'NOTHING NOTICED IT'}", flush=True)
+    return left
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
