@@ -18,6 +18,7 @@ def pytest_collection_modifyitems(items):
     import torch
 
     torch.set_num_threads(1)
+    items.sort(key=lambda item: item.get_closest_marker("process") is None)  # none at the end
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -208,7 +208,8 @@ def main(wanted: list[str]) -> int:
             continue
         by = noticed(mutant)
         left += by in ("", UNFIT) or by.startswith("DID NOT")
-        print(f"{name}: {by or 'NOTHING NOTICED IT'}", flush=True)
+        sys.stdout.write(f"{name}: {by or 'NOTHING NOTICED IT'}\n")
+        sys.stdout.flush()
     return left
 
 

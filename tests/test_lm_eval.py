@@ -195,6 +195,7 @@ def tasks(tmp_path_factory):
     return folder
 
 
+@pytest.mark.process
 def test_the_harness_runs_local_tasks_from_the_command_line(tasks, tmp_path, monkeypatch):
     model = tiny("llama", dtype=torch.float32)
     model.save_pretrained(tmp_path / "model")

@@ -18,6 +18,7 @@ import models
 from bench import questions
 from kvtrim.bench.eval import evaluate, grid, scores
 from kvtrim.bench.eval.encode import Encoder
+from kvtrim.cli import main
 from kvtrim.errors import UsageError
 from kvtrim.prompts import Frame, encode_ends, encode_text
 from kvtrim.prompts.document import Document
@@ -471,30 +472,38 @@ def test_a_task_that_has_changed_is_not_gone_on_with(subject, tmp_path, changed)
     assert same(tmp_path / "run") == before
 
 
-def test_a_killed_process_leaves_a_run_that_goes_on(model_folder, tmp_path):
+@pytest.mark.process
+def test_a_killed_process_leaves_a_run_that_goes_on(model_folder, tmp_path, monkeypatch, capsys):
     command = [
-        sys.executable, "-m", "kvtrim", "eval", "--model", str(model_folder), "--task",
+        "eval", "--model", str(model_folder), "--task",
         "bench.questions:WORDS_TASK", "--method", "snapkv", "--method", "h2o", "--keep", "48",
         "--set", "window=8", "--protocol", AGNOSTIC, "--limit", "12", "--threads", "1", "--json",
     ]  # fmt: skip
     here = Path(__file__).parents[1]
     paths = [str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")]
     told = dict(env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, cwd=tmp_path)
-    process = subprocess.Popen([*command, "--out", "run"], stdout=subprocess.DEVNULL, **told)
+    whole = [sys.executable, "-m", "kvtrim", *command, "--out", "run"]
+    process = subprocess.Popen(whole, stdout=subprocess.DEVNULL, **told)
     journal = tmp_path / "run" / "samples.jsonl"
-    for _ in range(600):
-        if journal.exists() and journal.read_bytes().count(b"\n") > 5:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        for _ in range(4000):
+            if journal.exists() and journal.read_bytes().count(b"\n") > 5:
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("not six samples in three minutes")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     killed_at = journal.read_bytes().count(b"\n")
     assert 5 < killed_at < 36
+    monkeypatch.chdir(tmp_path)
     for folder in ("run", "whole"):
-        out = subprocess.run(
-            [*command, "--out", folder], capture_output=True, text=True, check=True, **told
-        )
-    assert json.loads(out.stdout)["rows"]
+        monkeypatch.setattr(sys, "argv", ["kvtrim", *command, "--out", folder])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert same(tmp_path / "run") == same(tmp_path / "whole")
     for name in ("scores.jsonl", "eval.md"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

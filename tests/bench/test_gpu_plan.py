@@ -14,6 +14,7 @@ PLAN = Path(__file__).parents[2] / "experiments" / "gpu.py"
 STAGES = ("check", "tokens", "decode", "prefill", "probe", "kernels", "batch")
 
 
+@pytest.mark.process
 def test_a_dry_run_goes_through_every_stage(tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed (pip install 'kvtrim[triton]')")
     command = [sys.executable, str(PLAN), "--dry-run", "--minutes", "10", "--out", str(tmp_path)]

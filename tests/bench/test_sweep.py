@@ -209,6 +209,7 @@ def test_a_wrong_file_is_refused_before_anything_runs(asked, changed, error, mes
         load(asked)
 
 
+@pytest.mark.process
 def test_a_killed_process_is_replaced(asked, serial, tmp_path):
     pool, killed = LocalPool(2), []
 
@@ -221,6 +222,7 @@ def test_a_killed_process_is_replaced(asked, serial, tmp_path):
     assert killed and same(folder, serial)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("how", [[], ["--ray"]], ids=["local", "ray"])
 def test_a_killed_driver_is_gone_on_with(asked, serial, tmp_path, how):
     if how:
@@ -249,6 +251,7 @@ def test_a_killed_driver_is_gone_on_with(asked, serial, tmp_path, how):
     assert same(folder, serial)
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore")
 def test_ray_workers_do_the_same_and_a_killed_one_is_replaced(
     asked, serial, tmp_path, monkeypatch

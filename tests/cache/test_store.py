@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtrim.cache.store import LEAST_SLACK, MOST_SLACK, LayerStore
+from kvtrim.cache.store import LEAST_SLACK, MOST_SLACK, LayerStore, slack
 from kvtrim.methods.selection import kept_from_mask
 
 D = 3
@@ -154,6 +154,18 @@ def test_slack_is_bounded(length, steps):
         store.append({"keys": one, "values": one, "positions": torch.zeros(1, 1, 1).int()})
     slack = (store.capacity - store.length).max()
     assert slack <= max(LEAST_SLACK, min(MOST_SLACK, (length + steps) // 16 + 1))
+
+
+@given(st.integers(1, 400), st.integers(0, 399))
+@settings(max_examples=60, deadline=None)
+def test_room_behind_a_store_that_is_cut_back_is_given_back(length, stays):
+    stays = min(stays, length)
+    store = LayerStore.empty(torch.zeros(1, 2, 0, D), torch.zeros(1, 2, 0, D))
+    zeros = torch.zeros(1, 2, length, D)
+    store.append({"keys": zeros, "values": zeros, "positions": torch.zeros(1, 1, length).int()})
+    store.cut_back(torch.full((1, 2), stays))
+    assert int(store.capacity.max()) <= stays + int(slack(torch.full((1, 2), stays)).max())
+    assert store.nbytes == int(store.capacity.sum()) * (2 * D * 4 + 4)
 
 
 @pytest.mark.parametrize("ragged", [False, True])

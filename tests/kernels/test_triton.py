@@ -192,6 +192,7 @@ def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
         available.require_triton(torch.device("cpu"))
 
 
+@pytest.mark.process
 def test_the_kernels_compile_for_a_gpu():
     """Triton's own compiler takes them, down to machine code for an H100; no GPU is needed."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

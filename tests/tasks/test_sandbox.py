@@ -173,6 +173,7 @@ def test_what_the_tests_trust_the_program_cannot_change():
     assert run_with(ADD, "assert add(double(1), 1) == 3", known=known).passed
 
 
+@pytest.mark.process
 def test_hostile_programs_neither_read_nor_write_nor_kill_nor_pass(tmp_path, monkeypatch):
     hits, folder = [], tmp_path / "outside"
     folder.mkdir(mode=0o777)
