@@ -19,22 +19,22 @@ import torch
 
 import kvtrim
 from kvtrim.bench.provenance import provenance
-from kvtrim.engine.cuts import Cutting
+from kvtrim.engine.cuts import Cuts
 from kvtrim.hf.generate import plain_cache
 from kvtrim.hf.models.random import build
 
-OBSERVE = Cutting.observe
+OBSERVE = Cuts.observe
 
 
-def apart(self: Cutting, *given: Any) -> None:
-    """`Cutting.observe` without leave to work out attention on the way."""
+def apart(self: Cuts, *given: Any) -> None:
+    """`Cuts.observe` without leave to work out attention on the way."""
     OBSERVE(self, *given[:4])
 
 
 def reading(model: Any, ids: torch.Tensor, name: str) -> tuple[dict[str, float], Any]:
     """Seconds of one prompt under a method, and the cache."""
     method = name.partition(",")[0]
-    Cutting.observe = apart if name.endswith("second product") else OBSERVE
+    Cuts.observe = apart if name.endswith("second product") else OBSERVE
     cache = plain_cache(model) if name == "plain" else kvtrim.Cache(model, method, 512)
     wall, process = time.perf_counter(), time.process_time()
     with torch.no_grad():
@@ -44,7 +44,7 @@ def reading(model: Any, ids: torch.Tensor, name: str) -> tuple[dict[str, float],
             with kvtrim.attach(model):
                 model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
     process, wall = time.process_time() - process, time.perf_counter() - wall
-    Cutting.observe = OBSERVE
+    Cuts.observe = OBSERVE
     return {"process_s": process, "wall_s": wall}, cache
 
 

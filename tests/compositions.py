@@ -368,9 +368,9 @@ def _watched(net, cache, ids, out):
         if first and part is not None:
             out.read[number] = part.columns[0].tolist()
 
-    cache.session.tap = look
+    cache.session._tap = look
     logits = net(ids, past_key_values=cache).logits[0]
-    cache.session.tap = None
+    cache.session._tap = None
     source = before
     if ahead:  # what is left is what they saw
         left = held(cache)[0]

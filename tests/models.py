@@ -20,6 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from kvtrim.hf.attach import attachment_of
+
 WINDOW = 16  # of the layers that slide
 _SIZES = {
     "vocab_size": 300,
@@ -148,3 +150,8 @@ def positions(cache, row=0):
         where = store.buffers["positions"].tolist()
         found.append([where[first : first + count] for first, count in runs])
     return found
+
+
+def is_attached(model):
+    """Whether kvtrim caches work on this model now."""
+    return attachment_of(model) is not None

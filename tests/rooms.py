@@ -39,7 +39,6 @@ ROOMS = {
     "methods.ranges": Room("errors", torch=False),
     "methods.echo_tables": Room("errors files types", owns="safetensors", shapes=True),
     "methods.schedule": Room("errors methods.ranges", torch=False),
-    "methods.presets": Room(torch=False),
     "methods.unit_numbers": Room("types", shapes=True),
     "methods.unit": Room("errors methods.ranges methods.unit_numbers types", shapes=True),
     "methods.selection": Room("errors methods.unit types", shapes=True),
@@ -54,12 +53,13 @@ ROOMS = {
     ),
     "methods.refit": Room("errors methods.ranges types", shapes=True),
     "methods.method": Room(
-        "errors methods.budgets methods.policies methods.propagation methods.ranges "
+        "errors methods.budgets methods.keep methods.policies methods.propagation methods.ranges "
         "methods.refit methods.schedule methods.unit types",
         shapes=True,
     ),
+    "methods.request": Room("errors methods.keep methods.method methods.settings"),
     "methods.registry": Room(
-        "methods.budgets methods.method methods.policies methods.presets methods.propagation "
+        "methods.budgets methods.method methods.policies methods.propagation "
         "methods.schedule methods.unit"
     ),
     "methods.auto": Room(
@@ -84,7 +84,7 @@ ROOMS = {
     ),
     "hf": Room(
         "cache engine errors hf.models kernels methods.auto methods.keep methods.method "
-        "methods.ranges methods.registry methods.settings prompts prompts.spans types version",
+        "methods.ranges methods.registry methods.request prompts prompts.spans types version",
         owns="transformers",
         shapes=True,
     ),
@@ -93,7 +93,9 @@ ROOMS = {
         owns="transformers huggingface_hub gguf accelerate",
         shapes=True,
     ),
-    "api": Room("errors hf methods.keep methods.method methods.ranges methods.settings prompts"),
+    "api": Room(
+        "errors hf methods.method methods.ranges methods.request methods.settings prompts"
+    ),
     "tasks": Room(
         "errors files methods.entry_points prompts tasks.ruler tasks.sandbox",
         owns="huggingface_hub datasets rouge rapidfuzz wonderwords",
@@ -123,8 +125,8 @@ ROOMS = {
     "cli": Room(
         "api bench bench.calibrate bench.eval bench.speed bench.sweep engine errors files hf "
         "hf.models lm_eval methods.budgets methods.describe methods.echo_tables methods.keep "
-        "methods.method methods.registry methods.settings prompts records report report.plots "
-        "serve serve.library serve.stream tasks version",
+        "methods.method methods.registry methods.request methods.settings prompts records "
+        "report report.plots serve serve.library serve.stream tasks version",
         owns="typer rich",
     ),
 }

@@ -6,7 +6,7 @@ import torch
 import kvtrim
 import models
 from kvtrim.errors import CacheError, UsageError
-from kvtrim.hf.attach import is_attached
+from models import is_attached
 
 CONTEXT = "The cat sat on the mat and looked at the wide blue sea. " * 4
 NEW = 6

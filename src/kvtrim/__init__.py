@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from kvtrim.api import Result, compress, generate
     from kvtrim.engine.select import select
     from kvtrim.hf.attach import attach, detach
-    from kvtrim.hf.cache import Cache
+    from kvtrim.hf.cache import Cache, load_cache
     from kvtrim.hf.models.load import load
-    from kvtrim.hf.saving import load_cache
     from kvtrim.methods.method import Method
     from kvtrim.methods.policies.base import Policy
     from kvtrim.methods.registry import METHODS
@@ -37,7 +36,7 @@ _LATER = {
     "detach": "kvtrim.hf.attach",
     "generate": "kvtrim.api",
     "load": "kvtrim.hf.models.load",
-    "load_cache": "kvtrim.hf.saving",
+    "load_cache": "kvtrim.hf.cache",
     "select": "kvtrim.engine.select",
 }
 

@@ -12,18 +12,18 @@ from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import Progress, read, require_sampling, sampling_names, synchronize
 from kvtrim.hf.generate import generate as run
-from kvtrim.hf.long_rope import require_reach
-from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method
 from kvtrim.methods.ranges import Some, checked
-from kvtrim.methods.settings import find, split
+from kvtrim.methods.request import Request
+from kvtrim.methods.settings import split
 from kvtrim.prompts import (
     Frame,
     Prompt,
+    Template,
+    Words,
     encode_context,
     encode_ends,
     encode_question,
-    frame,
     repeat_words,
 )
 from kvtrim.prompts.document import Document
@@ -133,7 +133,7 @@ def generate(
     context: str | Document | Cache,
     question: str | Sequence[str] = "",
     *,
-    method: str | Method = "auto",
+    method: str | Method | Request = "auto",
     keep: int | float | str = 512,
     max_new_tokens: Some | None = None,
     protocol: Protocol | None = None,
@@ -153,7 +153,8 @@ def generate(
         question: one question is read together with the context (question-aware) unless told
             otherwise; several are asked of one compressed context (question-agnostic), which each
             of them leaves as it found it.
-        method, keep: what to evict, see `kvtrim.Cache`; they do not apply to a ready cache.
+        method, keep: what to evict, see `kvtrim.Cache`; they do not apply to a ready cache. A
+            `Request` brings its budget and its parameters along.
         protocol: "question-aware" or "question-agnostic", to choose explicitly.
         chat: use the tokenizer's chat template; by default if it has one.
         system: a system message, for templates that have one.
@@ -174,7 +175,8 @@ def generate(
     questions = [question] if isinstance(question, str) else list(question)
     if not questions:
         raise UsageError("no question was given; pass one text or a list of them")
-    settings, options = split(method, options, sampling_names())
+    named = method.method if isinstance(method, Request) else method
+    settings, options = split(named, options, sampling_names()) if options else ({}, {})
     require_sampling(options)
     config = options.get("generation_config")
     new_tokens: int = max_new_tokens or (config and config.max_new_tokens) or NEW_TOKENS
@@ -184,28 +186,29 @@ def generate(
     asking |= options
     if isinstance(context, Cache):
         return _ask(model, tokenizer, context, questions, 0.0, asking)
+    request = Request.of(method, keep, settings)
     if protocol is None:
         protocol = AWARE if len(questions) == 1 else AGNOSTIC
     if protocol not in (AWARE, AGNOSTIC):
         raise UsageError(f"unknown protocol {protocol!r}; use {AWARE!r} or {AGNOSTIC!r}")
-    find(method, **settings).schedule.require_passes(prefill_chunk)
-    around = frame(tokenizer, chat, system)
+    request.method.schedule.require_passes(prefill_chunk)
+    template = Template(chat, system)
+    around = template.frame(tokenizer)
     follow = [encode_question(tokenizer, around, text) for text in questions]
     room = window(model) - new_tokens - max(map(len, follow))
     prompt = fit_context(tokenizer, around, context, room, truncate)
     if protocol == AGNOSTIC:
         start, reach = perf_counter(), len(prompt) + max(map(len, follow)) + new_tokens - 1
-        given = (model, tokenizer, around, prompt, method, keep, prefill_chunk, progress)
-        cache = _compressed(*given, settings, reach)
-        cache.prompt = {"chat": chat, "system": system}
+        cache = _empty(model, request, prompt, repeat_words(tokenizer, around), template)
+        _read_context(model, cache, prompt, prefill_chunk, progress, reach)
         return _ask(model, tokenizer, cache, questions, perf_counter() - start, asking)
-    answers, name = [], method
+    answers, words, name = [], repeat_words(tokenizer, around), request.name
     for own in follow:
         whole = prompt.asked(own)
-        cache = Cache(model, method, keep, prompt_tokens=len(whole), spans=whole.spans, **settings)
-        cache.words, name = repeat_words(tokenizer, around), cache.request[0]
+        cache = _empty(model, request, whole, words, template)
         answers.append(answer(model, tokenizer, cache, whole.ids, asking))
-    return Result(answers, AWARE, name_of(name), str(Keep.parse(keep)), 0.0)
+        name = cache.request.name
+    return Result(answers, AWARE, name, str(request.keep), 0.0)
 
 
 @checked
@@ -214,7 +217,7 @@ def compress(
     tokenizer: Any,
     context: str | Document,
     *,
-    method: str | Method = "auto",
+    method: str | Method | Request = "auto",
     keep: int | float | str = 512,
     chat: bool | None = None,
     system: str | None = None,
@@ -228,36 +231,37 @@ def compress(
     Args and errors as `generate`. Ask the cache with `generate(model, tokenizer, cache,
     question)`, save it with `cache.save(path)`.
     """
-    find(method, **settings).schedule.require_passes(prefill_chunk)
-    around = frame(tokenizer, chat, system)
+    request = Request.of(method, keep, settings)
+    request.method.schedule.require_passes(prefill_chunk)
+    template = Template(chat, system)
+    around = template.frame(tokenizer)
     prompt = fit_context(tokenizer, around, context, window(model) - 1, truncate)
-    cache = _compressed(
-        model, tokenizer, around, prompt, method, keep, prefill_chunk, progress, settings
-    )
-    cache.prompt = {"chat": chat, "system": system}
+    cache = _empty(model, request, prompt, repeat_words(tokenizer, around), template)
+    _read_context(model, cache, prompt, prefill_chunk, progress, len(prompt))
     return cache
 
 
-def _compressed(
+def _empty(
+    model: Any, request: Request, prompt: Prompt, words: Words, template: Template
+) -> Cache:
+    """A cache for a prompt that is about to be read."""
+    told = {"words": words, "template": template}
+    return Cache(model, request, prompt_tokens=len(prompt), spans=prompt.spans, **told)
+
+
+def _read_context(
     model: Any,
-    tokenizer: Any,
-    around: Frame,
+    cache: Cache,
     prompt: Prompt,
-    method: str | Method,
-    keep: int | float | str,
     chunk: int | None,
     progress: Progress | None,
-    settings: dict[str, Any],
-    reach: int = 0,
-) -> Cache:
-    """Read a context; `reach` is how many tokens there will be in all, if that is known."""
-    cache = Cache(model, method, keep, prompt_tokens=len(prompt), spans=prompt.spans, **settings)
-    cache.words = repeat_words(tokenizer, around)
-    require_reach(cache, min(chunk or len(prompt), len(prompt)), max(reach, len(prompt)))
+    reach: int,
+) -> None:
+    """Read a context into a cache; `reach` is how many tokens there will be in all."""
+    cache.require_reach(min(chunk or len(prompt), len(prompt)), reach)
     with attach(model):
         read(model, torch.tensor([prompt.ids], device=model.device), cache, chunk, progress)
     synchronize(model.device)
-    return cache
 
 
 def _ask(
@@ -273,7 +277,7 @@ def _ask(
         raise CacheError(
             "only a cache of one context, read as tokens, can be asked; make it with compress"
         )
-    around = frame(tokenizer, **cache.prompt)
+    around = (cache.template or Template()).frame(tokenizer)
     context, mark, answers = cache.token_ids[0].tolist(), cache.mark(), []
     for text in questions:
         ids = context + encode_question(tokenizer, around, text).ids
@@ -283,7 +287,7 @@ def _ask(
             answers.append(answer(model, tokenizer, cache, ids, asking))
         finally:
             cache.rewind(mark)
-    return Result(answers, AGNOSTIC, name_of(cache.request[0]), str(cache.keep), compress_s)
+    return Result(answers, AGNOSTIC, cache.request.name, str(cache.keep), compress_s)
 
 
 def answer(
@@ -298,7 +302,6 @@ def answer(
         held["remark"] = cache.remark
 
     reused = cache.seen
-    cache.expect(len(ids))
     with attach(model):
         done = run(model, torch.tensor([ids], device=model.device), cache, on_first=look, **asking)
     text = tokenizer.decode(done.token_ids, skip_special_tokens=True).strip()
@@ -333,8 +336,3 @@ def _too_long(tokens: int, answer: int, window: int) -> str:
 def window(model: Any) -> int:
     """Tokens that a model has positions for."""
     return model.config.get_text_config(decoder=True).max_position_embeddings
-
-
-def name_of(method: str | Method) -> str:
-    """What a method is called in a result."""
-    return method if isinstance(method, str) else type(method.policy).__name__

@@ -28,6 +28,7 @@ MODULES = {
     "kvtrim.hf.fingerprint": "kvtrim.hf.models.fingerprint",
     "kvtrim.hf.load": "kvtrim.hf.models.load",
     "kvtrim.hf.running": "kvtrim.hf.generate",
+    "kvtrim.hf.saving": "kvtrim.hf.cache",
     "kvtrim.method": "kvtrim.methods.method",
     "kvtrim.ops": "kvtrim.methods.policies.ops",
     "kvtrim.policies": "kvtrim.methods.policies",

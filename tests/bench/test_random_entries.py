@@ -6,7 +6,7 @@ import torch
 import models
 from kvtrim.bench.speed import random_entries
 from kvtrim.bench.speed.clock import decoded
-from kvtrim.hf.attach import is_attached
+from models import is_attached
 
 
 @pytest.fixture(scope="module")

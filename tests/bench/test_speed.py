@@ -12,10 +12,10 @@ from kvtrim.bench.candidates import Candidate, candidates
 from kvtrim.bench.speed import peer_kvpress, roofline
 from kvtrim.bench.speed.clock import Plan, measure, turns
 from kvtrim.errors import BudgetError, UnknownNameError, UsageError
-from kvtrim.hf.attach import is_attached
 from kvtrim.records import journal
 from kvtrim.records.journal import Journal
 from kvtrim.report.speed import rows
+from models import is_attached
 
 PLAN = Plan((48, 80), new_tokens=3, repeats=2)
 

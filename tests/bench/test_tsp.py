@@ -40,7 +40,7 @@ def stock_final(model, ids, masks=None):
 
 def calls_of(model, ids):
     cache, calls = kvtrim.Cache(model, "full"), {}
-    cache.session.tap = calls.__setitem__
+    cache.session._tap = calls.__setitem__
     with torch.no_grad(), kvtrim.attach(model):
         model(ids, past_key_values=cache)
     return calls

@@ -19,9 +19,9 @@ from transformers import (
 import kvtrim
 import models
 from kvtrim.errors import UnsupportedModelError, UsageError
-from kvtrim.hf.attach import is_attached
 from kvtrim.hf.keyword import passing
 from kvtrim.hf.models.architectures import layout
+from models import is_attached
 
 
 def state(model):

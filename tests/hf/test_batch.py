@@ -94,11 +94,11 @@ def test_rows_are_taken_back_all_or_none(llama):
     caches = [*evicting(llama)]
     both = join([caches[6], caches[0]])
     followed(llama, both)
-    lengths = both.session.state.reading.lengths
+    lengths = both.lengths
     with pytest.raises(CacheError, match="cannot take back"):
         both.crop(-2)  # h2o has evicted since
     assert [row.seen for row in both.rows] == lengths
-    assert both.copy().session.state.reading.lengths == lengths
+    assert both.copy().lengths == lengths
     both.reset()
     assert both.copy().seen == both.seen == 0
 

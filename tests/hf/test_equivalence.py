@@ -33,7 +33,7 @@ def step_through(model, cache, ids, prompt):
         part = cache.session.narrowing
         read.setdefault(number, list(range(prompt)) if part is None else part.columns[0].tolist())
 
-    cache.session.tap = look
+    cache.session._tap = look
     with torch.no_grad(), kvtrim.attach(model):
         logits.append(model(ids[:, :prompt], past_key_values=cache).logits)
         for at in range(prompt, ids.shape[1]):

@@ -6,7 +6,7 @@ import torch
 import kvtrim
 import models
 from kvtrim.errors import CacheError, UsageError
-from kvtrim.hf.attach import is_attached
+from models import is_attached
 from small import small
 
 pytestmark = pytest.mark.filterwarnings("ignore:keep=24 was applied to the prompt")

@@ -5,7 +5,7 @@ import torch
 
 import kvtrim
 import models
-from kvtrim.engine.cuts import Cutting
+from kvtrim.engine.cuts import Cuts
 from kvtrim.engine.probe import repetition
 from kvtrim.hf.replay import record
 from kvtrim.kernels import explicit
@@ -21,7 +21,7 @@ def scores_by_hand(model, ids, words=None):
     best = torch.zeros(layers, kv_heads, N, dtype=torch.float64)
     for step in steps:
         seen, cache = {}, recording.full.copy()
-        cache.session.tap = seen.__setitem__
+        cache.session._tap = seen.__setitem__
         positions = torch.arange(N, N + len(step.ids))[None]
         with torch.no_grad(), kvtrim.attach(model):
             model(torch.tensor([step.ids]), position_ids=positions, past_key_values=cache)
@@ -76,8 +76,7 @@ def test_the_words_of_a_tokenizer_are_part_of_the_probe_and_its_prefix_goes_firs
     words = repeat_words(tokenizer, frame(tokenizer))
     ids = models.prompt(N)
     words = Words(words.first[:9], words.later[:9], words.suffix, ids[0, :6].tolist())
-    cache = kvtrim.Cache(llama, "kvzip", KEEP, chunk=CHUNK)
-    cache.words = words
+    cache = kvtrim.Cache(llama, "kvzip", KEEP, chunk=CHUNK, words=words)
     with torch.no_grad(), kvtrim.attach(llama):
         llama(ids, past_key_values=cache)
     held = models.positions(cache)
@@ -155,7 +154,7 @@ def plus_by_hand(model, ids):
     best = torch.zeros(layers, kv_heads, N, dtype=torch.float64)
     for step in steps:
         seen, cache, received = {}, recording.full.copy(), {}
-        cache.session.tap = seen.__setitem__
+        cache.session._tap = seen.__setitem__
         hooks = [
             block.self_attn.register_forward_pre_hook(
                 lambda _, args, kwargs, at=at, to=received: to.__setitem__(
@@ -223,8 +222,8 @@ def test_scores_from_the_probes_own_attention_keep_what_a_second_product_keeps(
     fast, logits = kept()
     assert calls
     calls.clear()
-    observe = Cutting.observe
-    monkeypatch.setattr(Cutting, "observe", lambda self, *given: observe(self, *given[:4]))
+    observe = Cuts.observe
+    monkeypatch.setattr(Cuts, "observe", lambda self, *given: observe(self, *given[:4]))
     slow, want = kept()
     assert fast == slow and not calls
     torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-5)

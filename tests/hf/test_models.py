@@ -164,4 +164,4 @@ def test_whatever_a_model_raises_under_check_is_its_answer(kind, tmp_path):
     result = CliRunner().invoke(app, ["check", str(tmp_path)])
     assert result.exit_code == 1 and result.exception.__class__ is SystemExit
     assert failed[0].what in result.stdout and failed[0].why[:40] in result.stderr
-    assert not kvtrim.hf.attach.is_attached(copy.copy(model))
+    assert not models.is_attached(copy.copy(model))

@@ -132,7 +132,7 @@ def test_where_the_policy_probes_its_probe_is_asked(llama):
     ids, seen = models.prompt(N), {}
     cache = kvtrim.Cache(llama, "kvzip", KEEP, chunk=32, **REFIT)
     plain = read(llama, kvtrim.Cache(llama, "kvzip", KEEP, chunk=32), ids)
-    cache.session.tap = lambda index, call: seen.setdefault(index, []).append(call.queries[0])
+    cache.session._tap = lambda index, call: seen.setdefault(index, []).append(call.queries[0])
     assert cache.rotations == []
     read(llama, cache, ids)
     assert models.positions(cache) == models.positions(plain)

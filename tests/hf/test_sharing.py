@@ -15,8 +15,9 @@ from transformers import DynamicCache, StaticCache
 import kvtrim
 import models
 from kvtrim.errors import CacheError, NotAttachedError, UsageError
-from kvtrim.hf.attach import is_attached
+from kvtrim.hf.base import Coming
 from kvtrim.hf.generate import generate, read
+from models import is_attached
 from small import small
 
 NEW = {"max_new_tokens": 4, "do_sample": False, "repetition_penalty": 1.5, "eos_token_id": None}
@@ -155,11 +156,11 @@ def test_a_changed_attention_implementation_is_noticed_and_left_as_chosen(llama,
 def test_layers_that_attend_elsewhere_are_noticed(llama):
     cache, ids = cache_for(llama, "snapkv"), models.prompt(40)
     handed = {}
-    cache.session.tap = handed.__setitem__
+    cache.session._tap = handed.__setitem__
     with kvtrim.attach(llama):
         logits(llama, ids, cache)
     other = cache_for(llama, "snapkv")
-    other.begin_pass(1, 40, None, ids)
+    other.begin_pass(Coming(1, 40, None, ids))
     for index in (0, 2):
         other.session.absorb(index, handed[index])
     with pytest.raises(CacheError, match="1 of 3 layers did not attend through kvtrim"):

@@ -41,7 +41,6 @@ wide = FIXED | {"D": 256, "BLOCK_D": 256, "COUNT": 16, "ROWS": 32, "SIZE": 256, 
 summed = FIXED | {"BLOCK_M": 64, "BLOCK_N": 64}
 compiled(split.tile, **tiled, E=128, BIASED=True)
 compiled(split.tile, **wide, E=256, BIASED=False)
-compiled(split.received, **tiled)
 compiled(split.merge, E=128, BLOCK_E=128, BLOCK_T=16)
 compiled(columns.normalisers, **summed)
 compiled(columns.columns, **summed, OWN=False, ADD=True)

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtrim.cache.attend import attend, require_known
 from kvtrim.cache.store import LayerStore
 from kvtrim.errors import UnknownNameError
 from kvtrim.kernels import reference, sdpa
+from kvtrim.kernels.attend import attend, require_known
 from runs import flat_runs
 
 

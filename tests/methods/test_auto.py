@@ -62,7 +62,7 @@ def test_it_keeps_what_its_choice_keeps_and_is_saved_as_that(llama, tmp_path):
     )
     caches[0].save(tmp_path / "cache")
     again = kvtrim.load_cache(tmp_path / "cache", llama)
-    assert again.request[0] == "echo" and again.choice is None
+    assert again.request.name == "echo" and again.choice is None
 
 
 def test_from_queries_alone_it_is_that_of_a_known_question():

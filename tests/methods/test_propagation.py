@@ -164,7 +164,7 @@ def test_a_number_out_of_reach_is_refused_before_anything_is_read(llama):
 def columns_read(model, ids, *given, **settings):
     """The columns that each layer read of one prompt."""
     cache, read = kvtrim.Cache(model, *given, **settings), {}
-    cache.session.tap = lambda n, call: read.setdefault(n, cache.session.narrowing)
+    cache.session._tap = lambda n, call: read.setdefault(n, cache.session.narrowing)
     with torch.no_grad(), kvtrim.attach(model):
         model(ids, past_key_values=cache)
     return {n: None if part is None else part.columns[0].tolist() for n, part in read.items()}
@@ -332,7 +332,7 @@ def test_narrowing_equals_the_later_layers_run_on_the_gathered_tokens(llama, nam
     """The slow way: decoder layers by hand, hidden states gathered between them."""
     ids = models.prompt(48)
     cache, parts = kvtrim.Cache(llama, name, 24, **small(name)), {}
-    cache.session.tap = lambda n, call: parts.setdefault(n, cache.session.narrowing)
+    cache.session._tap = lambda n, call: parts.setdefault(n, cache.session.narrowing)
     with torch.no_grad(), kvtrim.attach(llama):
         logits = llama(ids, past_key_values=cache).logits
     llama.set_attn_implementation("sdpa")
@@ -416,7 +416,7 @@ def test_a_scorer_of_its_own_chooses_what_goes_on(llama):
     for scorer in (None, "knorm"):
         cache = kvtrim.Cache(llama, "fastkv", 24, tokens=30, layer=0, scorer=scorer)
         parts = {}
-        cache.session.tap = lambda n, call, p=parts, c=cache: p.setdefault(n, c.session.narrowing)
+        cache.session._tap = lambda n, call, p=parts, c=cache: p.setdefault(n, c.session.narrowing)
         with torch.no_grad(), kvtrim.attach(llama):
             llama(models.prompt(48), past_key_values=cache)
         read.append(parts[2].columns.tolist())

@@ -19,7 +19,6 @@ from kvtrim.api import (
     answer,
     fit_context,
     generate,
-    name_of,
     window,
 )
 from kvtrim.bench.candidates import Candidate
@@ -27,10 +26,9 @@ from kvtrim.bench.failures import Failure, attempted
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.decode import one_by_one
 from kvtrim.hf.generate import Progress, synchronize
-from kvtrim.hf.long_rope import require_reach
 from kvtrim.hf.replay import Recording, record
 from kvtrim.methods.settings import find
-from kvtrim.prompts import encode_question, frame, repeat_words
+from kvtrim.prompts import Template, encode_question, repeat_words
 from kvtrim.prompts.document import Document
 
 
@@ -66,15 +64,15 @@ class Comparison:
         prefill_chunk: int | None = None,
     ):
         self._given, self._cells = (model, tokenizer, context, question), cells
-        self._framed: dict[str, Any] = {"chat": chat, "system": system}
+        self._template = Template(chat, system)
         self._how: dict[str, Any] = {
             "protocol": protocol,
             "max_new_tokens": max_new_tokens,
             "truncate": truncate,
             "prefill_chunk": prefill_chunk,
-            **self._framed,
+            **vars(self._template),
         }
-        around = frame(tokenizer, chat, system)
+        around = self._template.frame(tokenizer)
         follow = encode_question(tokenizer, around, question)
         room = window(model) - max_new_tokens - len(follow)
         read_first = fit_context(tokenizer, around, context, room, truncate)
@@ -117,8 +115,9 @@ class Comparison:
     ) -> Result:
         model, tokenizer, *_ = self._given
         start = perf_counter()
-        cache = recording.unshared().cache(cell.method, cell.keep or 1.0, **cell.settings)
-        cache.prompt = self._framed
+        cache = recording.unshared().cache(
+            cell.method, cell.keep or 1.0, template=self._template, **cell.settings
+        )
         synchronize(model.device)
         spent_s = (self.reading_s or 0.0) + perf_counter() - start
         asking = {"max_new_tokens": self._how["max_new_tokens"], "progress": progress}
@@ -128,7 +127,7 @@ class Comparison:
         asking["first"] = recording.logits
         first = answer(model, tokenizer, cache, self._whole.ids, asking)
         first = replace(first, ttft_s=spent_s + first.ttft_s)
-        return Result([first], AWARE, name_of(cache.request[0]), str(cache.keep), 0.0)
+        return Result([first], AWARE, cache.request.name, str(cache.keep), 0.0)
 
     def _by_itself(self, cell: Candidate, progress: Progress | None) -> Result:
         own = {"method": cell.method, "keep": cell.keep or 1.0, "progress": progress}
@@ -151,7 +150,7 @@ class Comparison:
     def _read(self, progress: Progress | None) -> Recording:
         model, prompt = self._given[0], self._read_first
         more = self._how["max_new_tokens"] - 1
-        require_reach(Cache(model, "full"), len(prompt), len(self._whole) + more)
+        Cache(model, "full").require_reach(len(prompt), len(self._whole) + more)
         synchronize(model.device)
         start = perf_counter()
         ids = torch.tensor([prompt.ids], device=model.device)

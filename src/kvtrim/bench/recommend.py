@@ -255,9 +255,9 @@ class _Prompt:
             cell.keep,
             prompt_tokens=ids.shape[1],
             spans=spans,
+            words=self._recording.words,
             **cell.settings,
         )
-        cache.words = self._recording.words or cache.words
         return cache, read_prompt(self._model, ids, cache, self._chunk)
 
 

@@ -81,7 +81,7 @@ class Archive:
                 f"{self.path} holds {self.nbytes / 2**30:.1f} GiB, and this machine has "
                 f"{memory / 2**30:.1f} GiB of memory"
             )
-        with _opened(self.path) as file:
+        with _open(self.path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         there = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
         if there != self.shapes or self.metadata.get(_DIGEST) != _digest(
@@ -91,7 +91,7 @@ class Archive:
         return tensors
 
 
-def opened(path: str | os.PathLike[str]) -> Archive:
+def open_archive(path: str | os.PathLike[str]) -> Archive:
     """A cache file, its header read and checked.
 
     Raises:
@@ -101,7 +101,7 @@ def opened(path: str | os.PathLike[str]) -> Archive:
     if not source.is_file():
         what = "not a regular file" if source.exists() else "no such cache file"
         raise CacheFileError(f"{what}: {source}")
-    with _opened(source) as file:
+    with _open(source) as file:
         metadata = file.metadata() or {}
         there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     if _RECORD not in metadata:
@@ -122,7 +122,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     Raises:
         CacheFileError: as `opened` and `Archive.read`.
     """
-    archive = opened(path)
+    archive = open_archive(path)
     return archive.read(), archive.record
 
 
@@ -154,7 +154,7 @@ def _entry(dtype: str, shape: list[int]) -> tuple[torch.dtype, tuple[int, ...]]:
 
 
 @contextmanager
-def _opened(source: Path) -> Iterator[Any]:
+def _open(source: Path) -> Iterator[Any]:
     """The file in safetensors' hands; whatever they say of it as a `CacheFileError`."""
     try:
         with source.open("rb") as raw:

@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 import torch
 
+from kvtrim.kernels.attend import BIAS
 from kvtrim.types import Counts, Float, Int, Kept, Tensor
 
 # Runs of slots, one per (prompt, KV head): where they start, their slots, their slack.
@@ -46,10 +47,6 @@ def slots_of(start: Counts, length: Counts) -> Int[Tensor, " N"]:
     flat = length.flatten()
     offset = torch.repeat_interleave(start.flatten() - starts_of(flat), flat)
     return offset + torch.arange(int(flat.sum()))
-
-
-BIAS = "bias"
-"""The column of what is added to each entry's logit, where entries were refitted."""
 
 
 class Reach:

@@ -10,6 +10,7 @@ from kvtrim.errors import UsageError
 
 if TYPE_CHECKING:
     from kvtrim.api import Result
+    from kvtrim.methods.request import Request
     from kvtrim.serve.library import Entry
 
 CacheFile = Annotated[
@@ -70,7 +71,7 @@ def ask(
         raise UsageError(f"no such cache file: {cache}")
     if json and stream:
         raise UsageError("--json is one object at the end; leave --stream or --json out")
-    settings = options.checked(method, [keep], set_, protocol, truncate, prefill_chunk)
+    request = options.request(method, keep, set_, protocol, truncate, prefill_chunk)
     sampling = options.sampling(temperature, top_p, seed)
     own = options.library_in(library)
     if name is not None:
@@ -78,9 +79,10 @@ def ask(
     ready = cache is not None or name is not None
     text = None if ready else options.read_document(document, shots_separator)
     loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
-    from kvtrim.hf.saving import load_cache
+    from kvtrim.api import generate
+    from kvtrim.hf.cache import load_cache
 
-    given = text if cache is None else load_cache(cache, loaded, tokenizer, named)
+    given: Any = text if cache is None else load_cache(cache, loaded, tokenizer, named)
     if name is not None:
         from kvtrim.serve import documents
 
@@ -96,11 +98,11 @@ def ask(
         **sampling,
     )
     if stream:
-        _stream(loaded, tokenizer, given, questions, method, keep, settings, how)
+        _stream(loaded, tokenizer, given, questions, request, how)
         return
     with output.progress() as report:
-        result = results.generate(
-            loaded, tokenizer, given, questions, method, keep, settings, how, report
+        result = generate(
+            loaded, tokenizer, given, questions, method=request, progress=report, **how
         )
     _print_answers(result, questions, json)
 
@@ -110,12 +112,11 @@ def _stream(
     tokenizer: Any,
     given: Any,
     questions: list[str],
-    method: str,
-    keep: str,
-    settings: dict[str, Any],
+    request: "Request",
     how: dict[str, Any],
 ) -> None:
     """Every answer as it comes; a context that was not read yet is read once for all."""
+    from kvtrim.api import generate
     from kvtrim.serve.stream import Streamer
 
     if len(questions) > 1 and isinstance(given, str):
@@ -127,10 +128,8 @@ def _stream(
         if len(questions) > 1:
             output.out.print(question, style="bold")
         show = output.Stream()
-        result = results.generate(
-            model, tokenizer, given, [question], method, keep, settings,
-            {**how, "streamer": Streamer(tokenizer, show)}, None,
-        )  # fmt: skip
+        shown = {**how, "streamer": Streamer(tokenizer, show)}
+        result = generate(model, tokenizer, given, [question], method=request, **shown)
         show.end(EMPTY)
         _print_figures(result)
 
@@ -157,7 +156,7 @@ def compress(
     json: options.Json = False,
 ) -> None:
     """Read a document once, evict before any question is known, keep the cache for `ask`."""
-    settings = options.checked(method, [keep], set_, None, truncate, prefill_chunk)
+    request = options.request(method, keep, set_, None, truncate, prefill_chunk)
     if name is not None:
         from kvtrim.serve.library import checked_name
 
@@ -168,8 +167,6 @@ def compress(
     text = options.read_document(document, shots_separator, library)
     loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
     how = dict(
-        method=method,
-        keep=keep,
         chat=chat,
         system=system,
         truncate=truncate,
@@ -179,7 +176,7 @@ def compress(
         from kvtrim.serve import documents
 
         prints = documents.Prints.of(model, loaded, tokenizer)
-        asked = documents.How(settings=settings, **how)  # pyright: ignore[reportArgumentType]
+        asked = documents.How(method=method, keep=keep, settings=dict(request.settings), **how)  # pyright: ignore[reportArgumentType]
         own = options.library_in(library)
         with output.progress() as report:
             entry, read = documents.add(own, name, loaded, tokenizer, prints, text, asked, report)
@@ -190,7 +187,7 @@ def compress(
     from kvtrim.api import compress as run
 
     with output.progress() as report:
-        cache = run(loaded, tokenizer, text, progress=report, **how, **settings)  # pyright: ignore[reportArgumentType] (checked above)
+        cache = run(loaded, tokenizer, text, method=request, progress=report, **how)  # pyright: ignore[reportArgumentType] (checked above)
     cache.save(out, tokenizer)
     record = {
         "file": str(out),

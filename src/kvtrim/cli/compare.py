@@ -1,5 +1,6 @@
 """`compare`: one question, the full cache and several methods side by side."""
 
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from kvtrim.cli import options, output
@@ -80,8 +81,9 @@ def _all_checked(
 ) -> dict[str, Any]:
     """The parameters, checked with every method before anything runs."""
     settings: dict[str, Any] = {}
-    for name in methods:
-        settings = options.checked(name, keeps, set_, protocol, truncate, prefill_chunk)
+    for name, keep in product(methods, keeps):
+        found = options.request(name, keep, set_, protocol, truncate, prefill_chunk)
+        settings = dict(found.settings)
     return settings
 
 

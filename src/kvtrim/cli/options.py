@@ -11,6 +11,7 @@ from kvtrim.errors import UsageError
 from kvtrim.records.spec import PROTOCOLS
 
 if TYPE_CHECKING:
+    from kvtrim.methods import request as asked
     from kvtrim.prompts import document
     from kvtrim.serve import library
 
@@ -243,30 +244,26 @@ def read_questions(given: list[str] | None) -> list[str]:
     return given
 
 
-def checked(
+def request(
     method: str,
-    keeps: list[str],
+    keep: str,
     pairs: list[str] | None,
     protocol: str | None,
     truncate: str,
     prefill_chunk: int | None = None,
-) -> dict[str, Any]:
-    """The method's parameters, once everything that needs no model was checked.
+) -> "asked.Request":
+    """What was asked for, once everything that needs no model was checked.
 
     Raises:
         UsageError: an unknown method, parameter or choice, or a budget that cannot be met.
     """
-    from kvtrim.engine.session import Session
-    from kvtrim.methods.keep import Keep
-    from kvtrim.methods.settings import find
+    from kvtrim.methods.request import Request
 
     require_choice("--protocol", protocol, PROTOCOLS)
     require_choice("--truncate", truncate, TRUNCATE)
-    settings = parse_settings(pairs)
-    find(method, **settings).schedule.require_passes(prefill_chunk)
-    for keep in keeps:
-        Session(find(method, **settings), Keep.parse(keep), layers=1)
-    return settings
+    found = Request.of(method, keep, parse_settings(pairs))
+    found.method.schedule.require_passes(prefill_chunk)
+    return found
 
 
 def require_unset(context: typer.Context, names: tuple[str, ...], why: str) -> None:

@@ -37,7 +37,7 @@ def heads(session: Session) -> tuple[int, ...]:
     return tuple(store.length.shape[1] for store in session.state.stores())
 
 
-def joined(sessions: Sequence[Session]) -> State:
+def join(sessions: Sequence[Session]) -> State:
     """The state of all these prompts as one batch, entries copied. All must be `joinable`."""
     states = [session.state for session in sessions]
     lengths = [length for state in states for length in state.reading.lengths]

@@ -7,10 +7,11 @@ from functools import cached_property
 import torch
 
 from kvtrim.cache.store import BIAS, LayerStore
-from kvtrim.engine.eviction import Cutters, Evictor, merge, trimmers
+from kvtrim.engine.eviction import Cutters, Evictor, merge
+from kvtrim.engine.generated import trimmers
 from kvtrim.engine.layer import Call, real_queries
-from kvtrim.engine.propagation import Narrowing, narrowed
-from kvtrim.engine.refit import Aims, Refitting, gathered
+from kvtrim.engine.propagation import Narrowing, narrow_pass
+from kvtrim.engine.refit import Aims, Refitting, gather_references
 from kvtrim.engine.state import State
 from kvtrim.engine.tokens import Pass
 from kvtrim.errors import UsageError
@@ -25,7 +26,15 @@ SCORE = "score"  # and for scores, while layers compete for one budget
 
 
 @dataclass
-class Cutting:
+class Known:
+    """What equal passes under one policy came to, so that other budgets need not see it again."""
+
+    statistics: dict[int, Tensor] = field(default_factory=dict)  # what `observe` found, by layer
+    aims: Aims | None = None  # what the full cache answered to reference queries
+
+
+@dataclass
+class Cuts:
     """The cuts of one pass over all layers of a session."""
 
     method: Method
@@ -36,8 +45,7 @@ class Cutting:
     coming: int = 0  # columns of the prompt that later passes bring
     due: Sequence[bool] | None = None  # prompts that are cut in this pass; all if not said
     probed: list[Probed] | None = None  # the pass probes these parts of each prompt
-    known: dict[int, Tensor] | None = None  # what `observe` found in an equal pass, by layer
-    aims: Aims | None = None  # and what the full cache answered to reference queries
+    known: Known | None = None  # of an equal pass
     narrowing: Narrowing | None = None  # what the layer at hand and those above it read
     whole: Pass = field(init=False)  # as the model was handed it
     evicted: bool = False  # entries are gone that the pass found
@@ -46,7 +54,8 @@ class Cutting:
 
     def __post_init__(self) -> None:
         self.whole = self.now
-        self._refitting = Refitting(self.method.refit)
+        aims = None if self.known is None else self.known.aims
+        self._refitting = Refitting(self.method.refit, aims)
 
     def observe(
         self, index: int, call: Call, store: LayerStore, shown: LayerStore, attend: bool = False
@@ -60,8 +69,8 @@ class Cutting:
             The output of attention, if it was worked out; zeros for padding.
         """
         store.add_column(CARRIED)
-        if self.known is not None and index in self.known:
-            store.set_column(CARRIED, self.known[index])
+        if self.known is not None and index in self.known.statistics:
+            store.set_column(CARRIED, self.known.statistics[index])
             return None
         policy, out = self.method.policy, call.no_output() if attend else None
         for rows in self._groups(self.now):
@@ -101,7 +110,7 @@ class Cutting:
         totals = [length + self.coming for length in self._lengths(self.whole)]
         held = self.state.layers[index]
         given = self.method.refit, call, self.now, held, totals, self.probed
-        held.references = gathered(*given)
+        held.references = gather_references(*given)
 
     def propagate(self, index: int, call: Call, shown: LayerStore) -> Narrowing | None:
         """Choose the tokens that the layers above this one read; None if all of them do."""
@@ -115,7 +124,7 @@ class Cutting:
                 view = self._view(index, call, part, queries, rows, cutter.keep, hidden)
                 slots = self.method.propagation.choose(view, policy, prompt)
             chosen.append((rows, slots))
-        return narrowed(index, self.now, chosen, self.narrowing)
+        return narrow_pass(index, self.now, chosen, self.narrowing)
 
     def narrow(self, narrowing: Narrowing) -> None:
         """The layers from here on read a part of the prompt."""
@@ -149,7 +158,6 @@ class Cutting:
             own, part = None if hidden is None else hidden[rows], self._part(shown, rows)
             view = self._view(index, call, part, last[rows], rows, cutter.keep, own)
             if isinstance(cutter, Evictor) and cutter.cuts and references is not None:
-                self._refitting.known = self.aims
                 self._refitting.aim(index, view, rows, references)
             won = self.state.layers[index].share_of(rows) if self.method.budget.settles else None
             parts.append((rows, cutter.choose(view, won)))

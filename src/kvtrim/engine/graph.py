@@ -14,7 +14,6 @@ import torch
 from kvtrim.cache.store import BIAS
 from kvtrim.engine.layer import Call, writable
 from kvtrim.engine.session import Session
-from kvtrim.engine.tokens import Pass
 from kvtrim.errors import CacheError
 from kvtrim.kernels import available
 from kvtrim.types import Float, Int, Tensor
@@ -123,14 +122,11 @@ class Steps:
 
     def close(self) -> None:
         """Give the session back, with the tokens that were taken."""
-        reading = self.session.state.reading
-        if self.taken:
-            reading.record(Pass(self.taken, list(reading.lengths), None))
+        self.session.resume(self.taken)
         with writable():
             for store in self.stores:
                 store.grow(self.taken)
                 store.cut_back(store.length)  # what was reserved for tokens that never came
-        self.session.steps = None
 
 
 class Stepper:
@@ -147,7 +143,7 @@ class Stepper:
         self._ids = torch.zeros(rows, 1, dtype=torch.int64, device=steps.position.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self.plain: str | None = None  # why the steps are not captured, if they are not
-        steps.session.steps = steps
+        steps.session.lend(steps)
         try:
             with available.on(self._ids.device):
                 self._try_capture()

@@ -3,14 +3,15 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 
-from kvtrim.cache.attend import attend
 from kvtrim.cache.store import LayerStore
 from kvtrim.engine.propagation import Narrowing
 from kvtrim.engine.tokens import Pass
 from kvtrim.kernels import sdpa
+from kvtrim.kernels.attend import attend
 from kvtrim.types import Counts, Float, Int, Tensor
 
 
@@ -68,6 +69,15 @@ class Call:
         times = self.queries.shape[1] // self.keys.shape[1]
         keys = self.keys.repeat_interleave(times, dim=1)
         return replace(self, keys=keys, values=self.values.repeat_interleave(times, dim=1))
+
+
+@runtime_checkable
+class Attends(Protocol):
+    """What stands behind the attention of a model's managed layers during one pass."""
+
+    def attend(self, index: int, call: Call) -> Float[Tensor, "B H Q E"]:
+        """One layer's attention over everything that is held for it, and its new tokens."""
+        ...
 
 
 @dataclass
@@ -134,7 +144,7 @@ class Held:
         return sum(part.nbytes for part in parts if part is not None)
 
 
-def stored(
+def append_tokens(
     store: LayerStore | None, call: Call, now: Pass, columns: Mapping[str, Tensor] | None = None
 ) -> LayerStore:
     """The store with this pass's real tokens added; a whole prompt is borrowed, not copied.
@@ -161,7 +171,7 @@ def stored(
     return store
 
 
-def attended(
+def attend_tokens(
     store: LayerStore, call: Call, now: Pass, impl: str, narrowing: Narrowing | None = None
 ) -> Float[Tensor, "B H Q E"]:
     """Attention of this pass's real tokens over everything held; padding gets zeros.
@@ -169,7 +179,7 @@ def attended(
     So do, where a part of the prompt goes on, the tokens that do not; the reference asks for all.
     """
     if narrowing is not None and impl != "reference":
-        return _attended_in_part(store, call, narrowing)
+        return _attend_in_part(store, call, narrowing)
     if now.real is None:
         return attend(call.queries, store, call.scale, call.softcap, impl)
     out = call.no_output()
@@ -181,7 +191,7 @@ def attended(
     return out
 
 
-def _attended_in_part(
+def _attend_in_part(
     store: LayerStore, call: Call, narrowing: Narrowing
 ) -> Float[Tensor, "B H Q E"]:
     """The tokens that go on, at a layer from which nothing was evicted yet."""

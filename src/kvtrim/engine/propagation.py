@@ -24,7 +24,7 @@ class Narrowing:
     slots: list[Tensor]  # of each prompt's tokens among those that this layer read
 
 
-def narrowed(
+def narrow_pass(
     layer: int, now: Pass, chosen: Chosen, before: Narrowing | None = None
 ) -> Narrowing | None:
     """What goes on; None if everything does.
@@ -43,7 +43,7 @@ def narrowed(
             numbers.append(own)
             positions.append(now.row_positions(row, torch.device("cpu"))[0, 0][own])
     width = max(map(len, picked))
-    filled = [_filled(columns, width, now.columns) for columns in picked]
+    filled = [_fill_up(columns, width, now.columns) for columns in picked]
     step = torch.stack([columns for columns, _ in filled])
     full = all(len(columns) == width for columns in picked)
     real = None if full else [own.nonzero()[:, 0] for _, own in filled]
@@ -52,7 +52,7 @@ def narrowed(
     return Narrowing(layer, above, step, columns, numbers)
 
 
-def _filled(picked: Int[Tensor, " T"], width: int, columns: int) -> tuple[Tensor, Tensor]:
+def _fill_up(picked: Int[Tensor, " T"], width: int, columns: int) -> tuple[Tensor, Tensor]:
     """So many columns in ascending order, and which of them were picked."""
     taken = torch.zeros(columns, dtype=torch.bool)
     taken[picked] = True

@@ -20,7 +20,7 @@ Aims = dict[int, dict[int, Aim]]
 """For each layer and prompt what its full cache answers."""
 
 
-def gathered(
+def gather_references(
     refit: Refit,
     call: Call,
     now: Pass,
@@ -47,7 +47,7 @@ def gathered(
         if probed is None:
             at = now.row_positions(row, torch.device("cpu"))[0, 0].long()
             chosen = _evenly(at, most, total).to(own.device)
-            own = _turned(call, own[:, chosen], total + refit.behind - at.to(own.device)[chosen])
+            own = _turn(call, own[:, chosen], total + refit.behind - at.to(own.device)[chosen])
         else:
             about = probed[row].stop - probed[row].start
             share = -(-most * about // max(1, total))
@@ -67,7 +67,7 @@ def _evenly(at: Int[Tensor, " n"], most: int, total: int) -> Int[Tensor, " r"]:
     ]
 
 
-def _turned(
+def _turn(
     call: Call, queries: Float[Tensor, "H r D"], by: Int[Tensor, " r"]
 ) -> Float[Tensor, "H r D"]:
     if call.rotate is None:

@@ -5,7 +5,10 @@ heads that store entries of their own, layers that read a part of the prompt, pa
 as a whole. Whoever answers says so, once.
 """
 
+from dataclasses import replace
+
 from kvtrim.engine.state import State
+from kvtrim.errors import UsageError
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method
 
@@ -35,6 +38,31 @@ def remark(method: Method, keep: Keep, state: State) -> str | None:
         f"{held:,.0f} are held"
     )
     return f"{text}: {'; '.join(reasons)}" if reasons else text
+
+
+def remark_later(method: Method, keep: Keep, state: State) -> str | None:
+    """What is held beyond the budget because it came after the prompt, and what to do; or None."""
+    if method.schedule.every is not None or method.full or not state.keeps:
+        return None
+    if state.added <= max(kept for kept, _ in state.keeps):
+        return None
+    return (
+        f"keep={keep} was applied to the prompt, the first pass over this cache; later passes, "
+        "and answers before them, are added to it and never evicted. If they belong to the "
+        f"prompt, pass prompt_tokens=LENGTH; {_remedy(method)}"
+    )
+
+
+def _remedy(method: Method) -> str:
+    """How to evict in further turns."""
+    try:
+        replace(method, schedule=replace(method.schedule, every=64))
+    except UsageError:
+        return (
+            "this method cannot evict again after the prompt: read each further turn with all "
+            "before it into a new cache, or take a method that can, with every=64"
+        )
+    return "to evict in further turns too, pass every=64, or another number of tokens"
 
 
 def _apart(held: float, asked: float) -> bool:

@@ -18,7 +18,7 @@ from kvtrim.errors import UsageError
 from kvtrim.types import Int, Tensor
 
 
-def rolled(store: LayerStore, call: Call, newest: list[int]) -> LayerStore:
+def roll(store: LayerStore, call: Call, newest: list[int]) -> LayerStore:
     """The store as attention sees it: the same one if no key has to move, else with other keys.
 
     Args:

@@ -76,7 +76,7 @@ def select(
     heads, kv_heads = stacks[0][0].shape[0], stacks[1][0].shape[0]
     width = states[0].shape[-1] if states else None
     target = Target("the given queries", layers, heads, lambda: None, kv_heads, width)
-    chosen, _ = auto.resolved(chosen, target, aware=True)
+    chosen, _ = auto.resolve(chosen, target, aware=True)
     if chosen.policy.probes:
         raise UsageError(
             "this method reads its prompt a second time and so needs a model: use "
@@ -93,7 +93,7 @@ def select(
             q, k, v = (x[:, session.narrowing.columns[0].to(x.device)] for x in (q, k, v))
         call = Call(q[None], k[None], v[None], factor, rotate=rotate)
         if states:
-            call = replace(call, hidden=_read(session, states[index])[None])
+            call = replace(call, hidden=_of_those_read(session, states[index])[None])
         if output is not None:
             weight = output[index].unflatten(1, (q.shape[0], -1)).permute(1, 2, 0)
             call = replace(
@@ -115,7 +115,7 @@ def _require_fitting(index: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _read(session: Session, states: Float[Tensor, "n M"]) -> Float[Tensor, "w M"]:
+def _of_those_read(session: Session, states: Float[Tensor, "n M"]) -> Float[Tensor, "w M"]:
     """Those of the tokens that the layer at hand reads."""
     narrowing = session.narrowing
     return states if narrowing is None else states[narrowing.columns[0].to(states.device)]

@@ -7,23 +7,27 @@ conversations can take turns on one model.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
 
-from kvtrim.cache.attend import require_known
 from kvtrim.cache.store import LayerStore
-from kvtrim.engine.cuts import CARRIED, Cutting
-from kvtrim.engine.layer import Call, attended, last_hidden, last_queries, stored, writable
-from kvtrim.engine.past import Past
-from kvtrim.engine.plan import Plan, planned
+from kvtrim.engine.cuts import CARRIED, Cuts, Known
+from kvtrim.engine.layer import (
+    Attends,
+    Call,
+    append_tokens,
+    attend_tokens,
+    last_hidden,
+    last_queries,
+    writable,
+)
+from kvtrim.engine.past import Past, Undoable
+from kvtrim.engine.plan import Plan, plan_pass, plan_probe
 from kvtrim.engine.propagation import Narrowing
-from kvtrim.engine.refit import Aims
-from kvtrim.engine.remark import remark
-from kvtrim.engine.reposition import rolled
+from kvtrim.engine.remark import remark, remark_later
+from kvtrim.engine.reposition import roll
 from kvtrim.engine.state import State
 from kvtrim.engine.tokens import Pass
-from kvtrim.engine.undo import Undoable
-from kvtrim.errors import CacheError, UsageError
+from kvtrim.errors import CacheError
+from kvtrim.kernels.attend import require_known
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method
 from kvtrim.prompts.spans import Given, per_prompt
@@ -41,11 +45,11 @@ class Session(Undoable):
             pass is the whole prompt.
         impl: implementation of attention over the store.
         spans: named parts of each prompt, see `kvtrim.hf.cache.Cache`.
+        tap: told of every layer's number and call, to record what the model hands over.
 
     Raises:
         BudgetError: a number of tokens too small for what the method always keeps.
         UnknownNameError: no such `impl`.
-        UsageError: a schedule that the policy cannot serve.
     """
 
     def __init__(
@@ -56,33 +60,58 @@ class Session(Undoable):
         prompt_tokens: int | None = None,
         impl: str = "auto",
         spans: Given | Sequence[Given] | None = None,
+        tap: Callable[[int, Call], object] | None = None,
     ):
         require_known(impl)
-        if method.schedule.ahead and method.policy.lookback():
-            raise UsageError(
-                f"ahead=True evicts before the new tokens' queries exist, and "
-                f"{type(method.policy).__name__} scores by queries; leave ahead=False"
-            )
+        method.require_room(keep)
         self.method, self.keep, self.impl = method, keep, impl
         self.prompt_tokens, self.spans = prompt_tokens, per_prompt(spans)
-        self.tap: Callable[[int, Call], None] | None = None  # sees every call, for recording
-        self.known: dict[int, Tensor] | None = None  # see `Cutting.known`
-        self.aims: Aims | None = None  # see `Cutting.aims`
-        self.steps: Any = None  # `graph.Steps`, while they append single tokens in its place
+        self._tap = tap
+        self._stand_in: Attends | None = None  # appends single tokens in its place
         self.recording = False  # drafts may be among the new tokens: `crop` says which stay
         self.state = State.empty(layers)
         self._past: Past | None = None  # the pass under way, if it does more than append
         self._plan = Plan()
-        self._cutting: Cutting | None = None  # of the pass under way
+        self._cutting: Cuts | None = None  # of the pass under way
         self._announced = False  # a probe's pass has begun here, the model has yet to begin it
-        if keep.kind == "tokens" and not method.budget.unlimited:
-            protected = method.policy.sinks + method.policy.recent(int(keep.amount))
-            keep.entries(prompt=protected + 1, protected=protected, entry_bytes=1)
+
+    @property
+    def seen(self) -> int:
+        """Columns read."""
+        return self.state.reading.seen
+
+    # Who attends
+
+    @property
+    def attends(self) -> Attends:
+        """What stands behind the layers' attention: this session, or who stands in for it."""
+        return self if self._stand_in is None else self._stand_in
+
+    @property
+    def lent(self) -> bool:
+        """Somebody stands in for it."""
+        return self._stand_in is not None
+
+    def lend(self, to: Attends) -> None:
+        """Let somebody else append single tokens to what is held, until `resume`."""
+        self._stand_in = to
+
+    def resume(self, taken: int) -> None:
+        """Go on, after so many tokens were appended to every prompt."""
+        self._stand_in, reading = None, self.state.reading
+        if taken:
+            reading.record(Pass(taken, list(reading.lengths), None))
 
     # A pass over the model
 
-    def begin(self, rows: int, columns: int, mask: Tensor | None = None) -> None:
+    def begin(
+        self, rows: int, columns: int, mask: Tensor | None = None, known: Known | None = None
+    ) -> None:
         """Start a pass over `columns` new columns of `rows` prompts; mask as in `Reading.plan`.
+
+        Args:
+            known: what an equal pass under the same policy came to; what is not there yet is
+                added.
 
         Raises:
             CacheError: the last pass over this cache never ended.
@@ -94,13 +123,13 @@ class Session(Undoable):
             self.state.forget_from(self.state.reading.take_back(taken_back))
             self.state.past, self.state.appended_from = [], self.state.reading.seen
         now = self.state.reading.plan(rows, columns, mask)
-        self._plan = planned(
+        self._plan = plan_pass(
             self.method, self.state, self.keep, columns, now.lengths(), self.prompt_tokens
         )
         self._require_recordable(columns)
-        self._past = self._remembered(columns, mask)
+        self._past = self._remember_pass(columns, mask)
         self.state.name(self.spans, now, complete=self.in_prompt and not self._plan.coming)
-        self._cutting = Cutting(
+        self._cutting = Cuts(
             self.method,
             self.keep,
             self.state,
@@ -108,11 +137,16 @@ class Session(Undoable):
             self.in_prompt,
             self._plan.coming,
             self._plan.due,
+            known=known,
         )
-        self._cutting.known, self._cutting.aims = self.known, self.aims
 
     def begin_probe(
-        self, columns: int, mask: Tensor | None, probed: list[Probed], last: bool
+        self,
+        columns: int,
+        mask: Tensor | None,
+        probed: list[Probed],
+        last: bool,
+        known: Known | None = None,
     ) -> None:
         """Start a pass over a probe's tokens. They are forgotten when it ends.
 
@@ -120,15 +154,17 @@ class Session(Undoable):
             columns, mask: as in `begin`, of the new columns.
             probed: what the probe of each prompt is about.
             last: nothing more is probed, so the prompts are cut in this pass.
+            known: as in `begin`.
 
         Raises:
             CacheError: the last pass over this cache never ended.
         """
         self._require_idle()
         now = self.state.reading.plan(len(probed), columns, mask)
-        self._plan = Plan(after=last, observe=True, again=not last, carry=not last, probe=True)
-        self._cutting = Cutting(self.method, self.keep, self.state, now, False, probed=probed)
-        self._cutting.known, self._cutting.aims = self.known, self.aims
+        self._plan = plan_probe(self.method, self.state, self.prompt_tokens, last)
+        self._cutting = Cuts(
+            self.method, self.keep, self.state, now, False, probed=probed, known=known
+        )
         self._announced = True
 
     def announced(self) -> bool:
@@ -138,17 +174,17 @@ class Session(Undoable):
 
     def attend(self, index: int, call: Call) -> Float[Tensor, "B H Q E"]:
         """One layer's attention over everything held and new tokens; then evict what is due."""
-        if self.tap is not None:
-            self.tap(index, call)
+        if self._tap is not None:
+            self._tap(index, call)
         self._note(index, call)
         with writable():
-            call, store = self._stored(index, call)
-            shown = self._shown(call, store)
-            out = self._observed(index, call, store, shown, attend=True)
-            narrowing = self._looked_at(index, call, shown)
+            call, store = self._store(index, call)
+            shown = self._show(call, store)
+            out = self._observe(index, call, store, shown, attend=True)
+            narrowing = self._choose_on(index, call, shown)
             if out is None:
-                out = attended(shown, call, self._now, self.impl, narrowing)
-            self._settled(index, call, store, shown)
+                out = attend_tokens(shown, call, self._now, self.impl, narrowing)
+            self._finish(index, call, store, shown)
             if narrowing is not None:
                 self._cuts.narrow(narrowing)
         return out
@@ -157,11 +193,11 @@ class Session(Undoable):
         """As `attend`, without computing the attention: to go through a recorded pass again."""
         self._note(index, call)
         with writable():
-            call, store = self._stored(index, call)
-            shown = self._shown(call, store)
-            self._observed(index, call, store, shown, attend=False)
-            self._looked_at(index, call, shown)
-            self._settled(index, call, store, shown)
+            call, store = self._store(index, call)
+            shown = self._show(call, store)
+            self._observe(index, call, store, shown, attend=False)
+            self._choose_on(index, call, shown)
+            self._finish(index, call, store, shown)
 
     def end(self) -> None:
         """All layers have attended.
@@ -198,7 +234,7 @@ class Session(Undoable):
         for held in self.state.layers if not self.in_prompt else []:
             if held.settled or not self.method.budget.model_wide:
                 held.forget(self.method.policy.remembers())
-        self._passed(self._cuts)
+        self._note_end(self._cuts)
         self._cutting = None
 
     @property
@@ -219,29 +255,7 @@ class Session(Undoable):
     @property
     def overfed(self) -> str | None:
         """What is held beyond the budget because it came after the prompt, and what to do."""
-        method, keeps = self.method, self.state.keeps
-        if method.schedule.every is not None or method.full or self.recording or not keeps:
-            return None
-        if self.state.added <= max(keep for keep, _ in keeps):
-            return None
-        return (
-            f"keep={self.keep} was applied to the prompt, the first pass over this cache; later "
-            "passes, and answers before them, are added to it and never evicted. If they belong "
-            f"to the prompt, pass prompt_tokens=LENGTH; {self._remedy}"
-        )
-
-    @property
-    def _remedy(self) -> str:
-        """How to evict in further turns."""
-        method = self.method
-        try:
-            replace(method, schedule=replace(method.schedule, every=64))
-        except UsageError:
-            return (
-                "this method cannot evict again after the prompt: read each further turn with "
-                "all before it into a new cache, or take a method that can, with every=64"
-            )
-        return "to evict in further turns too, pass every=64, or another number of tokens"
+        return None if self.recording else remark_later(self.method, self.keep, self.state)
 
     @property
     def probing(self) -> bool:
@@ -251,15 +265,12 @@ class Session(Undoable):
     @property
     def under_way(self) -> bool:
         """A pass has begun and not ended."""
-        return self._cutting is not None or self.steps is not None
+        return self._cutting is not None or self.lent
 
     def reset(self) -> None:
         """Forget everything that was read."""
-        self.state, self._cutting, self._announced = (
-            State.empty(len(self.state.layers)),
-            None,
-            False,
-        )
+        self.state = State.empty(len(self.state.layers))
+        self._cutting, self._announced = None, False
 
     def copy(self) -> "Session":
         """An independent session in the same state."""
@@ -294,7 +305,7 @@ class Session(Undoable):
         if self.method.granularity == "query":
             call = call.per_query_head()
         with writable():
-            narrowing = self._cuts.propagate(index, call, stored(None, call, self._now))
+            narrowing = self._cuts.propagate(index, call, append_tokens(None, call, self._now))
         if narrowing is not None:
             whole, part = self._cuts.whole.lengths(), narrowing.now.lengths()
             self.state.closed_up = [n - m for n, m in zip(whole, part, strict=True)]
@@ -308,12 +319,12 @@ class Session(Undoable):
         return self._cuts.now
 
     @property
-    def _cuts(self) -> Cutting:
+    def _cuts(self) -> Cuts:
         if self._cutting is None:
             raise CacheError("no forward pass is under way over this cache; call begin first")
         return self._cutting
 
-    def _stored(self, index: int, call: Call) -> tuple[Call, LayerStore]:
+    def _store(self, index: int, call: Call) -> tuple[Call, LayerStore]:
         """Take in a layer's new entries, making room first where that is due."""
         now, held = self._now, self.state.layers[index]
         self._cuts.attended.add(index)
@@ -324,17 +335,17 @@ class Session(Undoable):
             none = call.queries[:, :, :0]
             self._cuts.cut(index, call, held.store, held.store, none, ahead=True)
         own = {CARRIED: self._cuts.foreseen(index, call)} if self._plan.foresee else {}
-        held.store = stored(held.store, call, now, own)
+        held.store = append_tokens(held.store, call, now, own)
         return call, held.store
 
-    def _shown(self, call: Call, store: LayerStore) -> LayerStore:
+    def _show(self, call: Call, store: LayerStore) -> LayerStore:
         """The entries as this pass's queries see them: keys turned to their slots if asked."""
         reading = self.in_prompt and not self.method.schedule.chunks
         if self.method.positions == "original" or reading or not self.state.cut_at:
             return store
-        return rolled(store, call, [length - 1 for length in self._now.lengths()])
+        return roll(store, call, [length - 1 for length in self._now.lengths()])
 
-    def _observed(
+    def _observe(
         self, index: int, call: Call, store: LayerStore, shown: LayerStore, attend: bool
     ) -> Float[Tensor, "B H Q E"] | None:
         """Let the policy observe, if due; attention's output, if that came out on the way."""
@@ -343,7 +354,7 @@ class Session(Undoable):
         free = self._plan.probe and self.impl in ("auto", "sdpa") and not call.queries.is_cuda
         return self._cuts.observe(index, call, store, shown, attend and free)
 
-    def _looked_at(self, index: int, call: Call, shown: LayerStore) -> Narrowing | None:
+    def _choose_on(self, index: int, call: Call, shown: LayerStore) -> Narrowing | None:
         """Before a layer's new tokens attend: choose those that go on, if due.
 
         Those alone need attention: of the others nothing is asked above.
@@ -355,13 +366,14 @@ class Session(Undoable):
             return None
         return self._cuts.propagate(index, call, shown)
 
-    def _settled(self, index: int, call: Call, store: LayerStore, shown: LayerStore) -> None:
+    def _finish(self, index: int, call: Call, store: LayerStore, shown: LayerStore) -> None:
         """After a layer's new tokens have attended: evict, keep what is needed later."""
         plan, held = self._plan, self.state.layers[index]
         if plan.probe:
             store.forget_from(self._now.first)
-        if plan.observe and self.known is not None and (plan.after or not plan.probe):
-            self.known.setdefault(index, store.column(CARRIED).clone())
+        known = self._cuts.known
+        if plan.observe and known is not None and (plan.after or not plan.probe):
+            known.statistics.setdefault(index, store.column(CARRIED).clone())
         if self.method.refit.changes and (self.in_prompt or plan.probe):
             self._cuts.refer(index, call)
         if plan.after or plan.again:

@@ -182,7 +182,7 @@ class Mark:
     reaches: list[Reach | None] | None
     owner: object = None  # whose state it is
 
-    def restored(self) -> State:
+    def restore(self) -> State:
         """The state as it was."""
         if self.reaches is None:
             return self.state.copy()

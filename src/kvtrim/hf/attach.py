@@ -17,15 +17,14 @@ from typing import Any, NoReturn, cast
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
-from kvtrim.engine.graph import Steps
 from kvtrim.errors import CacheError, UsageError
-from kvtrim.hf.attention import HANDLE, NAME, Mask, managing, register, stock
+from kvtrim.hf.attention import HANDLE, NAME, Mask, managing, padding, register, stock
+from kvtrim.hf.base import BaseCache, Coming
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.keyword import cache_in
 from kvtrim.hf.layers import Handed
-from kvtrim.hf.long_rope import enter
 from kvtrim.hf.models.architectures import Layout, OutputProjection, layout
-from kvtrim.hf.outer import around, entered, padding
+from kvtrim.hf.outer import embedded_ids, enter
 from kvtrim.hf.probe import probe
 from kvtrim.hf.propagation import (
     Hooked,
@@ -33,8 +32,8 @@ from kvtrim.hf.propagation import (
     filtering,
     is_filtering,
     left_block,
-    narrowed,
-    restarted,
+    narrow_layer,
+    restart,
 )
 
 _changing = threading.RLock()
@@ -65,7 +64,7 @@ class Attachment:
             output = OutputProjection(module, self.layout.query_heads)
             hand_over = partial(_hand_over, number, output)
             self._hooks.append(module.register_forward_pre_hook(hand_over, with_kwargs=True))
-        for module in around(model, decoder):
+        for module in self.layout.around:
             self._hooks.append(module.register_forward_pre_hook(_enter, with_kwargs=True))
 
     def release(self, one: "Attached") -> None:
@@ -105,14 +104,14 @@ class Attachment:
         managing.cache = is_filtering()
         kwargs = _by_name(decoder, args, kwargs)
         cache = cache_in(kwargs)
-        if not isinstance(cache, Cache):
+        if not isinstance(cache, BaseCache):
             return None
         if cache.decoder is not decoder:
             raise CacheError(
                 "this cache was made for another model; make one with kvtrim.Cache(model, ...)"
             )
         _require_implementation(self.layout.attention[self.layout.managed[0]])
-        if cache.session.announced():
+        if cache.announced():
             managing.cache = True
             return None
         asked = kwargs.get("output_attentions")
@@ -121,19 +120,16 @@ class Attachment:
                 "a kvtrim cache has no attention weights to hand out; leave out "
                 "output_attentions, or use an ordinary cache and attn_implementation='eager'"
             )
-        ids, (coming, cache.coming) = kwargs.get("input_ids"), (cache.coming, None)
-        embeds = ids if ids is not None else kwargs["inputs_embeds"]
+        ids, embedded = kwargs.get("input_ids"), embedded_ids(cache)
+        rows, columns = (ids if ids is not None else kwargs["inputs_embeds"]).shape[:2]
         mask, first = padding(kwargs.get("attention_mask")), cache.seen == 0
-        if first and cache.session.prompt_tokens is None:
-            cache.session.prompt_tokens = _in_chunks()
-        enter(cache, _ends(cache, kwargs, embeds.shape[1]), first)
-        rows, columns = embeds.shape[:2]
-        cache.begin_pass(rows, columns, mask, coming if ids is None else ids)
-        captured = isinstance(cache.session.steps, Steps)  # which know their tokens' positions
+        cache.rope.enter(_ends(cache, kwargs, columns), [] if first else cache.ends)
+        ids, prompt = embedded if ids is None else ids, _in_chunks() if first else None
+        cache.begin_pass(Coming(rows, columns, mask, ids, prompt))
         given = {**kwargs, "attention_mask": mask}
-        part = None if captured else restarted(self.layout, cache, given)
+        part = None if cache.counts_steps else restart(self.layout, cache, given)
         if part is not None and first:
-            enter(cache, _ends(cache, part[1], 0), first)
+            cache.rope.enter(_ends(cache, part[1], 0), [])
         managing.cache = True
         single = isinstance(kwargs.get("attention_mask"), Mask)  # a decoder takes none or several
         return ((), given) if part is None and single else part
@@ -147,10 +143,8 @@ class Attachment:
         left_block()
         managing.cache = False
         cache = cache_in(_by_name(decoder, args, kwargs))
-        if isinstance(cache, Cache):
-            probing = cache.session.probing
-            cache.end_pass()
-            if cache.session.probe_due and not probing:
+        if isinstance(cache, BaseCache):
+            if cache.end_pass() and isinstance(cache, Cache):
                 probe(decoder, cache)
 
 
@@ -169,17 +163,17 @@ def _enter(
 ) -> None:
     """Pre-hook of what stands around the decoder: see what is coming, refuse what is no text."""
     if kwargs is not None:
-        entered(_by_name(module, args, kwargs))
+        enter(_by_name(module, args, kwargs))
 
 
-def _ends(cache: Cache, kwargs: dict[str, Any], columns: int) -> list[int]:
+def _ends(cache: BaseCache, kwargs: dict[str, Any], columns: int) -> list[int]:
     """Where each prompt's new tokens end, as the rotary embedding sees it."""
-    if cache.switch is None:
+    if cache.rope.switch is None:
         return []
     at = kwargs.get("position_ids")
     if at is None:
-        return [cache.seen + columns - by for by in cache.session.state.closed_up or [0]]
-    ups = torch.tensor(cache.session.state.closed_up or [0]) if columns else 0
+        return [cache.seen + columns - by for by in cache.closed_up or [0]]
+    ups = torch.tensor(cache.closed_up or [0]) if columns else 0
     return (at.amax(dim=-1).cpu() + 1 - ups).tolist()
 
 
@@ -205,7 +199,7 @@ def _narrow(
     kwargs: dict[str, Any] | None = None,
 ) -> Hooked | None:
     """Decoder layer pre-hook: hand it the part of the prompt that goes on to it."""
-    return None if kwargs is None else narrowed(number, args, kwargs)
+    return None if kwargs is None else narrow_layer(number, args, kwargs)
 
 
 def _hand_over(
@@ -219,10 +213,10 @@ def _hand_over(
     if kwargs is None:
         return None
     cache = cache_in(kwargs)
-    if isinstance(cache, Cache):
+    if isinstance(cache, BaseCache):
         _require_implementation(module)
         rotate = cache.rotations[number] if cache.rotations else None
-        attending = cache.session.steps or cache.session
+        attending = cache.attends
         handed = {name: Handed(cache) for name, given in kwargs.items() if given is cache}
     else:
         attending, rotate, handed = filtering(number, cache), None, {}
@@ -293,11 +287,6 @@ def detach(model: PreTrainedModel) -> None:
         mine = [one for one in newest if one.thread == me]
         for one in (mine or [one for one in newest if not one.block])[:1]:
             one.attachment.release(one)
-
-
-def is_attached(model: PreTrainedModel) -> bool:
-    """Whether kvtrim caches work on this model now."""
-    return attachment_of(model) is not None
 
 
 def attachment_of(model: PreTrainedModel) -> Attachment | None:

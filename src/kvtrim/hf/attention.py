@@ -7,7 +7,7 @@ the stock mask, and only they ever build it.
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn, cast
@@ -143,6 +143,24 @@ class Mask:
                 "this model lets tokens of its prompt see later ones (images, or a prefix that is "
                 "read both ways); kvtrim reads from left to right only"
             )
+
+
+def padding(mask: Any) -> Tensor | None:
+    """The 2-D mask [batch, tokens] that a decoder's argument is or was made from.
+
+    Raises:
+        UsageError: it is a prepared mask of another kind.
+        UnsupportedModelError: it lets tokens see later ones.
+    """
+    masks = list(mask.values()) if isinstance(mask, Mapping) else [mask]
+    promised = [each for each in masks if isinstance(each, Mask)]
+    if promised and len(promised) == len(masks):
+        for each in promised:
+            each.require_causal()
+        return promised[0].padding
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+        raise UsageError("a kvtrim cache needs the 2-D attention mask [batch, tokens] or none")
+    return mask
 
 
 def _is_causal(

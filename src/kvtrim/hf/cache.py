@@ -1,40 +1,44 @@
-"""The cache that transformers sees: its length is what was read, its content is what stays."""
+"""The cache of one batch of prompts: its length is what was read, its content is what stays."""
 
 import copy
 import os
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn, cast
-from weakref import ref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
-from transformers import Cache as TransformersCache
 from transformers import DynamicCache, PreTrainedModel
 
+from kvtrim.engine.cuts import Known
+from kvtrim.engine.layer import Attends, Call
+from kvtrim.engine.propagation import Narrowing
 from kvtrim.engine.session import Session
 from kvtrim.engine.state import Mark as SessionMark
 from kvtrim.errors import CacheError, UsageError
+from kvtrim.hf import archive
+from kvtrim.hf.base import BaseCache, Coming
 from kvtrim.hf.layers import SPARE, ManagedLayer, WindowLayer
 from kvtrim.hf.models import fingerprint
 from kvtrim.hf.models.architectures import layout, require_managed
-from kvtrim.hf.rotary import rotations, switch
+from kvtrim.hf.rotary import LongRope, rotations
 from kvtrim.methods import auto
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method
 from kvtrim.methods.ranges import Some, checked
-from kvtrim.methods.settings import find
-from kvtrim.prompts import Words, frame, repeat_words
+from kvtrim.methods.request import Request
+from kvtrim.prompts import Template, Words, frame, repeat_words
 from kvtrim.prompts.spans import Given, per_prompt
 from kvtrim.types import Int, Tensor
 
 
-class Cache(TransformersCache):
+class Cache(BaseCache):
     """A small KV cache for `model(...)` and `model.generate(...)` on an attached model.
 
     Args:
         model: the model it will be used with.
-        method: a name of `kvtrim.METHODS`, `module:ATTRIBUTE`, or a `Method`.
+        method: a name of `kvtrim.METHODS`, `module:ATTRIBUTE`, or a `Method`; or a `Request`,
+            which brings budget and settings along.
         keep: entries per KV head on average, window and sinks included: tokens (512), a share of
             the prompt (0.25, "25%") or bytes of the whole cache ("256MiB").
         prompt_tokens: length of the prompt if it is fed in several passes, so that the cache
@@ -47,6 +51,9 @@ class Cache(TransformersCache):
         spans: named parts of the prompt in tokens, padding not counted: for each name its units,
             a unit being one range (start, end) or a list of them (`{"shots": [(0, 40), ...]}`).
             One mapping for all prompts of the batch, or a list with one for each.
+        words: what a `tokenizer` would be asked for, by whoever has it already.
+        template: how the prompt was framed, for questions that are asked later.
+        tap: told of every layer's number and call, to record what the model hands over.
         settings: parameters of the method, and `preset`.
 
     Raises:
@@ -62,13 +69,16 @@ class Cache(TransformersCache):
     def __init__(
         self,
         model: PreTrainedModel,
-        method: str | Method = "auto",
+        method: str | Method | Request = "auto",
         keep: int | float | str | Keep = 512,
         *,
         prompt_tokens: Some | None = None,
         impl: str = "auto",
         tokenizer: Any = None,
         spans: Given | Sequence[Given] | None = None,
+        words: Words | None = None,
+        template: Template | None = None,
+        tap: Callable[[int, Call], object] | None = None,
         **settings: Any,
     ):
         if not isinstance(model, PreTrainedModel):
@@ -76,56 +86,38 @@ class Cache(TransformersCache):
                 f"kvtrim.Cache takes the model it will be used with first, got {model!r:.60}; "
                 'write kvtrim.Cache(model, "snapkv", keep=512)'
             )
-        if not isinstance(method, (str, Method)):
-            raise UsageError(
-                f"method={method!r:.60} is no name of kvtrim.METHODS and no Method; a budget is "
-                'given as keep: kvtrim.Cache(model, "snapkv", keep=512)'
-            )
-        budget, chosen = Keep.parse(keep), find(method, **settings)
-        if chosen.schedule.chunks and prompt_tokens is None:
+        request = Request.of(method, keep, settings)
+        if request.method.schedule.chunks and prompt_tokens is None:
             raise UsageError(
                 "chunks=true has to know where the prompt ends: pass prompt_tokens=LENGTH"
             )
         self.managed = layout(model, allow_untested=True).managed
-        if chosen.propagation.narrows:
+        if request.method.propagation.narrows:
             require_managed(model, self.managed)
         named = per_prompt(spans)
         aware = not named or any("question" in own for own in named)
         target = fingerprint.target(model, len(self.managed))
-        chosen, self.choice = auto.resolved(chosen, target, aware)
-        if self.choice is not None:
-            method = self.choice.name
+        chosen, self.choice = auto.resolve(request.method, target, aware)
+        self.request = request if self.choice is None else replace(request, named=self.choice.name)
         turns = chosen.refit.changes and not chosen.policy.probes
         turns |= chosen.policy.turns or chosen.positions == "rolled"
         self.rotations = rotations(model) if turns else []
-        self.session = Session(chosen, budget, len(self.managed), prompt_tokens, impl, spans)
-        self.words = Words() if tokenizer is None else repeat_words(tokenizer, frame(tokenizer))
-        self.request = (method, settings)  # as asked for, to be saved
-        self.prompt: dict[str, Any] = {}  # how the prompt was built, for questions asked later
+        self.session = Session(
+            chosen, request.keep, len(self.managed), prompt_tokens, impl, spans, tap
+        )
+        if words is None and tokenizer is not None:
+            words = repeat_words(tokenizer, frame(tokenizer))
+        self.words = words or Words()
+        self.template = template
         self._told = False  # what is held beyond the budget is said once
         self.token_ids: Int[Tensor, "B seen"] | None = None  # None too if embeddings were fed
-        self.coming: Int[Tensor, "B n"] | None = None  # of the next pass, if its decoder sees none
-        self.switch = switch(model)  # of long RoPE, and on which side of it keys were turned
-        self.beyond: bool | None = None
-        self._model, self._decoder = ref(model), ref(model.get_decoder())
         stock: list[Any] = DynamicCache(config=model.config).layers
         own = set(self.managed)
-        super().__init__(
-            layers=[
-                ManagedLayer(self.session) if i in own else WindowLayer(layer.sliding_window)
-                for i, layer in enumerate(stock)
-            ]
-        )
-
-    @property
-    def model(self) -> PreTrainedModel | None:
-        """The model it was made for, while that exists."""
-        return self._model()
-
-    @property
-    def decoder(self) -> torch.nn.Module | None:
-        """The part of that model that reads into it, while that exists."""
-        return self._decoder()
+        layers = [
+            ManagedLayer(self.session) if i in own else WindowLayer(layer.sliding_window)
+            for i, layer in enumerate(stock)
+        ]
+        super().__init__(model, LongRope.of(model), layers)
 
     @property
     def method(self) -> Method:
@@ -139,23 +131,27 @@ class Cache(TransformersCache):
 
     @property
     def seen(self) -> int:
-        """Tokens read, padding included: what transformers calls the length of a cache."""
-        return self.session.state.reading.seen
+        return self.session.seen
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.session.state.reading.lengths
+
+    @property
+    def closed_up(self) -> list[int]:
+        return self.session.state.closed_up
 
     # What is held
 
     @property
     def held_bytes(self) -> int:
-        """Bytes held, measured: K, V, positions, slack for appends, sliding layers."""
         return self.session.state.held_bytes + sum(x.nbytes for x in self.stock_layers())
 
     @property
     def full_bytes(self) -> int:
-        """Bytes that transformers' full cache would hold for the same tokens."""
         return self.session.state.full_bytes + sum(x.full_bytes for x in self.stock_layers())
 
     def entries(self) -> list[Int[Tensor, "B K"]]:
-        """Entries every head holds now, for each layer; empty before the first pass."""
         stores, layers = iter(self.session.state.stores()), cast(list[Any], self.layers)
         return [
             next(stores).length
@@ -171,44 +167,74 @@ class Cache(TransformersCache):
         return "; ".join(filter(None, [own, self.session.remark])) or None
 
     def save(self, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
-        """Write everything to a file for `kvtrim.load_cache`; see `kvtrim.hf.saving.save`."""
-        from kvtrim.hf.saving import save  # it needs Cache, so it cannot be imported above
-
-        save(self, path, tokenizer)
+        """Write everything to a file for `kvtrim.load_cache`; see `kvtrim.hf.archive.write`."""
+        if self.model is None:
+            raise CacheError(
+                "the model of this cache is gone, so its fingerprint cannot be stored"
+            )
+        sliding = [(layer.keys, layer.values) for layer in self.stock_layers()]
+        made = archive.Made(self.request, self.template, self.token_ids, sliding)
+        archive.write(path, self.model, self.session, made, tokenizer)
 
     def expect(self, tokens: int) -> None:
-        """Take so many tokens as handed over, not generated, in whatever passes they come.
-
-        Only methods that treat the two differently need this.
-        """
         self.session.state.expected = tokens
 
-    # A pass over the model, called by the hooks of `attach`
+    # A pass over the model
 
-    def begin_pass(self, rows: int, columns: int, mask: Tensor | None, ids: Tensor | None) -> None:
-        """New tokens are coming. Raises as `Session.begin`."""
-        if self.session.steps is not None:
+    def announced(self) -> bool:
+        return self.session.announced()
+
+    def begin_pass(self, coming: Coming, known: Known | None = None) -> None:
+        """New tokens are coming. Raises as `Session.begin`.
+
+        Args:
+            known: what an equal pass under the same policy came to.
+        """
+        if self.session.lent:
             return
         first = self.seen == 0
-        self.session.begin(rows, columns, mask)
-        if ids is None or not (first or self.token_ids is not None):
+        if first and self.session.prompt_tokens is None:
+            self.session.prompt_tokens = coming.prompt_tokens
+        self.session.begin(coming.rows, coming.columns, coming.mask, known)
+        if coming.ids is None or not (first or self.token_ids is not None):
             self.token_ids = None
         else:
             before = [] if self.token_ids is None or first else [self.token_ids]
-            self.token_ids = torch.cat([*before, ids], dim=1)
+            self.token_ids = torch.cat([*before, coming.ids], dim=1)
 
-    def __bool__(self) -> bool:
-        """False where Phi-3 would throw a true cache away, and read everything again."""
-        return self.switch is None
+    def end_pass(self) -> bool:
+        if self.session.lent:
+            return False
+        probing = self.session.probing
+        self.session.end()
+        said = self.session.overfed
+        if said is not None and not self._told:
+            self._told = True
+            warnings.warn(said, stacklevel=2)
+        return self.session.probe_due and not probing
 
-    def end_pass(self) -> None:
-        """Every layer has attended."""
-        if self.session.steps is None:
-            self.session.end()
-            said = self.session.overfed
-            if said is not None and not self._told:
-                self._told = True
-                warnings.warn(said, stacklevel=2)
+    @property
+    def attends(self) -> Attends:
+        return self.session.attends
+
+    @property
+    def counts_steps(self) -> bool:
+        return self.session.lent
+
+    @property
+    def restarts(self) -> bool:
+        return self.method.propagation.restarts
+
+    @property
+    def narrowing(self) -> Narrowing | None:
+        return self.session.narrowing
+
+    @property
+    def filter_layer(self) -> int | None:
+        return self.session.filter_layer
+
+    def restart(self, index: int, call: Call) -> Narrowing | None:
+        return self.session.restart(index, call)
 
     # Going back
 
@@ -229,7 +255,6 @@ class Cache(TransformersCache):
             vars(layer).update(state)
 
     def require_croppable(self, count: int) -> None:
-        """Raise as `crop(-count)` would, and change nothing."""
         self.session.require_croppable(count)
         if count < self.seen and not all(layer.can_crop(count) for layer in self.stock_layers()):
             raise CacheError(
@@ -237,22 +262,7 @@ class Cache(TransformersCache):
                 "their window. Copy the cache before, or take a mark and rewind to it"
             )
 
-    def crop(self, tokens_to_remove: int | Int[Tensor, ""]) -> None:
-        """Take back the newest tokens, as if they had never been read.
-
-        The number is negative, as transformers has it.
-
-        Raises:
-            CacheError: that cannot be, because entries were evicted or taken into account since;
-                nothing has changed.
-        """
-        count = -int(tokens_to_remove)
-        if count < 0:
-            raise UsageError(f"crop({-count}): give the number of tokens to take back as negative")
-        self.require_croppable(count)
-        if count and count == self.seen:
-            self.reset()
-            return
+    def take_back(self, count: int) -> None:
         self.session.crop(count)
         for layer in self.stock_layers():
             layer.crop(-count)
@@ -260,29 +270,15 @@ class Cache(TransformersCache):
             self.token_ids = self.token_ids[:, :-count]
 
     def reset(self) -> None:
-        """Forget everything that was read."""
         self.session.reset()
         self.token_ids = None
         for layer in self.stock_layers():
             layer.reset()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
-        return self.copy()
-
-    def __copy__(self) -> "Cache":
-        return self.copy()
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise CacheError(
-            "a kvtrim cache cannot be pickled; write it to a file with cache.save(path), read it "
-            "with kvtrim.load_cache(path, model), or copy it with cache.copy()"
-        )
-
     def copy(self) -> "Cache":
-        """An independent cache in the same state."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other.session = self.session.copy()
+        other = object.__new__(Cache)
+        vars(other).update(vars(self))
+        other.session, other.rope = self.session.copy(), copy.copy(self.rope)
         other.layers = [
             ManagedLayer(other.session) if isinstance(layer, ManagedLayer) else copy.copy(layer)
             for layer in self.layers
@@ -295,35 +291,10 @@ class Cache(TransformersCache):
             vars(theirs).update(vars(mine))
         return other
 
-    # Other prompts
-
-    def reorder_cache(self, beam_idx: Any) -> None:
-        """Keep these prompts in this order (beam search)."""
-        self._select(beam_idx.long())
-        for layer in self.stock_layers():
-            layer.reorder_cache(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these prompts in this order."""
-        self._select(indices.long())
-        for layer in self.stock_layers():
-            layer.batch_select_indices(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every prompt."""
-        rows = len(self.session.state.reading.lengths)
-        self._select(torch.arange(rows).repeat_interleave(repeats))
-        for layer in self.stock_layers():
-            layer.batch_repeat_interleave(repeats)
-
-    def _select(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Int[Tensor, " R"]) -> None:
         self.session.state.select_rows(rows)
         if self.token_ids is not None:
             self.token_ids = self.token_ids[rows.to(self.token_ids.device)]
-
-    def stock_layers(self) -> list[Any]:
-        """The layers that slide and keep their own rule."""
-        return [layer for layer in self.layers if isinstance(layer, WindowLayer)]
 
 
 @dataclass(frozen=True)
@@ -333,3 +304,32 @@ class Mark:
     session: SessionMark
     token_ids: Int[Tensor, "B seen"] | None
     sliding: list[dict[str, Any]]
+
+
+def load_cache(
+    path: str | os.PathLike[str],
+    model: PreTrainedModel,
+    tokenizer: Any = None,
+    method: str | Method | None = None,
+) -> Cache:
+    """A saved cache, for the model that filled it.
+
+    Args:
+        path: the file.
+        model: with exactly the weights and the configuration of the model that filled it.
+        tokenizer: if given, and one was given to `save`, it must be the same.
+        method: needed where a method of your own made the cache: the same `module:NAME`, or the
+            `Method`. A file never decides what is imported.
+
+    Raises:
+        CacheFileError: no such file; truncated, altered or inconsistent; of another model, number
+            format, RoPE, tokenizer or method; or of another version of the format.
+    """
+    saved = archive.Saved.open(path, model, tokenizer, method)
+    cache = Cache(model, saved.request, prompt_tokens=saved.prompt_tokens, template=saved.template)
+    made = saved.restore(cache.session, model, cache.managed, len(cache.stock_layers()))
+    cache.token_ids = made.token_ids
+    for layer, (keys, values) in zip(cache.stock_layers(), made.sliding, strict=True):
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values, layer.cumulative_length = keys, values, cache.seen
+    return cache

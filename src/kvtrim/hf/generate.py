@@ -19,10 +19,9 @@ from transformers import (
 )
 
 from kvtrim.errors import UsageError
-from kvtrim.hf.cache import Cache
+from kvtrim.hf.base import BaseCache
 from kvtrim.hf.decode import Loop, why_plain
 from kvtrim.hf.keyword import cache_in, passing
-from kvtrim.hf.long_rope import require_reach
 from kvtrim.methods.ranges import Positive, Range, Share, Some, Tokens, check, declared
 from kvtrim.types import Float, Int, Tensor
 
@@ -127,9 +126,9 @@ def read(
     progress: Progress | None = None,
 ) -> None:
     """Read tokens into a cache, at most `chunk` of them at a time; the logits are not wanted."""
-    if isinstance(cache, Cache):
+    if isinstance(cache, BaseCache):
         first = min(chunk or ids.shape[1], ids.shape[1])
-        require_reach(cache, first, cache.seen + ids.shape[1])
+        cache.require_reach(first, cache.seen + ids.shape[1])
     with torch.no_grad(), watched(model, cache, ids.shape[1], progress):
         for part in ids.split(chunk or ids.shape[1], dim=1):
             model(input_ids=part, **passing(cache), logits_to_keep=1)
@@ -165,9 +164,10 @@ def generate(
     criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), clock])
     start = time.perf_counter()
     unread = ids[:, cache.get_seq_length() :]
-    if isinstance(cache, Cache):
+    if isinstance(cache, BaseCache):
+        cache.expect(ids.shape[1])
         at_once = min(chunk or unread.shape[1], unread.shape[1])
-        require_reach(cache, at_once, ids.shape[1] + max_new_tokens - 1)
+        cache.require_reach(at_once, ids.shape[1] + max_new_tokens - 1)
     with watched(model, cache, unread.shape[1], progress):
         if chunk is not None and unread.shape[1] > chunk:
             last = (unread.shape[1] - 1) % chunk + 1
@@ -286,7 +286,7 @@ def plain_cache(model: Any) -> TransformersCache:
 
 def stored_bytes(cache: TransformersCache) -> tuple[int, int]:
     """Bytes held and bytes that a full cache would hold, for kvtrim's cache and for any other."""
-    if isinstance(cache, Cache):
+    if isinstance(cache, BaseCache):
         return cache.held_bytes, cache.full_bytes
     layers: list[Any] = list(cache.layers)
     held = sum(x.keys.nbytes + x.values.nbytes for x in layers if x.is_initialized)
@@ -296,7 +296,7 @@ def stored_bytes(cache: TransformersCache) -> tuple[int, int]:
 def mean_entries(cache: TransformersCache) -> float:
     """Entries per KV head on average, for kvtrim's cache and for any other."""
     layers: list[Any] = list(cache.layers)
-    if isinstance(cache, Cache):
+    if isinstance(cache, BaseCache):
         counts = [float(layer.float().mean()) for layer in cache.entries()]
     else:
         counts = [float(layer.keys.shape[2]) for layer in layers]

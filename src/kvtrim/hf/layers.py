@@ -1,45 +1,57 @@
 """The layers of a kvtrim cache: those that a session holds, and those that slide."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from kvtrim.engine.session import Session
 from kvtrim.errors import CacheError, NotAttachedError
 from kvtrim.types import Tensor
 
 
+@runtime_checkable
+class Read(Protocol):
+    """What was read, as layers tell transformers of it."""
+
+    recording: bool
+    """`crop` will say which of the new tokens stay."""
+
+    @property
+    def seen(self) -> int:
+        """Columns read."""
+        ...
+
+
 class ManagedLayer(CacheLayerMixin):
-    """Stands for one layer that the session holds, and takes nothing in itself.
+    """Stands for one layer that kvtrim holds, and takes nothing in itself.
 
     On an attached model the layer's attention is handed `Handed` in the place of the cache, so a
     call to `update` comes from a model that kvtrim is not attached to, at whatever moment.
-    Cropping, reordering and resetting concern the session as a whole and are done by `Cache`.
+    Cropping, reordering and resetting concern the cache as a whole and are done by `Cache`.
     """
 
     is_compileable = False
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, session: Session):
+    def __init__(self, read: Read):
         super().__init__()
-        self.session = session
+        self.read = read
 
     is_croppable = True
 
     @property
     def record_past(self) -> bool:
         """Whether `crop` will say which of the new tokens stay."""
-        return self.session.recording
+        return self.read.recording
 
     @record_past.setter
     def record_past(self, recording: bool) -> None:
-        self.session.recording = recording
+        self.read.recording = recording
 
     def activate_past_recording(self) -> None:
         """`crop` will say which of the new tokens stay."""
-        self.session.recording = True
+        self.read.recording = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -53,10 +65,10 @@ class ManagedLayer(CacheLayerMixin):
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.session.state.reading.seen + query_length, 0
+        return self.read.seen + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.session.state.reading.seen
+        return self.read.seen
 
     def get_max_length(self) -> int:
         return -1

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from kvtrim.engine.cuts import Known
 from kvtrim.engine.probe import Step, repetition
 from kvtrim.errors import UsageError
 from kvtrim.hf.cache import Cache
@@ -11,12 +12,13 @@ from kvtrim.hf.keyword import passing
 from kvtrim.types import Bool, Int, Probed, Tensor
 
 
-def probe(decoder: Any, cache: Cache) -> None:
+def probe(decoder: Any, cache: Cache, known: Known | None = None) -> None:
     """Probe the prompts that a cache has read, and evict.
 
     Args:
         decoder: the model without its head, attached.
         cache: of a method that probes, its prompts complete.
+        known: what an equal probe under the same policy came to.
 
     Raises:
         UsageError: the prompt was fed as embeddings, so there is nothing to repeat.
@@ -34,13 +36,18 @@ def probe(decoder: Any, cache: Cache) -> None:
     steps, untouched = max(len(plan) for plan in plans), cache.mark().sliding
     for number in range(steps):
         now = [plan[number] if number < len(plan) else None for plan in plans]
-        _read(decoder, cache, now, real, last=number == steps - 1)
+        _read(decoder, cache, now, real, number == steps - 1, known)
         for layer, state in zip(cache.stock_layers(), untouched, strict=True):
             vars(layer).update(state)
 
 
 def _read(
-    decoder: Any, cache: Cache, now: list[Step | None], real: Bool[Tensor, "B seen"], last: bool
+    decoder: Any,
+    cache: Cache,
+    now: list[Step | None],
+    real: Bool[Tensor, "B seen"],
+    last: bool,
+    known: Known | None,
 ) -> None:
     """One pass: a step of each prompt's probe, padded behind.
 
@@ -62,7 +69,8 @@ def _read(
         "attention_mask": _whole(real, mask).to(device),
         "position_ids": positions.to(device),
     }
-    cache.session.begin_probe(width, None if bool(mask.all()) else mask, probed, last)
+    padded = None if bool(mask.all()) else mask
+    cache.session.begin_probe(width, padded, probed, last, known)
     with torch.no_grad():
         decoder(**given, **passing(cache), use_cache=True)
 

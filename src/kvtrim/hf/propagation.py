@@ -12,7 +12,7 @@ import torch
 
 from kvtrim.engine.layer import Call
 from kvtrim.engine.propagation import Narrowing
-from kvtrim.hf.cache import Cache
+from kvtrim.hf.base import BaseCache
 from kvtrim.hf.keyword import cache_in
 from kvtrim.hf.models.architectures import Layout
 from kvtrim.types import Int, Tensor
@@ -24,7 +24,7 @@ class _Block(threading.local):
     """What the decoder layer that this thread is in reads from, and what its MLP was spared."""
 
     filter: "_Filter | None" = None  # asked by the first layers of a pass with no cache
-    cache: "ref[Cache] | None" = None
+    cache: "ref[BaseCache] | None" = None
     spared: tuple[Tensor, Tensor] | None = None  # columns that it reads, all that it was given
 
 
@@ -36,20 +36,20 @@ def left_block() -> None:
     _block.cache, _block.spared = None, None
 
 
-def narrowed(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
+def narrow_layer(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
     """What decoder layer `number` reads instead, if a part of the prompt goes on to it."""
     cache = cache_in(kwargs)
     left_block()
-    if not isinstance(cache, Cache):
+    if not isinstance(cache, BaseCache):
         return None
     _block.cache = ref(cache)
-    narrowing = cache.session.narrowing
-    if narrowing is None or cache.session.state.closed_up or number <= narrowing.layer:
+    narrowing = cache.narrowing
+    if narrowing is None or cache.closed_up or number <= narrowing.layer:
         return None
     if number == narrowing.layer + 1:
         args, kwargs = _hidden(args, kwargs, narrowing.step)
     where = {
-        name: _gathered(kwargs[name], narrowing.columns)
+        name: _gather(kwargs[name], narrowing.columns)
         for name in ("position_embeddings", "position_ids")
         if kwargs.get(name) is not None
     }
@@ -58,14 +58,14 @@ def narrowed(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any], columns: Int[Tensor, "B w"]) -> Hooked:
     if args:
-        return (_gathered(args[0], columns), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": _gathered(kwargs["hidden_states"], columns)}
+        return (_gather(args[0], columns), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": _gather(kwargs["hidden_states"], columns)}
 
 
-def _gathered(given: Any, columns: Int[Tensor, "B w"]) -> Any:
+def _gather(given: Any, columns: Int[Tensor, "B w"]) -> Any:
     """The columns of [B or 1, n, ...], or of each tensor of a tuple; others as they are."""
     if isinstance(given, tuple):
-        return tuple(_gathered(each, columns) for each in given)
+        return tuple(_gather(each, columns) for each in given)
     rows = given.expand(columns.shape[0], *given.shape[1:])
     at = columns.to(given.device)
     at = at.view(*at.shape, *[1] * (given.ndim - 2)).expand(-1, -1, *given.shape[2:])
@@ -88,13 +88,13 @@ class PartOfMLP:
 
     def _take(self, mlp: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         cache = None if _block.cache is None else _block.cache()
-        if cache is None or cache.session.narrowing is None or cache.session.state.closed_up:
+        if cache is None or cache.narrowing is None or cache.closed_up:
             return None
-        narrowing = cache.session.narrowing
+        narrowing = cache.narrowing
         if narrowing.layer != self._number:
             return None
         _block.spared = narrowing.step, args[0]
-        return (_gathered(args[0], narrowing.step), *args[1:])
+        return (_gather(args[0], narrowing.step), *args[1:])
 
     def _give_back(self, mlp: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if _block.spared is None:
@@ -112,13 +112,13 @@ class _Filtered(Exception):
 class _Filter:
     """Stands for a session at the filter layer."""
 
-    def __init__(self, cache: Cache, layer: int):
+    def __init__(self, cache: BaseCache, layer: int):
         self.cache, self.layer = cache, layer
         self.narrowing: Narrowing | None = None
 
     def attend(self, index: int, call: Call) -> Tensor:
         """Choose what is read again, and stop the pass."""
-        self.narrowing = self.cache.session.restart(index, call)
+        self.narrowing = self.cache.restart(index, call)
         raise _Filtered
 
 
@@ -133,19 +133,19 @@ def is_filtering() -> bool:
     return _block.filter is not None
 
 
-def restarted(parts: Layout, cache: Cache, kwargs: dict[str, Any]) -> Hooked | None:
+def restart(parts: Layout, cache: BaseCache, kwargs: dict[str, Any]) -> Hooked | None:
     """A decoder's arguments, all by name, for the part that its first layers choose."""
-    layer = cache.session.filter_layer
+    layer = cache.filter_layer
     if layer is None:
         return _closed_up(cache, kwargs)
-    found = _filtered(parts, cache, layer, kwargs)
+    found = _run_filter(parts, cache, layer, kwargs)
     if found is None:
         return None
     kwargs = dict(kwargs)
     name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
     given = kwargs.pop(name)
     real = found.now.mask().long().to(given.device)
-    kwargs[name] = _gathered(given, found.columns)
+    kwargs[name] = _gather(given, found.columns)
     kwargs["position_ids"] = _start(kwargs, given) + (real.cumsum(dim=1) - 1).clamp(min=0)
     kwargs["attention_mask"] = real
     return (), kwargs
@@ -162,7 +162,9 @@ def _start(kwargs: dict[str, Any], given: Tensor) -> Int[Tensor, "B 1"]:
     return at.expand(given.shape[0], -1).gather(1, first[:, None])
 
 
-def _filtered(parts: Layout, cache: Cache, layer: int, kwargs: dict[str, Any]) -> Narrowing | None:
+def _run_filter(
+    parts: Layout, cache: BaseCache, layer: int, kwargs: dict[str, Any]
+) -> Narrowing | None:
     """Run the first layers on everything, storing nothing, and ask the filter layer."""
     others = {k: v for k, v in kwargs.items() if v is not cache and k != "use_cache"}
     found = _block.filter = _Filter(cache, layer)
@@ -175,9 +177,9 @@ def _filtered(parts: Layout, cache: Cache, layer: int, kwargs: dict[str, Any]) -
     return found.narrowing
 
 
-def _closed_up(cache: Cache, kwargs: dict[str, Any]) -> Hooked | None:
+def _closed_up(cache: BaseCache, kwargs: dict[str, Any]) -> Hooked | None:
     """Later tokens stand behind the part that was read, not behind the whole prompt."""
-    by = cache.session.state.closed_up
+    by = cache.closed_up
     if not any(by):
         return None
     given = kwargs.get("position_ids")

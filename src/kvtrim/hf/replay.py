@@ -7,15 +7,16 @@ policy observes in the prompt or in its probe does not depend on the budget and 
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 
+from kvtrim.engine.cuts import Known
 from kvtrim.engine.layer import Call
 from kvtrim.engine.refit import Aims
 from kvtrim.errors import UsageError
 from kvtrim.hf.attach import attach
+from kvtrim.hf.base import Coming
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import Progress, watched
 from kvtrim.hf.keyword import passing
@@ -38,7 +39,7 @@ class Recording:
     calls: list[Call]  # one per managed layer
     spans: Given | Sequence[Given] | None = None  # named parts of the prompt, as `Cache` has them
     words: Words | None = None  # for methods that probe in words; else by the `tokenizer` setting
-    _known: dict[Hashable, dict[int, Tensor]] = field(default_factory=dict)
+    _statistics: dict[Hashable, dict[int, Tensor]] = field(default_factory=dict)
     _aims: dict[Hashable, Aims] = field(default_factory=dict)
 
     def cache(
@@ -51,10 +52,8 @@ class Recording:
                 prefill is another one, or that reads hidden states where none were recorded;
                 and as `kvtrim.Cache`.
         """
-        settings = {"spans": self.spans, **settings}
+        settings = {"spans": self.spans, "words": self.words, **settings}
         other = self.full.copy_stock(Cache(self.model, method, keep, **settings))
-        words = settings.get("tokenizer") is not None or self.words is not None
-        other.words = self.words or other.words
         if other.method.propagation.narrows or other.method.schedule.chunks:
             raise UsageError(
                 f"{method} changes the prefill itself and needs one of its own: read the prompt "
@@ -69,40 +68,43 @@ class Recording:
         if other.rotations:
             turning = zip(self.calls, other.rotations, strict=True)
             calls = [replace(call, rotate=rotate) for call, rotate in turning]
-        which = (other.method.policy, other.method.granularity, words)
-        refit = other.method.refit
-        other.session.known = self._known.setdefault(which, {})
-        if refit.changes:
-            other.session.aims = self._aims.setdefault((which, refit.queries, refit.behind), {})
+        known = self._known(other)
         rows, columns = self.ids.shape
-        other.begin_pass(rows, columns, None, self.ids)
+        other.begin_pass(Coming(rows, columns, None, self.ids), known)
         for index, call in enumerate(calls):
             other.session.absorb(index, call)
-        other.end_pass()
-        if other.session.probe_due:
-            self._probe(other)
-        other.session.known = other.session.aims = None
+        if other.end_pass():
+            self._probe(other, known)
         return other
+
+    def _known(self, other: Cache) -> Known:
+        """What earlier caches of the same policy came to."""
+        refit, words = other.method.refit, other.words != Words()
+        which = (other.method.policy, other.method.granularity, words)
+        statistics = self._statistics.setdefault(which, {})
+        if not refit.changes:
+            return Known(statistics)
+        same = (which, refit.queries, refit.behind)
+        return Known(statistics, self._aims.setdefault(same, {}))
 
     def unshared(self) -> "Recording":
         """The same pass with nothing kept of what policies observed: to time one by itself."""
-        return replace(self, _known={}, _aims={})
+        return replace(self, _statistics={}, _aims={})
 
     @property
     def observed(self) -> int:
         """How many observations of policies are kept for their other budgets."""
-        return sum(map(len, self._known.values()))
+        return sum(map(len, self._statistics.values()))
 
-    def _probe(self, other: Cache) -> None:
+    def _probe(self, other: Cache, known: Known) -> None:
         """Read the probe, or cut by what it found before."""
-        if not other.session.known or other.session.aims == {}:
-            if other.session.known:
-                other.session.known.clear()  # what is asked again is seen again
+        if not known.statistics or known.aims == {}:
+            known.statistics.clear()  # what is asked again is seen again
             with attach(self.model):
-                probe(self.model.get_decoder(), other)
+                probe(self.model.get_decoder(), other, known)
             return
-        rows = self.ids.shape[0]
-        other.session.begin_probe(0, None, [Probed(0, 0)] * rows, last=True)
+        nothing = [Probed(0, 0)] * self.ids.shape[0]
+        other.session.begin_probe(0, None, nothing, last=True, known=known)
         for index, call in enumerate(self.calls):
             other.session.absorb(index, call.without_tokens())
         other.session.end()
@@ -122,14 +124,13 @@ def record(
         hidden: keep what their attention received, too, for methods that read it.
         progress: told of every layer.
     """
-    cache, calls = Cache(model, "full"), {}
-    cache.session.tap = calls.__setitem__ if hidden else partial(_without_hidden, calls)
+    calls: dict[int, Call] = {}
+
+    def note(index: int, call: Call) -> None:
+        calls.setdefault(index, call if hidden else replace(call, hidden=None))
+
+    cache = Cache(model, "full", tap=note)
     with torch.no_grad(), attach(model), watched(model, cache, ids.shape[1], progress):
         logits = model(input_ids=ids, **passing(cache), logits_to_keep=1).logits[:, -1]
-    cache.session.tap = None
     handed = [calls[index] for index in sorted(calls)]
     return Recording(model, ids, logits, cache, handed, spans, words)
-
-
-def _without_hidden(calls: dict[int, Call], index: int, call: Call) -> None:
-    calls[index] = replace(call, hidden=None)

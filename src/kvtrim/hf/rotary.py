@@ -1,4 +1,9 @@
-"""Turning keys to other positions with the frequencies of the model's own rotary embedding."""
+"""The model's own rotary embedding: turning keys on by it, and lengths at which it changes.
+
+Models with long RoPE (Phi-3) turn keys by other frequencies above a length. Keys that were turned
+by one set do not go with queries turned by the other, and Phi-3's own `generate` throws its cache
+away at that length and reads everything again. So a cache stays on one side.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvtrim.errors import UnsupportedModelError
+from kvtrim.errors import CacheError, UnsupportedModelError
 from kvtrim.hf.models.architectures import SUPPORTED, layout
 from kvtrim.types import Float, Int, Tensor
 
@@ -53,15 +58,6 @@ def rotations(model: PreTrainedModel) -> list[Rotation]:
     return [_rotation(rotary, config, layer) for layer in plan.managed]
 
 
-def switch(model: PreTrainedModel) -> int | None:
-    """The length above which a model with long RoPE turns everything by other frequencies."""
-    config = model.config.get_text_config(decoder=True)
-    given = getattr(config, "rope_parameters", None) or {}
-    kinds = [given, *(each for each in given.values() if isinstance(each, dict))]
-    long = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
-    return min((int(kind["original_max_position_embeddings"]) for kind in long), default=None)
-
-
 def changes_with_length(model: PreTrainedModel) -> bool:
     """Whether the rotary frequencies depend on how long the input is by now."""
     rotary: Any = getattr(layout(model, allow_untested=True).decoder, "rotary_emb", None)
@@ -83,3 +79,64 @@ def _rotation(rotary: Any, config: Any, layer: int) -> Rotation:
             "method"
         )
     return Rotation(rotary, name)
+
+
+@dataclass
+class LongRope:
+    """On which side of the length at which frequencies change a cache was read."""
+
+    switch: int | None  # that length; None where there is none
+    beyond: bool | None = None  # None: nobody has said, as of a file or of several caches joined
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "LongRope":
+        """A cache of this model that has read nothing."""
+        config = model.config.get_text_config(decoder=True)
+        given = getattr(config, "rope_parameters", None) or {}
+        kinds = [given, *(each for each in given.values() if isinstance(each, dict))]
+        long = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
+        return cls(
+            min((int(kind["original_max_position_embeddings"]) for kind in long), default=None)
+        )
+
+    def enter(self, ends: list[int], read: list[int]) -> None:
+        """New tokens are coming that end at these positions; remembers their side.
+
+        Args:
+            read: where the tokens end that each prompt has read; empty if none were.
+
+        Raises:
+            CacheError: what is held was turned by the other frequencies.
+        """
+        if self.switch is not None:
+            if read:
+                self._require_one_side(self._was_beyond(max(ends), read), max(ends))
+            self.beyond = max(ends) > self.switch
+
+    def require_reach(self, first: int, end: int, read: list[int]) -> None:
+        """Refuse in advance what would begin with `first` tokens and go on to position `end`.
+
+        Raises:
+            CacheError: the frequencies would change on the way.
+        """
+        if self.switch is not None:
+            beyond = self._was_beyond(end, read) if read else first > self.switch
+            self._require_one_side(beyond, end)
+
+    def _was_beyond(self, end: int, read: list[int]) -> bool:
+        """Whether what is held was turned as beyond the switch."""
+        if self.beyond is not None or self.switch is None:
+            return bool(self.beyond)
+        sides = {at > self.switch for at in read}
+        return sides.pop() if len(sides) == 1 else not end > self.switch
+
+    def _require_one_side(self, beyond: bool, end: int) -> None:
+        switch = self.switch or 0
+        if (end > switch) != beyond:
+            held, coming = ("beyond", "below") if beyond else ("below", "beyond")
+            raise CacheError(
+                f"this model turns keys by other rotary frequencies from {switch:,} tokens on, "
+                f"and tokens {coming} that (up to {end:,}) do not go with a cache read {held} it; "
+                f"read everything in one pass of more than {switch:,} tokens (context and "
+                "question together), or stay below with a shorter context or fewer new tokens"
+            )

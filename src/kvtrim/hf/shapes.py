@@ -2,57 +2,69 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from transformers import PretrainedConfig
 
-from kvtrim.hf.cache import Cache
 from kvtrim.hf.models import fingerprint
+from kvtrim.methods.method import Method
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, tuple[torch.dtype, Shape]]
 
 
-def strange(cache: Cache, shapes: Shapes, session: Mapping[str, Any]) -> str | None:
+@dataclass(frozen=True)
+class Kind:
+    """What the caches of a model and a method have in common."""
+
+    config: PretrainedConfig
+    method: Method
+    managed: int  # layers that kvtrim holds
+    sliding: int  # and those that slide
+
+
+def strange(kind: Kind, shapes: Shapes, session: Mapping[str, Any]) -> str | None:
     """The first tensor that no cache of this model and method has, and its shape.
 
     Args:
-        cache: an empty one of the model and the method.
+        kind: of the cache that the file is meant for.
         shapes: type and shape of every tensor of the file.
         session: what the file says of the session.
     """
     lengths, seen = session.get("lengths"), session.get("seen")
     if not isinstance(lengths, list) or not all(type(one) is int for one in (*lengths, seen)):
         return "prompts without lengths"
-    known = _known(cache, lengths, cast(int, seen))
-    for name, (kind, shape) in shapes.items():
+    known = _known(kind, lengths, cast(int, seen))
+    for name, (number, shape) in shapes.items():
         fits = next((fits for what, fits in known.items() if re.fullmatch(what, name)), None)
-        if fits is None or not fits(kind, shape):
+        if fits is None or not fits(number, shape):
             return f"{name} of shape {list(shape)}"
     return None
 
 
 def _known(
-    cache: Cache, lengths: list[int], seen: int
+    of: Kind, lengths: list[int], seen: int
 ) -> dict[str, Callable[[torch.dtype, Shape], bool]]:
-    config = cast(Any, cache.model).config.get_text_config(decoder=True)
+    config = cast(Any, of.config).get_text_config(decoder=True)
     queries, shared, rows = config.num_attention_heads, config.num_key_value_heads, len(lengths)
-    heads = queries if cache.method.granularity == "query" else shared
+    heads = queries if of.method.granularity == "query" else shared
     most = sum(lengths) * heads
     names = ("qk_head_dim", "v_head_dim")  # where keys and values are of another width
     widths = {fingerprint.head_width(config), *(getattr(config, name, None) for name in names)}
 
-    def dense(of: int) -> Callable[[torch.dtype, Shape], bool]:
+    def dense(count: int) -> Callable[[torch.dtype, Shape], bool]:
         return lambda kind, shape: (
             kind.is_floating_point
             and len(shape) == 4
-            and shape[:2] == (rows, of)
+            and shape[:2] == (rows, count)
             and shape[2] <= seen
             and shape[3] in widths
         )
 
-    layer = rf"({'|'.join(str(index) for index in range(len(cache.managed)))})"
-    slides = rf"({'|'.join(str(index) for index in range(len(cache.stock_layers())))})"
+    layer = rf"({'|'.join(str(index) for index in range(of.managed))})"
+    slides = rf"({'|'.join(str(index) for index in range(of.sliding))})"
     return {
         "real|token_ids": lambda _, shape: len(shape) == 2 and shape[0] == rows,
         rf"layers\.{layer}\.length|share\.{layer}": lambda _, shape: shape == (rows, heads),

@@ -95,55 +95,6 @@ def ragged(
     )
 
 
-def probabilities(
-    queries: Float[Tensor, "B H Q D"],
-    keys: Float[Tensor, "T D"],
-    start: Int[Tensor, "B K"],
-    length: Int[Tensor, "B K"],
-    lse: Float[Tensor, "B H Q"],
-    scale: float,
-    softcap: float | None = None,
-    tiles: Tiles | None = None,
-) -> Float[Tensor, "G T"]:
-    """Attention that every slot received from the new queries, added up over them.
-
-    For methods that score while decoding (H2O, TOVA, ShotKV). Row g holds the g-th query head of
-    each slot's own KV head; slots that no head owns get 0. Arguments as `ragged`, and its `lse`.
-    """
-    start, length, tiles = _placed(queries.device, start, length, tiles)
-    heads, count, width = queries.shape[1:]
-    kv_heads = start.shape[1]
-    out = torch.zeros(heads // kv_heads, keys.shape[0], device=keys.device)
-    block = max(16, power_of_two(width))
-    with on(keys.device):
-        programs.received[(len(tiles.row),)](
-            queries,
-            keys,
-            start,
-            length,
-            tiles.row,
-            tiles.first,
-            lse.contiguous(),
-            out,
-            scale,
-            0.0 if softcap is None else softcap,
-            *queries.stride()[:3],
-            keys.stride(0),
-            kv_heads,
-            keys.shape[0],
-            COUNT=count,
-            GROUP=heads // kv_heads,
-            D=width,
-            BLOCK_D=block,
-            ROWS=max(16, power_of_two(heads // kv_heads)),
-            SIZE=tiles.size,
-            BLOCK_N=_slots_at_once(tiles.size, block, queries),
-            CAPPED=softcap is not None,
-            PRECISION=_precision(queries),
-        )
-    return out
-
-
 def _placed(
     device: torch.device, start: Tensor, length: Tensor, tiles: Tiles | None
 ) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B K"], Tiles]:

@@ -81,7 +81,7 @@ def choice(target: Target, aware: bool) -> Choice:
     )
 
 
-def resolved(method: Method, target: Target, aware: bool) -> tuple[Method, Choice | None]:
+def resolve(method: Method, target: Target, aware: bool) -> tuple[Method, Choice | None]:
     """A method made ready for a model, and what auto became if it was that.
 
     Raises:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from kvtrim.errors import UsageError
 from kvtrim.methods.budgets import Budget, Uniform
+from kvtrim.methods.keep import Keep
 from kvtrim.methods.policies.base import Policy
 from kvtrim.methods.propagation import Everything, Propagation
 from kvtrim.methods.ranges import Declared, Some, Tokens
@@ -60,6 +61,11 @@ class Method(Declared):
                 "a refit fits what stays to what the full cache answers at the original "
                 "positions: set chunks=false and positions=original, or refit=none"
             )
+        if self.schedule.ahead and self.policy.lookback():
+            raise UsageError(
+                f"ahead=True evicts before the new tokens' queries exist, and "
+                f"{type(self.policy).__name__} scores by queries; leave ahead=False"
+            )
         if self.propagation.narrows:
             self._require_narrowable()
         if self.schedule.chunks:
@@ -78,6 +84,16 @@ class Method(Declared):
                 f"{type(self.policy).__name__} chooses in two stages inside each head, which a "
                 "model-wide budget cannot do; use budget=uniform or budget=per-head"
             )
+
+    def require_room(self, keep: Keep) -> None:
+        """Refuse a number of tokens that leaves nothing to choose.
+
+        Raises:
+            BudgetError: it is below what the method always keeps.
+        """
+        if keep.kind == "tokens" and not self.budget.unlimited:
+            protected = self.policy.sinks + self.policy.recent(int(keep.amount))
+            keep.entries(prompt=protected + 1, protected=protected, entry_bytes=1)
 
     def _require_narrowable(self) -> None:
         """Refuse parts that expect every layer to read the whole prompt."""

@@ -37,17 +37,6 @@ from kvtrim.methods.policies.shotkv import ShotKV
 from kvtrim.methods.policies.snapkv import SnapKV
 from kvtrim.methods.policies.streaming_llm import StreamingLLM
 from kvtrim.methods.policies.tova import Tova
-from kvtrim.methods.presets import (
-    ADAKV_PRESETS,
-    CAKE_PRESETS,
-    CASCADE_PRESETS,
-    CURDKV_PRESETS,
-    H2O_PRESETS,
-    HEADKV_PRESETS,
-    KVPRESS_WINDOW,
-    SNAPKV_PRESETS,
-    UPSTREAM_DEFENSIVE,
-)
 from kvtrim.methods.propagation import Cascade, Restart, TokenSelective
 from kvtrim.methods.schedule import Schedule
 from kvtrim.methods.unit import Chunk, Shot
@@ -55,6 +44,34 @@ from kvtrim.methods.unit import Chunk, Shot
 _EVERY_STEP = Schedule(every=1)
 _BOUNDED = {"every": 1, "ahead": True}
 _GENERATED = Schedule(every=1, region="generated")
+_KVPRESS = {"window": 64, "kernel": 5, "pool": "avg", "rows": "mean", "group_order": "after"}
+_KVF = {"window": 8, "kernel": 7, "pool": "max"}
+_DEFENSIVE = {"among": "heads", "own": "before"}
+_CURDKV = {
+    "paper": {},
+    "authors": {"project": None, "local_window": 16, "padding": "front"},
+    "kvpress": {"project": None, "local_window": 16, "padding": "tail"},
+}
+_CAKE_TAUS = {  # tau1, tau2
+    "llama-3.1-8b-1024": (1.6, 0.4),
+    "llama-3.1-8b-128": (1.6, 0.6),
+    "mistral-7b-v0.3-1024": (0.8, 0.5),
+    "mistral-7b-v0.3-128": (1.0, 0.8),
+    "qwen2.5-7b-1024": (1.5, 0.6),
+    "qwen2.5-7b-128": (0.4, 0.6),
+    "llama-2-7b-1024": (1.9, 1.8),
+    "llama-2-7b-128": (0.9, 2.3),
+    "llama-2-13b-1024": (0.5, 0.4),
+    "llama-2-13b-128": (1.8, 2.0),
+}
+_CASCADE = {
+    "upstream": {"recent": 0.2, "decay": 0.9},
+    "upstream-13b": {"recent": 0.2, "decay": 0.8, "interval": 2},
+    "upstream-70b": {"recent": 0.2, "decay": 0.9, "interval": 3},
+    "fastkv-35": {"recent": 0.01, "decay": 0.01},
+    "fastkv-50": {"recent": 0.2, "decay": 0.3},
+    "fastkv-60": {"recent": 0.2, "decay": 0.7},
+}
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -96,7 +113,14 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2404.14469",
             use="The first to try: a question at the end of the prompt says what matters.",
             cost="Attention of the last window queries over the prompt, once per layer.",
-            presets=SNAPKV_PRESETS,
+            presets={
+                "upstream": {"granularity": "query"},
+                "kvf": {**_KVF, "granularity": "query"},
+                "kvf-kv": _KVF,
+                "fastkv-v1": {**_KVF, "pool": "avg", "granularity": "query"},
+                "fastkv-head": {**_KVF, "granularity": "query"},
+                "kvpress": _KVPRESS,
+            },
         ),
         "h2o": Method(
             H2O(),
@@ -104,7 +128,14 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2306.14048",
             use="Long generations under a fixed budget: what mattered to all tokens so far stays.",
             cost="A second pass of attention over the whole prompt, then one number per entry.",
-            presets=H2O_PRESETS,
+            presets={
+                "upstream-ratio": {"granularity": "query"},
+                "upstream-stream": {"heavy": 48, "positions": "rolled", "granularity": "query"},
+                "prefill": {"window": 8, "every": None},
+                "kvf": {"window": 8, "every": None, "granularity": "query"},
+                "fastkv": {"window": 8, "every": None, "granularity": "query"},
+                "observed": {"window": 0, "every": None, "per_query": True},
+            },
         ),
         "tova": Method(
             Tova(),
@@ -123,7 +154,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             presets={
                 "kvf": {"granularity": "query"},
                 "adakv": {"window": 32, "rounding": "adakv", "granularity": "query"},
-                "kvpress": {**KVPRESS_WINDOW, "rounding": "kvpress"},
+                "kvpress": {**_KVPRESS, "rounding": "kvpress"},
             },
         ),
         "adakv": Method(
@@ -132,7 +163,14 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2407.11550",
             use="As snapkv, where heads differ: focused heads lend entries to scattered ones.",
             cost="As snapkv, and one sort per layer; attention runs over heads of unequal length.",
-            presets=ADAKV_PRESETS,
+            presets={
+                "upstream": {"floor": 0.5, "granularity": "query"},
+                "upstream-gqa": {"floor": 0.2},
+                "kvf": {**_KVF, "normalize": True, "granularity": "query"},
+                "kvf-kv": {**_KVF, "normalize": True},
+                "fastkv-v1": {**_KVF, "pool": "avg", "granularity": "query"},
+                "kvpress": {**_KVPRESS, "rule": "floor"},
+            },
         ),
         "headkv": Method(
             SnapKV(window=8, rows="mean"),
@@ -140,7 +178,12 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2410.19258",
             use="Models with a measured table: heads that retrieve get the room.",
             cost="As snapkv; the table is measured once per model (`kvtrim calibrate heads`).",
-            presets=HEADKV_PRESETS,
+            presets={
+                "upstream": {"beta": 1.01, "granularity": "query"},
+                "fastkv-v1": {"pool": "avg", "granularity": "query"},
+                "kvf": {"beta": 1.01, "window_inside": False, "granularity": "query"},
+                "kvf-kv": {"beta": 1.01, "window_inside": False},
+            },
         ),
         "chunkkv": Method(
             SnapKV(kernel=1, group="sum"),
@@ -151,7 +194,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             presets={
                 "paper": {"granularity": "query", "reuse": 2},
                 "kvpress": {
-                    **KVPRESS_WINDOW,
+                    **_KVPRESS,
                     "group": "mean",
                     "chunk": 20,
                     "reduce": "mean",
@@ -167,7 +210,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             cost="As the scorer it wraps, and every value through every output projection.",
             presets={
                 "ada": {"budget": "per-head", "rule": "floor"},
-                "kvpress": {**KVPRESS_WINDOW, "count_protected": True},
+                "kvpress": {**_KVPRESS, "count_protected": True},
             },
         ),
         "defensivekv": Method(
@@ -176,7 +219,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2510.13334",
             use="As adakv, where one query of the window may ask for what no other does.",
             cost="As snapkv without its sums, one sort per head, and every value through W_O.",
-            presets={"upstream": UPSTREAM_DEFENSIVE},
+            presets={"upstream": _DEFENSIVE},
         ),
         "layer-defensivekv": Method(
             Defensive(),
@@ -184,7 +227,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2510.13334",
             use="As defensivekv; layers compete as well as heads.",
             cost="As defensivekv, and one pool of scores for the model.",
-            presets={"upstream": UPSTREAM_DEFENSIVE},
+            presets={"upstream": _DEFENSIVE},
         ),
         "laprox": Method(
             LaProx(),
@@ -269,7 +312,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             presets={
                 "prefill": {"every": None},
                 "upstream": {"spread": False},
-                **CAKE_PRESETS,
+                **{name: {"tau1": one, "tau2": two} for name, (one, two) in _CAKE_TAUS.items()},
             },
         ),
         "curdkv": Method(
@@ -277,7 +320,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2509.15038",
             use="Contexts compressed before any question is known: no attention is needed.",
             cost="Two random projections per entry; no queries, no attention.",
-            presets=CURDKV_PRESETS,
+            presets=_CURDKV,
         ),
         "ada-curdkv": Method(
             CurDKV(),
@@ -285,7 +328,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2509.15038",
             use="As curdkv, where heads differ in how much of their energy is concentrated.",
             cost="As curdkv, and one sort per layer; attention runs over heads of unequal length.",
-            presets=CURDKV_PRESETS,
+            presets=_CURDKV,
         ),
         "keydiff": Method(
             KeyDiff(),
@@ -347,7 +390,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2405.12532",
             use="Budgets of a third of the prompt or more, with a prefill that gets faster.",
             cost="Attention of the prompt's last tokens, once per layer; layers read ever less.",
-            presets=CASCADE_PRESETS,
+            presets=_CASCADE,
         ),
     }
 )

@@ -3,6 +3,7 @@
 from kvtrim.prompts.prompt import (
     Frame,
     Prompt,
+    Template,
     Words,
     cut_middle,
     encode,
@@ -17,6 +18,7 @@ from kvtrim.prompts.prompt import (
 __all__ = [
     "Frame",
     "Prompt",
+    "Template",
     "Words",
     "cut_middle",
     "encode",

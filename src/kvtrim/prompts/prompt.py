@@ -78,6 +78,18 @@ class Frame:
 
 
 @dataclass(frozen=True)
+class Template:
+    """Which frame was asked for, so that later questions get the same one."""
+
+    chat: bool | None = None  # None: the chat template where there is one
+    system: str | None = None
+
+    def frame(self, tokenizer: Any) -> Frame:
+        """The text around a context and a question. Raises as `frame`."""
+        return frame(tokenizer, self.chat, self.system)
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A context and a question, or one of them alone, as token ids with their named parts."""
 

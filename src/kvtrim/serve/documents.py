@@ -9,9 +9,8 @@ from typing import Any
 from kvtrim.api import compress
 from kvtrim.cache import archive
 from kvtrim.errors import CacheError, CacheFileError, FileError
-from kvtrim.hf.cache import Cache
+from kvtrim.hf.cache import Cache, load_cache
 from kvtrim.hf.models import fingerprint
-from kvtrim.hf.saving import load_cache
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.settings import places
 from kvtrim.prompts.document import Document
@@ -181,7 +180,7 @@ def load(
 def verify(library: Library, entry: Entry) -> str | None:
     """What is wrong with a document's files; None if they are as they were written."""
     try:
-        record = archive.opened(library.cache_path(entry))
+        record = archive.open_archive(library.cache_path(entry))
         record.read()
         library.text(entry)
     except (CacheFileError, FileError) as error:

@@ -218,9 +218,9 @@ def answering(
     Attention is per managed layer, over the prompt and the tokens before. The model must be
     attached.
     """
-    cache, calls = Cache(model, "full"), {}
+    calls: dict[int, Call] = {}
+    cache = Cache(model, "full", tap=calls.__setitem__)
     read(model, torch.tensor([list(ids[:-1])], device=model.device), cache)
-    cache.session.tap = calls.__setitem__
     token = ids[-1]
     for _ in range(most):
         fed = torch.tensor([[token]], device=model.device)

@@ -42,6 +42,7 @@ from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.keyword import passing
 from kvtrim.hf.models import fingerprint
+from kvtrim.hf.models.architectures import layout
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.policies import ops
 from kvtrim.methods.propagation import TokenSelective
@@ -292,13 +293,17 @@ def full_prefill(
 
     The model must be attached.
     """
-    cache, method, looked = Cache(model, "full"), find(METHOD, tokens=tokens), Looked([], [])
+    method, looked, managed = (
+        find(METHOD, tokens=tokens),
+        Looked([], []),
+        layout(model, True).managed,
+    )
     policy, slots = method.policy, ids.shape[1]
 
     def look(index: int, call: Call) -> None:
         view = LayerView(
             index=index,
-            layers=len(cache.managed),
+            layers=len(managed),
             keep=slots,
             tokens=slots,
             queries=call.queries[:, :, -policy.lookback() :],
@@ -312,8 +317,7 @@ def full_prefill(
         looked.chosen.append(torch.arange(slots) if chosen is None else chosen[0].cpu())
         looked.weights.append(ops.attention(view).double().mean(dim=(0, 1, 2)).cpu())
 
-    cache.session.tap = look
-    return _final(model, ids, cache), looked
+    return _final(model, ids, Cache(model, "full", tap=look)), looked
 
 
 def narrowed_prefill(

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from kvtrim.hf.base import BaseCache
 from kvtrim.hf.batch import join, positions
-from kvtrim.hf.cache import Cache
 from kvtrim.hf.keyword import passing
 from kvtrim.types import Float, Int, Tensor
 
@@ -22,7 +22,7 @@ _MORE = 8  # tokens looked at behind the longest stop string
 class Branch:
     """Caches after one prompt, as one batch, and what they make of its end."""
 
-    cache: Cache
+    cache: BaseCache
     logits: Float[Tensor, "R V"]  # of the token that comes next
     full: bool = False  # the first row is the full cache, from which divergence is counted
 
@@ -62,7 +62,7 @@ class Answer:
 
 
 def branched(
-    model: Any, caches: Sequence[Cache], logits: Sequence[Tensor], lead: list[int], tokens: int
+    model: Any, caches: Sequence[BaseCache], logits: Sequence[Tensor], lead: list[int], tokens: int
 ) -> Branch:
     """Read what follows a compressed context, in one pass for all caches.
 
@@ -172,7 +172,9 @@ def _without_ends(
     return logits
 
 
-def _fed(model: Any, cache: Cache, ids: Int[Tensor, "R Q"], keep: int) -> Float[Tensor, "R Q V"]:
+def _fed(
+    model: Any, cache: BaseCache, ids: Int[Tensor, "R Q"], keep: int
+) -> Float[Tensor, "R Q V"]:
     """Logits of the last `keep` of these tokens (0: of all of them)."""
     at = positions(cache, ids.shape[1]).to(ids.device)
     with torch.no_grad():

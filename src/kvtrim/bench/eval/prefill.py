@@ -99,9 +99,9 @@ class Prefill:
             cell.keep or 1,
             prompt_tokens=tokens,
             spans=self._spans,
+            words=self._words,
             **cell.settings,
         )
-        cache.words = self._words
         logits = read_prompt(self._model, self._ids, cache, self._chunk)
         times = {"prefill_s": self._now() - start, "evict_s": None}
         return Ready(cell, cache, logits[0], held(cache), times)

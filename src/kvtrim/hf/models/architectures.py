@@ -47,6 +47,7 @@ class Layout:
     attention: list[torch.nn.Module]  # one module per decoder layer
     query_heads: int
     managed: list[int]  # layers that attend to everything; the others slide and are left alone
+    around: list[torch.nn.Module]  # that the decoder is a part of, where they read images as well
 
 
 def layout(model: PreTrainedModel, allow_untested: bool = False) -> Layout:
@@ -78,7 +79,20 @@ def layout(model: PreTrainedModel, allow_untested: bool = False) -> Layout:
             f"{type(model).__name__}: cannot find one attention module "
             "with a layer_idx per decoder layer"
         )
-    return Layout(decoder, blocks, attention, config.num_attention_heads, _managed(config))
+    heads, managed = config.num_attention_heads, _managed(config)
+    return Layout(decoder, blocks, attention, heads, managed, _around(model, decoder))
+
+
+def _around(model: PreTrainedModel, decoder: torch.nn.Module) -> list[torch.nn.Module]:
+    """The outer modules of an image-text model; none in a text model."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return []
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [
+        module
+        for module in inner
+        if module is not decoder and any(part is decoder for part in module.modules())
+    ]
 
 
 def _attention_in(block: torch.nn.Module) -> list[torch.nn.Module]:

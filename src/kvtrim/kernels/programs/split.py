@@ -1,4 +1,4 @@
-"""The Triton programs behind `split`: tiles of runs, their merger, what slots received."""
+"""The Triton programs behind `split`: tiles of runs, and their merger."""
 
 import triton
 import triton.language as tl
@@ -114,58 +114,3 @@ def merge(
     tl.store(out + place * E + e, (mixed / some).to(out.dtype.element_ty), mask=e < E)
     found = tl.where(total == 0.0, float("-inf"), (top + tl.log2(some)) * 0.6931471805599453)
     tl.store(lse + place + tl.arange(0, 1), found)
-
-
-@triton.jit
-def received(
-    queries,
-    keys,
-    start,
-    length,
-    tile_row,
-    tile_first,
-    lse,
-    out,
-    scale,
-    cap,
-    q_prompt,
-    q_head,
-    q_token,
-    k_slot,
-    kv_heads,
-    all_slots,
-    COUNT: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One tile: what its slots received from each query head, added up over the new tokens."""
-    row, held, first, begin, end = stretch(tile_row, tile_first, start, length, SIZE)
-    prompt = (row // kv_heads).to(tl.int64)
-    g = tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
-    used = g < GROUP
-    head = row // kv_heads * kv_heads * GROUP + row % kv_heads * GROUP + g
-    at = prompt * q_prompt + (row % kv_heads * GROUP + g) * q_head
-    for low in range(begin, end, BLOCK_N):
-        slots = low + tl.arange(0, BLOCK_N)
-        key = keys_at(keys + first * k_slot, slots, end, k_slot, D, BLOCK_D)
-        received = tl.zeros([ROWS, BLOCK_N], tl.float32)
-        for i in range(COUNT):
-            q = tl.load(
-                queries + at[:, None] + i * q_token + d[None, :],
-                mask=used[:, None] & (d < D)[None, :],
-                other=0,
-            )
-            seen = tl.zeros([ROWS], tl.int32) + (held - COUNT + 1 + i)
-            seeing = logits(q, key, slots, seen, end, scale, cap, CAPPED, PRECISION)
-            norm = tl.load(lse + head * COUNT + i, mask=used, other=float("inf"))
-            norm = tl.where(norm == float("-inf"), float("inf"), norm * 1.4426950408889634)
-            received += tl.exp2(seeing - norm[:, None])
-        place = g[:, None].to(tl.int64) * all_slots + (first + slots)[None, :]
-        tl.store(out + place, received, mask=used[:, None] & (slots < end)[None, :])

@@ -1,10 +1,11 @@
-"""Attention of new queries over a store, by the implementation asked for."""
+"""Attention of new queries over a layer's entries: here, and only here, its way is chosen."""
 
-from kvtrim.cache.store import BIAS, LayerStore
+from typing import Protocol, runtime_checkable
+
 from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.kernels import reference, sdpa
 from kvtrim.kernels.available import FORMATS, MOST_QUERIES, WIDEST, obstacle, require_triton
-from kvtrim.types import Float, Tensor
+from kvtrim.types import Counts, Float, Tensor
 
 IMPLS = ("auto", "reference", "sdpa", "triton", "varlen")
 """What `impl` may be.
@@ -13,6 +14,31 @@ IMPLS = ("auto", "reference", "sdpa", "triton", "varlen")
 slow and exact; "varlen" is torch's FlashAttention on CUDA. A prompt that is read at once, with
 nothing before it, goes through sdpa under every name but "reference".
 """
+
+
+BIAS = "bias"
+"""The column of what is added to each entry's logit, where entries were refitted."""
+
+
+@runtime_checkable
+class Entries(Protocol):
+    """What attention asks of a layer's store: a run of slots for each (prompt, KV head)."""
+
+    buffers: dict[str, Tensor]  # "keys" [T, D], "values" [T, E], and columns [T]
+    start: Counts
+    length: Counts
+    width: int | None  # entries per head, where all heads hold the same number
+
+    def keys_and_values(self) -> tuple[Float[Tensor, "B K S D"], Float[Tensor, "B K S E"]]:
+        """K and V where all heads hold the same number."""
+        ...
+
+    def column(self, name: str) -> Float[Tensor, "B K S"]:
+        """One number per entry."""
+        ...
+
+    def settle(self) -> None:
+        """From here on `buffers` hold the entries."""
 
 
 def require_known(impl: str) -> None:
@@ -25,7 +51,7 @@ def require_known(impl: str) -> None:
         raise UnknownNameError("attention implementation", impl, IMPLS)
 
 
-def chosen(impl: str, queries: Float[Tensor, "B H Q D"], slots: int, values: Tensor) -> str:
+def choose(impl: str, queries: Float[Tensor, "B H Q D"], slots: int, values: Tensor) -> str:
     """The implementation that attends these queries to so many slots of the longest head."""
     if impl == "reference":
         return impl
@@ -40,7 +66,7 @@ def chosen(impl: str, queries: Float[Tensor, "B H Q D"], slots: int, values: Ten
 
 def attend(
     queries: Float[Tensor, "B H Q D"],
-    store: LayerStore,
+    store: Entries,
     scale: float,
     softcap: float | None = None,
     impl: str = "auto",
@@ -52,13 +78,13 @@ def attend(
     """
     name = "sdpa"
     if queries.is_cuda or impl not in ("auto", "sdpa"):
-        name = chosen(impl, queries, int(store.length.max()), store.values)
+        name = choose(impl, queries, int(store.length.max()), store.buffers["values"])
     bias = store.buffers.get(BIAS)
     if name == "sdpa" and store.width is not None:
         own = None if bias is None else store.column(BIAS)
         return sdpa.dense(queries, *store.keys_and_values(), scale, softcap, own)
     store.settle()
-    run = store.keys, store.values, store.start, store.length
+    run = store.buffers["keys"], store.buffers["values"], store.start, store.length
     if name == "triton":
         require_triton(queries.device)
         from kvtrim.kernels import split

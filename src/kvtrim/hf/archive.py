@@ -1,7 +1,9 @@
-"""Saving a cache to a file, and loading it for the same model."""
+"""A cache in a file: what is written of it, and what is believed of it when it is read."""
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,39 +12,56 @@ from transformers import PreTrainedModel
 
 from kvtrim.cache import archive as archives
 from kvtrim.engine import persist
+from kvtrim.engine.session import Session
 from kvtrim.errors import CacheError, CacheFileError
 from kvtrim.hf import shapes
-from kvtrim.hf.cache import Cache
 from kvtrim.hf.models import fingerprint
 from kvtrim.hf.models.architectures import layout
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method
 from kvtrim.methods.registry import METHODS
+from kvtrim.methods.request import Request
+from kvtrim.prompts import Template
+from kvtrim.types import Float, Int, Tensor
 from kvtrim.version import VERSION
 
 _SHOWN = 4  # differences that a message lists
 
 
-def save(cache: Cache, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
+@dataclass(frozen=True)
+class Made:
+    """What a file holds of a cache beside its session."""
+
+    request: Request
+    template: Template | None
+    token_ids: Int[Tensor, "B seen"] | None
+    sliding: Sequence[tuple[Float[Tensor, "B K S D"], Float[Tensor, "B K S D"]]]
+
+
+def write(
+    path: str | os.PathLike[str],
+    model: PreTrainedModel,
+    session: Session,
+    made: Made,
+    tokenizer: Any = None,
+) -> None:
     """Write all that a cache needs to go on: entries, positions, tokens, method, fingerprint.
 
     Args:
-        cache: one that has read at least a prompt.
         path: the file; replaced only when the new one is complete.
+        session: one that has read at least a prompt.
         tokenizer: if given, its fingerprint is stored too and checked on loading.
 
     Raises:
         CacheError: there is nothing to save, or the method cannot be named in a file.
         CacheFileError: the file cannot be written.
     """
-    model = cache.model
-    if model is None:
-        raise CacheError("the model of this cache is gone, so its fingerprint cannot be stored")
-    tensors, state = persist.export(cache.session)
-    for index, layer in enumerate(cache.stock_layers()):
-        tensors |= {f"sliding.{index}.keys": layer.keys, f"sliding.{index}.values": layer.values}
-    if cache.token_ids is not None:
-        tensors["token_ids"] = cache.token_ids
+    tensors, state = persist.export(session)
+    for index, (keys, values) in enumerate(made.sliding):
+        tensors |= {f"sliding.{index}.keys": keys, f"sliding.{index}.values": values}
+    if made.token_ids is not None:
+        tensors["token_ids"] = made.token_ids
+    template, keep = made.template, made.request.keep
     record = {
         "versions": {
             "kvtrim": VERSION,
@@ -51,60 +70,77 @@ def save(cache: Cache, path: str | os.PathLike[str], tokenizer: Any = None) -> N
         },
         "model": fingerprint.complete(model),
         "tokenizer": None if tokenizer is None else fingerprint.of_tokenizer(tokenizer),
-        "keep": [cache.keep.kind, cache.keep.amount],
-        "prompt": cache.prompt,
+        "keep": [keep.kind, keep.amount],
+        "prompt": {} if template is None else vars(template),
         "session": state,
-        **_request(cache),
+        **_words(made.request),
     }
     archives.write(path, tensors, record)
 
 
-def load_cache(
-    path: str | os.PathLike[str],
-    model: PreTrainedModel,
-    tokenizer: Any = None,
-    method: str | Method | None = None,
-) -> Cache:
-    """A saved cache, for the model that filled it.
+@dataclass(frozen=True)
+class Saved:
+    """A file whose record is that of a cache of this model; its tensors are yet to be read."""
 
-    Args:
-        path: the file.
-        model: with exactly the weights and the configuration of the model that filled it.
-        tokenizer: if given, and one was given to `save`, it must be the same.
-        method: needed where a method of your own made the cache: the same `module:NAME`, or the
-            `Method`. A file never decides what is imported.
+    path: str | os.PathLike[str]
+    archive: archives.Archive
+    request: Request
+    template: Template | None
 
-    Raises:
-        CacheFileError: no such file; truncated, altered or inconsistent; of another model, number
-            format, RoPE, tokenizer or method; or of another version of the format.
-    """
-    archive = archives.opened(path)
-    record = archive.record
-    _require_fields(path, record)
-    _require_same(path, record, model, tokenizer)
-    cache = Cache(
-        model,
-        _method(path, record["method"], method),
-        _keep(path, record["keep"]),
-        prompt_tokens=record["session"].get("prompt_tokens"),
-        **{name: _tuples(value) for name, value in record["settings"].items()},
-    )
-    cache.request = (record["method"] if method is None else method, record["settings"])
-    strange = shapes.strange(cache, archive.shapes, record["session"])
-    if strange:
-        raise CacheFileError(f"{path} holds what no cache of this model does: {strange}")
-    tensors = archive.read()
-    devices = [next(layout(model, True).attention[i].parameters()).device for i in cache.managed]
-    persist.restore(cache.session, tensors, record["session"], devices)
-    cache.token_ids = _token_ids(path, tensors.get("token_ids"), cache)
-    cache.prompt = record["prompt"]
-    for index, layer in enumerate(cache.stock_layers()):
-        keys, values = (
-            tensors[f"sliding.{index}.{name}"].to(model.device) for name in ("keys", "values")
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel,
+        tokenizer: Any,
+        method: str | Method | None,
+    ) -> "Saved":
+        """Args and errors as `kvtrim.load_cache`."""
+        archive = archives.open_archive(path)
+        record = archive.record
+        _require_fields(path, record)
+        _require_same(path, record, model, tokenizer)
+        settings = {name: _tuples(value) for name, value in record["settings"].items()}
+        named, keep = _method(path, record["method"], method), _keep(path, record["keep"])
+        request = Request.of(named, keep, settings)
+        template = Template(**record["prompt"]) if record["prompt"] else None
+        return cls(path, archive, request, template)
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Columns of the prompt, if it came in several passes."""
+        return self.archive.record["session"].get("prompt_tokens")
+
+    def restore(
+        self, session: Session, model: PreTrainedModel, managed: list[int], sliding: int
+    ) -> Made:
+        """Bring a new session of this request into the saved state.
+
+        Args:
+            managed: the layers that it holds.
+            sliding: how many layers slide.
+
+        Raises:
+            CacheFileError: the file holds what no cache of this model and method does.
+        """
+        record = self.archive.record["session"]
+        strange = shapes.strange(
+            shapes.Kind(model.config, session.method, len(managed), sliding),
+            self.archive.shapes,
+            record,
         )
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values, layer.cumulative_length = keys, values, cache.seen
-    return cache
+        if strange:
+            raise CacheFileError(f"{self.path} holds what no cache of this model does: {strange}")
+        tensors = self.archive.read()
+        devices = [next(layout(model, True).attention[i].parameters()).device for i in managed]
+        persist.restore(session, tensors, record, devices)
+        ids = _token_ids(self.path, tensors.get("token_ids"), model, session)
+        keys, values = (
+            [tensors[f"sliding.{n}.{name}"].to(model.device) for n in range(sliding)]
+            for name in ("keys", "values")
+        )
+        slides = list(zip(keys, values, strict=True))
+        return Made(self.request, self.template, ids, slides)
 
 
 def _require_fields(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
@@ -156,19 +192,19 @@ def _method(path: str | os.PathLike[str], named: str, given: str | Method | None
 
 
 def _token_ids(
-    path: str | os.PathLike[str], ids: torch.Tensor | None, cache: Cache
-) -> torch.Tensor | None:
-    if ids is None or cache.model is None:
+    path: str | os.PathLike[str], ids: Tensor | None, model: PreTrainedModel, session: Session
+) -> Tensor | None:
+    if ids is None:
         return None
-    embeddings: Any = cache.model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     words = embeddings.weight.shape[0]
     fits = ids.dtype == torch.int64 and list(ids.shape) == [
-        len(cache.session.state.reading.lengths),
-        cache.seen,
+        len(session.state.reading.lengths),
+        session.seen,
     ]
     if not fits or int(ids.min()) < 0 or int(ids.max()) >= words:
         raise CacheFileError(f"{path} holds tokens that are none of this model's")
-    return ids.to(cache.model.device)
+    return ids.to(model.device)
 
 
 def _require_same(
@@ -189,11 +225,10 @@ def _require_same(
         raise CacheFileError(f"{path} was made with another tokenizer or chat template")
 
 
-def _request(cache: Cache) -> dict[str, Any]:
+def _words(request: Request) -> dict[str, Any]:
     """The method as it was asked for, if a file can say it."""
-    method, settings = cache.request
     try:
-        return json.loads(json.dumps({"method": method, "settings": settings}))
+        return json.loads(json.dumps({"method": request.named, "settings": request.settings}))
     except TypeError:
         raise CacheError(
             "this cache's method was built from Python objects, which a file cannot name; "
