@@ -17,7 +17,7 @@ from kvtrim.methods.budgets import (
     WholeHeads,
 )
 from kvtrim.methods.method import Method
-from kvtrim.methods.policies.cake import Cake
+from kvtrim.methods.policies.cake import TAUS, Cake
 from kvtrim.methods.policies.circuitkv import CircuitKV
 from kvtrim.methods.policies.critical import Critical
 from kvtrim.methods.policies.curdkv import CurDKV
@@ -51,18 +51,6 @@ _CURDKV = {
     "paper": {},
     "authors": {"project": None, "local_window": 16, "padding": "front"},
     "kvpress": {"project": None, "local_window": 16, "padding": "tail"},
-}
-_CAKE_TAUS = {  # tau1, tau2
-    "llama-3.1-8b-1024": (1.6, 0.4),
-    "llama-3.1-8b-128": (1.6, 0.6),
-    "mistral-7b-v0.3-1024": (0.8, 0.5),
-    "mistral-7b-v0.3-128": (1.0, 0.8),
-    "qwen2.5-7b-1024": (1.5, 0.6),
-    "qwen2.5-7b-128": (0.4, 0.6),
-    "llama-2-7b-1024": (1.9, 1.8),
-    "llama-2-7b-128": (0.9, 2.3),
-    "llama-2-13b-1024": (0.5, 0.4),
-    "llama-2-13b-128": (1.8, 2.0),
 }
 _CASCADE = {
     "upstream": {"recent": 0.2, "decay": 0.9},
@@ -312,7 +300,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             presets={
                 "prefill": {"every": None},
                 "upstream": {"spread": False},
-                **{name: {"tau1": one, "tau2": two} for name, (one, two) in _CAKE_TAUS.items()},
+                **{name: {"tau1": one, "tau2": two} for name, (one, two) in TAUS.items()},
             },
         ),
         "curdkv": Method(
