@@ -191,7 +191,7 @@ def generate(
         protocol = AWARE if len(questions) == 1 else AGNOSTIC
     if protocol not in (AWARE, AGNOSTIC):
         raise UsageError(f"unknown protocol {protocol!r}; use {AWARE!r} or {AGNOSTIC!r}")
-    request.method.schedule.require_passes(prefill_chunk)
+    request.method.require_passes(prefill_chunk)
     template = Template(chat, system)
     around = template.frame(tokenizer)
     follow = [encode_question(tokenizer, around, text) for text in questions]
@@ -232,7 +232,7 @@ def compress(
     question)`, save it with `cache.save(path)`.
     """
     request = Request.of(method, keep, settings)
-    request.method.schedule.require_passes(prefill_chunk)
+    request.method.require_passes(prefill_chunk)
     template = Template(chat, system)
     around = template.frame(tokenizer)
     prompt = fit_context(tokenizer, around, context, window(model) - 1, truncate)

@@ -132,7 +132,7 @@ def require_chunks(cells: Sequence[Candidate], prefill_chunk: int | None) -> Non
     """
     own = [find(cell.method, **cell.settings) for cell in cells if cell.method != PLAIN]
     for method in own:
-        method.schedule.require_passes(prefill_chunk)
+        method.require_passes(prefill_chunk)
     if prefill_chunk is not None and not any(method.schedule.chunks for method in own):
         raise UsageError(
             "--prefill-chunk changes no score of methods that are cut at the end of the prompt; "

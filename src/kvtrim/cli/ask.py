@@ -73,8 +73,8 @@ def ask(
         raise UsageError("--json is one object at the end; leave --stream or --json out")
     request = options.request(method, keep, set_, protocol, truncate, prefill_chunk)
     sampling = options.sampling(temperature, top_p, seed)
-    own = options.library_in(library)
-    if name is not None:
+    own = None if name is None else options.library_in(library)
+    if own is not None and name is not None:
         own.get(name)
     ready = cache is not None or name is not None
     text = None if ready else options.read_document(document, shots_separator)
@@ -83,7 +83,7 @@ def ask(
     from kvtrim.hf.cache import load_cache
 
     given: Any = text if cache is None else load_cache(cache, loaded, tokenizer, named)
-    if name is not None:
+    if own is not None and name is not None:
         from kvtrim.serve import documents
 
         prints = documents.Prints.of(model, loaded, tokenizer)

@@ -262,7 +262,7 @@ def request(
     require_choice("--protocol", protocol, PROTOCOLS)
     require_choice("--truncate", truncate, TRUNCATE)
     found = Request.of(method, keep, parse_settings(pairs))
-    found.method.schedule.require_passes(prefill_chunk)
+    found.method.require_passes(prefill_chunk)
     return found
 
 

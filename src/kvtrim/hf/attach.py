@@ -120,11 +120,12 @@ class Attachment:
                 "a kvtrim cache has no attention weights to hand out; leave out "
                 "output_attentions, or use an ordinary cache and attn_implementation='eager'"
             )
-        ids, embedded = kwargs.get("input_ids"), embedded_ids(cache)
+        ids = kwargs.get("input_ids")
         rows, columns = (ids if ids is not None else kwargs["inputs_embeds"]).shape[:2]
         mask, first = padding(kwargs.get("attention_mask")), cache.seen == 0
         cache.rope.enter(_ends(cache, kwargs, columns), [] if first else cache.ends)
-        ids, prompt = embedded if ids is None else ids, _in_chunks() if first else None
+        ids = embedded_ids(cache) if ids is None else ids
+        prompt = _in_chunks() if first else None
         cache.begin_pass(Coming(rows, columns, mask, ids, prompt))
         given = {**kwargs, "attention_mask": mask}
         part = None if cache.counts_steps else restart(self.layout, cache, given)

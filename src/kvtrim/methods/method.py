@@ -95,6 +95,18 @@ class Method(Declared):
             protected = self.policy.sinks + self.policy.recent(int(keep.amount))
             keep.entries(prompt=protected + 1, protected=protected, entry_bytes=1)
 
+    def require_passes(self, prefill_chunk: int | None) -> None:
+        """Refuse to evict after every chunk of a prompt that is read in one pass.
+
+        Raises:
+            UsageError: `chunks` without a prefill chunk.
+        """
+        if self.schedule.chunks and prefill_chunk is None:
+            raise UsageError(
+                "chunks=true evicts after every chunk of the prompt, which is read in one pass: "
+                "give a prefill chunk too (prefill_chunk=512, --prefill-chunk 512)"
+            )
+
     def _require_narrowable(self) -> None:
         """Refuse parts that expect every layer to read the whole prompt."""
         if self.policy.probes or self.reuse > 1:

@@ -47,18 +47,6 @@ class Schedule(Declared):
         if generated and self.chunks:
             raise UsageError("region=generated keeps whole parts of the prompt; set chunks=false")
 
-    def require_passes(self, prefill_chunk: int | None) -> None:
-        """Refuse to evict after every chunk of a prompt that is read in one pass.
-
-        Raises:
-            UsageError: `chunks` without a prefill chunk.
-        """
-        if self.chunks and prefill_chunk is None:
-            raise UsageError(
-                "chunks=true evicts after every chunk of the prompt, which is read in one pass: "
-                "give a prefill chunk too (prefill_chunk=512, --prefill-chunk 512)"
-            )
-
     def __str__(self) -> str:
         if self.every is None:
             return "after every chunk of the prompt" if self.chunks else "end of prompt"
