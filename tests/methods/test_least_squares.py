@@ -152,14 +152,14 @@ def test_weights_are_the_nonnegative_ones_of_least_squares():
     from kvtrim.methods.refit.least_squares import _nonnegative
 
     draw = torch.Generator().manual_seed(4)
-    shares = torch.rand(1, 30, 2, generator=draw) * torch.tensor([1.0, 0.05])
+    shares = torch.rand(30, 2, generator=draw) * torch.tensor([1.0, 0.05])
     for ridge in (1e-4, 0.1, 3.0):
-        found = _nonnegative(shares, torch.ones(1, 2, dtype=torch.bool), (ridge, 9.0))[0, :, 0]
-        unit = ridge * shares.square().sum(dim=1).mean()
+        found = _nonnegative(shares, (ridge, 9.0))[:, 0]
+        unit = ridge * shares.square().sum(dim=0).mean()
 
         def cost(weight, unit=unit):
             weight = torch.tensor(weight)
-            return float(((shares[0] @ weight - 1) ** 2).sum() + unit * ((weight - 1) ** 2).sum())
+            return float(((shares @ weight - 1) ** 2).sum() + unit * ((weight - 1) ** 2).sum())
 
         grid = [x / 20 for x in range(80)]
         best = min(cost(pair) for pair in itertools.product(grid, grid))

@@ -28,6 +28,8 @@ _RUN, _OUT_OF = 8, 5  # of every 5 runs of 8 queries one is held out
 _AT_ONCE = 128  # queries whose weights over the full cache exist at once
 _STEPS = 12  # of the projected gradient
 _LEAST = 1e-4  # smallest weight of an entry
+_PULLS = (0.003, 0.03, 0.3)  # ridges of the weights, to choose from
+_ROUNDING = 1e-4  # of what is missing, as a share
 
 Queries = Annotated[int, Range(_RUN * _OUT_OF)]
 """So many that some are held out."""
@@ -36,9 +38,9 @@ Queries = Annotated[int, Range(_RUN * _OUT_OF)]
 @dataclass(frozen=True)
 class LeastSquares(Refit):
     bias: bool = False  # entries get a weight too, added to their logits as its log
-    queries: Queries = 512  # reference queries per KV head, its query heads taken together
+    queries: Queries = 384  # reference queries per KV head, its query heads taken together
     behind: Tokens = 64  # positions behind the prompt that its own queries are turned to
-    ridges: tuple[Positive, ...] = (0.003, 0.03, 0.3)  # tried, shares of the Gram's mean diagonal
+    ridges: tuple[Positive, ...] = (0.01, 0.1)  # tried, shares of the Gram's mean diagonal
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,60 +60,57 @@ class LeastSquares(Refit):
         scale: float,
         softcap: float | None,
     ) -> Refitted:
-        """See `Refit.fitted`; in fp32, all heads in one batch."""
-        slots = torch.arange(keys.shape[1]) < lengths[0][:, None]
-        inside = slots.to(keys.device)  # [K, S]
-        logits = _logits(aim.queries.float(), keys.float(), scale, softcap)
-        logits = logits.masked_fill(~inside[:, None], -torch.inf)
-        old = values.float().masked_fill(~inside[..., None], 0)
-        held_out = _held_out(logits.shape[1], logits.device)
-        plain = _errors(aim.out - logits.softmax(dim=-1) @ old, held_out)
-        bias = None
-        if self.bias:
-            bias = self._bias((logits - aim.lse[..., None]).exp(), inside, held_out)
-            logits = logits + bias[:, None]
-        new, errors = self._values(logits.softmax(dim=-1), aim.out, old, inside, held_out)
-        worse = errors > plain  # only biases can be the reason
-        new = torch.where(worse[:, None, None], old, new)
-        if bias is not None:
-            bias = bias.masked_fill(worse[:, None], 0)
-        return Refitted(new.to(values.dtype), bias)
+        """See `Refit.fitted`; in fp32, head by head, since they hold very different numbers."""
+        new = values.clone()
+        bias = values.new_zeros(values.shape[:2], dtype=torch.float32) if self.bias else None
+        for head, count in enumerate(lengths[0].tolist()):
+            logits = _logits(aim.queries[head], keys[head, :count].float(), scale, softcap)
+            given = logits, aim.lse[head], aim.out[head], values[head, :count].float()
+            became, own = self._head(*given)
+            new[head, :count] = became.to(values.dtype)
+            if bias is not None and own is not None:
+                bias[head, :count] = own
+        return Refitted(new, bias)
 
-    def _values(
+    def _head(
         self,
-        weights: Float[Tensor, "K Q S"],
-        out: Float[Tensor, "K Q E"],
-        old: Float[Tensor, "K S E"],
-        inside: Bool[Tensor, "K S"],
-        held_out: Bool[Tensor, " Q"],
-    ) -> tuple[Float[Tensor, "K S E"], Float[Tensor, " K"]]:
-        """Values by the ridge that is best for each head, and their errors on held-out queries."""
-        gap = out - weights @ old
-        a, b = weights[:, ~held_out], gap[:, ~held_out]
-        best, least = torch.zeros_like(old), _errors(gap, held_out)
-        for change in _ridged(a, b, inside, self.ridges):
-            errors = _errors(gap[:, held_out] - weights[:, held_out] @ change)
-            better = errors < least
-            best = torch.where(better[:, None, None], change, best)
-            least = torch.where(better, errors, least)
-        return old + best, least
+        logits: Float[Tensor, "Q S"],
+        lse: Float[Tensor, " Q"],
+        out: Float[Tensor, "Q E"],
+        old: Float[Tensor, "S E"],
+    ) -> tuple[Float[Tensor, "S E"], Float[Tensor, " S"] | None]:
+        """One head's values and biases."""
+        held_out = _held_out(len(logits), logits.device)
+        gap = out - logits.softmax(dim=-1) @ old
+        shares = (logits - lse[:, None]).exp()
+        if not _misses(shares, gap, out):
+            return old, None  # nothing was lost
+        plain, bias = _error(gap[held_out]), None
+        if self.bias:
+            bias = self._bias(shares, held_out)
+            logits = logits + bias
+            gap = out - logits.softmax(dim=-1) @ old
+        weights, best = logits.softmax(dim=-1), torch.zeros_like(old)
+        least = _error(gap[held_out])
+        for change in _ridged(weights[~held_out], gap[~held_out], self.ridges):
+            error = _error(gap[held_out] - weights[held_out] @ change)
+            best = torch.where(error < least, change, best)
+            least = least.minimum(error)
+        if bias is not None and bool(least > plain):
+            return old, None  # the biases' doing
+        return old + best, bias
 
     def _bias(
-        self,
-        shares: Float[Tensor, "K Q S"],
-        inside: Bool[Tensor, "K S"],
-        held_out: Bool[Tensor, " Q"],
-    ) -> Float[Tensor, "K S"]:
+        self, shares: Float[Tensor, "Q S"], held_out: Bool[Tensor, " Q"]
+    ) -> Float[Tensor, " S"]:
         """Logs of the weights under which the entries have the full cache's mass."""
-        best, own = inside.float(), shares[:, held_out]
-        least = _errors(1 - (own @ best[..., None]))
-        found = _nonnegative(shares[:, ~held_out], inside, self.ridges)
-        for weight in found.unbind(-1):
-            errors = _errors(1 - (own @ weight[..., None]))
-            better = errors < least
-            best = torch.where(better[:, None], weight, best)
-            least = torch.where(better, errors, least)
-        return best.clamp(min=_LEAST).log().masked_fill(~inside, 0)
+        best, own = torch.ones_like(shares[0]), shares[held_out]
+        least = _error(1 - own @ best)
+        for weight in _nonnegative(shares[~held_out], _PULLS).unbind(dim=-1):
+            error = _error(1 - own @ weight)
+            best = torch.where(error < least, weight, best)
+            least = least.minimum(error)
+        return best.clamp(min=_LEAST).log()
 
 
 def answered(
@@ -133,11 +132,11 @@ def answered(
 
 
 def _logits(
-    queries: Float[Tensor, "K Q D"],
-    keys: Float[Tensor, "K S D"],
+    queries: Float[Tensor, "*head Q D"],
+    keys: Float[Tensor, "*head S D"],
     scale: float,
     softcap: float | None,
-) -> Float[Tensor, "K Q S"]:
+) -> Float[Tensor, "*head Q S"]:
     logits = (queries * scale) @ keys.mT
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
@@ -148,74 +147,66 @@ def _held_out(count: int, device: torch.device) -> Bool[Tensor, " Q"]:
     return runs % _OUT_OF == _OUT_OF - 1
 
 
-def _errors(
-    gap: Float[Tensor, "K Q E"], held_out: Bool[Tensor, " Q"] | None = None
-) -> Float[Tensor, " K"]:
-    """Sums of squares per head, over the held-out queries if they are not alone."""
-    return (gap if held_out is None else gap[:, held_out]).square().sum(dim=(1, 2))
+def _error(gap: Float[Tensor, "*rest"]) -> Float[Tensor, ""]:
+    return gap.square().sum()
+
+
+def _misses(
+    shares: Float[Tensor, "Q S"], gap: Float[Tensor, "Q E"], out: Float[Tensor, "Q E"]
+) -> bool:
+    """Whether the entries lack anything of what the full cache has, beyond rounding."""
+    lost = (1 - shares.sum(dim=-1)).abs().max() > _ROUNDING
+    return bool(lost | (_error(gap) > _ROUNDING**2 * _error(out)))
 
 
 def _ridged(
-    a: Float[Tensor, "K Q S"],
-    b: Float[Tensor, "K Q E"],
-    inside: Bool[Tensor, "K S"],
-    ridges: Sequence[float],
-) -> Iterator[Float[Tensor, "K S E"]]:
+    a: Float[Tensor, "Q S"], b: Float[Tensor, "Q E"], ridges: Sequence[float]
+) -> Iterator[Float[Tensor, "S E"]]:
     """The x with |a x - b|^2 + ridge t |x|^2 least, for each ridge; 0 where that fails.
 
     By way of the smaller of the two Gram matrices, which gives the same.
     """
-    few = a.shape[2] <= a.shape[1]
+    few = a.shape[1] <= a.shape[0]
     gram, right = (a.mT @ a, a.mT @ b) if few else (a @ a.mT, b)
-    unit = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / inside.sum(dim=-1).clamp(min=1)
-    eye = torch.eye(gram.shape[-1], device=gram.device)
+    unit = gram.diagonal().sum() / a.shape[1]
     for ridge in ridges:
-        lifted = gram + (ridge * unit).clamp(min=1e-12)[:, None, None] * eye
+        lifted = gram.clone()
+        lifted.diagonal().add_((ridge * unit).clamp(min=1e-12))
         factor, failed = torch.linalg.cholesky_ex(lifted)
         found = torch.cholesky_solve(right, factor)
-        found = found if few else a.mT @ found
-        yield found.masked_fill((failed != 0)[:, None, None], 0)
+        yield (found if few else a.mT @ found).masked_fill(failed != 0, 0)
 
 
-def _nonnegative(
-    shares: Float[Tensor, "K Q S"], inside: Bool[Tensor, "K S"], ridges: Sequence[float]
-) -> Float[Tensor, "K S R"]:
+def _nonnegative(shares: Float[Tensor, "Q S"], ridges: Sequence[float]) -> Float[Tensor, "S R"]:
     """The w >= 0 with |shares w - 1|^2 + ridge t |w - 1|^2 least, by projected gradients (FISTA).
 
-    They begin where weights of any sign are best, cut off at 0. In units of each column's length,
-    so that rare and heavy entries move alike; t is the mean squared length. What is not inside
-    stays 0. All ridges go in one product.
+    They begin at 1, in units of each column's length, so that rare and heavy entries move alike;
+    t is the mean squared length. All ridges go in one product.
     """
-    squares = shares.square().sum(dim=1)[..., None]  # [K, S, 1]
-    unit = squares.sum(dim=1, keepdim=True) / inside.sum(dim=1).clamp(min=1)[:, None, None]
-    pull = (unit * torch.tensor(ridges, device=shares.device)).clamp(min=1e-12)  # [K, 1, R]
-    size = (squares + pull).sqrt()  # [K, S, R]
+    squares = shares.square().sum(dim=0)[:, None]  # [S, 1]
+    pull = (squares.mean() * torch.tensor(ridges, device=shares.device)).clamp(min=1e-12)  # [R]
+    size = (squares + pull).sqrt()  # [S, R]
     pull, step = pull / size.square(), 1 / (_largest(shares, size) + 1)
-    start = inside[..., None] * size
-    missing = 1 - shares @ inside[..., None].float()
-    free = torch.cat([*_ridged(shares, missing, inside, ridges)], dim=-1)
-    weight = ahead = ((1 + free).clamp(min=0) * inside[..., None]) * size
+    start = weight = ahead = size
     momentum = 1.0
     for _ in range(_STEPS):
         slope = shares.mT @ (shares @ (ahead / size) - 1) / size + pull * (ahead - start)
-        moved = (ahead - step * slope).clamp(min=0) * inside[..., None]
+        moved = (ahead - step * slope).clamp(min=0)
         later = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         ahead = moved + (momentum - 1) / later * (moved - weight)
         weight, momentum = moved, later
     return weight / size
 
 
-def _largest(
-    shares: Float[Tensor, "K Q S"], size: Float[Tensor, "K S R"]
-) -> Float[Tensor, "K 1 R"]:
-    """A bound on the largest eigenvalue of each Gram matrix of columns in units of `size`.
+def _largest(shares: Float[Tensor, "Q S"], size: Float[Tensor, "S R"]) -> Float[Tensor, " R"]:
+    """A bound on the largest eigenvalue of the Gram matrix of columns in units of `size`.
 
     By power iteration, and a margin.
     """
     vector = torch.ones_like(size)
-    found = vector[:, :1]
+    found = vector[0]
     for _ in range(6):
         vector = shares.mT @ (shares @ (vector / size)) / size
-        found = vector.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        found = vector.norm(dim=0).clamp(min=1e-30)
         vector = vector / found
     return 1.5 * found
