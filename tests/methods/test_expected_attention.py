@@ -66,6 +66,7 @@ def test_shorter_heads_and_queries_that_a_batch_padded_score_as_alone():
     torch.testing.assert_close(ragged[1, : N - 5], shorter[1])
     padded = torch.cat([torch.zeros(H, 7, D), q], dim=1)
     torch.testing.assert_close(policy.score(seen(padded, k, v))[0], whole)
+    torch.testing.assert_close(policy.score(seen(padded, k, v, decoding=True))[0], whole)
 
 
 def test_what_generated_tokens_ask_counts_once_text_is_generated():

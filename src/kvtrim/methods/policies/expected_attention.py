@@ -43,7 +43,8 @@ class ExpectedAttention(Policy):
 
     def score(self, layer: LayerView) -> Scores:
         """Queries [B, H, Q, D], keys and values [B, K, S, D] to scores [B, K, S]."""
-        layer = ops.newest(layer, self.remembered if layer.decoding else layer.tokens)
+        most = self.remembered if layer.decoding else layer.tokens
+        layer = ops.newest(layer, min(most, layer.tokens))  # a batch may have padded in front
         keys, kv_heads = layer.keys.float(), layer.keys.shape[1]
         turned = self._to_come(layer)
         mean = turned.mean(dim=2)
