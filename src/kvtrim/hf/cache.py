@@ -131,6 +131,7 @@ class Cache(BaseCache):
 
     @property
     def seen(self) -> int:
+        """Tokens read, padding included: what transformers calls the length of a cache."""
         return self.session.seen
 
     @property
@@ -145,13 +146,16 @@ class Cache(BaseCache):
 
     @property
     def held_bytes(self) -> int:
+        """Bytes held, measured: K, V, positions, slack for appends, sliding layers."""
         return self.session.state.held_bytes + sum(x.nbytes for x in self.stock_layers())
 
     @property
     def full_bytes(self) -> int:
+        """Bytes that transformers' full cache would hold for the same tokens."""
         return self.session.state.full_bytes + sum(x.full_bytes for x in self.stock_layers())
 
     def entries(self) -> list[Int[Tensor, "B K"]]:
+        """Entries every head holds now, for each layer; empty before the first pass."""
         stores, layers = iter(self.session.state.stores()), cast(list[Any], self.layers)
         return [
             next(stores).length
@@ -270,12 +274,14 @@ class Cache(BaseCache):
             self.token_ids = self.token_ids[:, :-count]
 
     def reset(self) -> None:
+        """Forget everything that was read."""
         self.session.reset()
         self.token_ids = None
         for layer in self.stock_layers():
             layer.reset()
 
     def copy(self) -> "Cache":
+        """An independent cache in the same state."""
         other = object.__new__(Cache)
         vars(other).update(vars(self))
         other.session, other.rope = self.session.copy(), copy.copy(self.rope)
