@@ -121,13 +121,13 @@ RULES = {
         "engine/state.py",
         "held.queries = held.queries[rows.to(held.queries.device)]",
         "pass",
-        "hf/test_cache.py hf/test_named_parts.py hf/test_generation.py hf/test_compositions.py",
+        "hf/test_batches.py",
     ),
-    "a crop leaves the schedule as it was": Mutant(
-        "engine/state.py",
-        "self.due_at = [min(pair) for pair in zip(self.due_at, lengths, strict=False)]",
-        "pass",
-        "hf/test_going_back.py hf/test_compositions.py",
+    "a copy shares its entries": Mutant(
+        "engine/layer.py",
+        "return replace(self, store=None if self.store is None else self.store.copy())",
+        "return replace(self)",
+        "hf/test_going_back.py hf/test_cache.py",
     ),
     "tokens that go on stand one further": Mutant(
         "engine/propagation.py",

@@ -65,6 +65,26 @@ def test_padding_in_later_turns_changes_nothing(llama, name, keep):
         assert models.positions(batch, number) == models.positions(alone), number
 
 
+@pytest.mark.parametrize("name", EVICTING)
+def test_rows_take_along_what_is_remembered_of_them(llama, name):
+    """As beams do: queries, counters and numbers of entries move with their prompt."""
+    ids, more = models.prompt(40, rows=2), models.prompt(9, seed=1, rows=2)
+    batch, *alone = (kvtrim.Cache(llama, name, 20, **EVICTING[name]) for _ in range(3))
+    with torch.no_grad(), kvtrim.attach(llama):
+        for row, own in enumerate(alone):
+            for part in (ids, *more.split(1, dim=1)):
+                llama(part[row : row + 1], past_key_values=own)
+        llama(ids, past_key_values=batch)
+        order = [0, 1]
+        for at, part in enumerate(more.split(1, dim=1)):
+            if at % 2:
+                batch.batch_select_indices(torch.tensor([1, 0]))
+                order.reverse()
+            llama(part[order], past_key_values=batch)
+    for place, row in enumerate(order):
+        assert models.positions(batch, place) == models.positions(alone[row])
+
+
 @pytest.mark.parametrize("name", ["knorm", "shotkv", "adakv", "snapkv"])
 def test_prompts_that_came_to_one_length_are_not_taken_for_alike(llama, name):
     """One had less of a budget, another schedule, an answer that began elsewhere."""
