@@ -17,7 +17,7 @@ class Room:
     torch: bool = True  # may loading it load torch?
 
 
-_BENCH = "bench errors files hf hf.models methods.keep methods.settings prompts "
+_BENCH = "api bench errors files hf hf.models methods.keep methods.settings prompts "
 _BENCH += "prompts.spans records types"
 ROOMS = {
     "": Room("moved errors version", torch=False),  # and lazily the public names
@@ -105,9 +105,9 @@ ROOMS = {
     "tasks.sandbox": Room("errors", torch=False),
     "report": Room("errors files records", torch=False),
     "report.plots": Room("errors files", owns="matplotlib", torch=False),
-    "bench": Room(f"{_BENCH} api bench.eval report version"),
-    "bench.eval": Room(f"{_BENCH} api report tasks tasks.sandbox"),
-    "bench.sweep": Room(f"{_BENCH} bench.eval api tasks", owns="ray"),
+    "bench": Room(f"{_BENCH} bench.eval report tasks version"),
+    "bench.eval": Room(f"{_BENCH} report tasks tasks.sandbox"),
+    "bench.sweep": Room(f"{_BENCH} bench.eval tasks", owns="ray"),
     "bench.speed": Room(_BENCH, owns="kvpress"),
     "bench.calibrate": Room(
         f"{_BENCH} engine methods.budgets methods.echo_tables methods.method methods.policies "

@@ -187,7 +187,7 @@ def test_a_bad_file_is_refused_with_its_line(tmp_path, content, said):
 
 def test_a_prompt_that_is_too_long_is_refused_or_cut(model):
     long = [Asked(TEXT * 8, "How many?")]
-    with pytest.raises(UsageError, match=r"prompt 1 has .* the window 512"):
+    with pytest.raises(UsageError, match=r"prompt 1: the prompt has .* window"):
         recommend.encoded(model, tokenizer(), Plan([]), long)
     (cut,) = recommend.encoded(model, tokenizer(), Plan([], truncate="middle"), long)
     assert len(cut) == 512 - 32

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvtrim.errors import UsageError
-from kvtrim.report.statistics import interval, mean, paired, standard_error, summary
+from kvtrim.report.statistics import interval, mean, standard_error, summary
 
 
 def test_mean_and_standard_error_by_hand():
@@ -58,30 +58,6 @@ def test_many_different_scores_are_drawn_in_parts(monkeypatch):
     whole = interval(scores, resamples=1000)
     monkeypatch.setattr("kvtrim.report.statistics._AT_ONCE", 50 * 7)
     assert interval(scores, resamples=1000) == whole
-
-
-def test_two_methods_are_compared_on_the_samples_that_both_have():
-    first = {"a": 1.0, "b": 0.5, "c": 1.0, "d": 0.0, "only": 1.0}
-    second = {"d": 1.0, "c": 0.0, "b": 0.5, "a": 0.0}
-    found = paired(first, second)  # differences 1, 0, 1, -1: mean 1/4, variance 11/12
-    assert (found.n, found.mean, found.left_out) == (4, 0.25, 1)
-    assert found.se == pytest.approx(math.sqrt(11 / 12 / 4))
-    assert (found.low, found.high) == interval([1, 0, 1, -1])
-    swapped = paired(second, first)
-    assert (swapped.mean, swapped.se) == (-0.25, found.se)
-
-
-def test_pairing_takes_away_what_is_hard_for_both():
-    hard = dict(enumerate(np.random.default_rng(1).random(30)))
-    better = {sample: score + 0.125 for sample, score in hard.items()}
-    found = paired(better, hard)
-    assert (found.low, found.high) == (pytest.approx(0.125), pytest.approx(0.125))
-    assert summary(better.values()).low < summary(hard.values()).high
-
-
-def test_methods_without_a_common_sample_have_no_difference():
-    found = paired({"a": 1.0}, {"b": 1.0})
-    assert (found.n, found.mean, found.se, found.low, found.left_out) == (0, None, None, None, 2)
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])

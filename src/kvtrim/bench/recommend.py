@@ -1,7 +1,7 @@
 """Which method and budget for a user's own prompts: fidelity to the full cache, and its cost.
 
-Each prompt is read once. The full cache's own greedy answer is the reference; every method and
-budget is fed that answer after the same prompt, and for each of its tokens compared:
+An evaluation whose right answer is the full cache's own greedy one. Each prompt is read once;
+every method and budget is fed that answer after it, and compared for each of its tokens:
 
     kl         divergence of the next-token distribution from the full cache's, nats per token
     agreement  share of tokens that both find the most likely
@@ -16,37 +16,26 @@ in a probe, is not shared with its other budgets here.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from time import perf_counter
 from typing import Any
 
-import torch
-
 from kvtrim import files
-from kvtrim.bench.candidates import Candidate, read_prompt, require_chunks
-from kvtrim.bench.eval.prefill import held, replayable
+from kvtrim.api import Truncate, fit_context, window
+from kvtrim.bench.candidates import Candidate, require_chunks
+from kvtrim.bench.eval.decode import Branch, Reference, answers, branched, fits
+from kvtrim.bench.eval.encode import Input
+from kvtrim.bench.eval.grid import FULL
+from kvtrim.bench.eval.prefill import Prefill, Ready
 from kvtrim.bench.failures import OK, Failure, attempted, finite
 from kvtrim.errors import FileError, UsageError
 from kvtrim.hf.attach import attach
-from kvtrim.hf.cache import Cache
-from kvtrim.hf.generate import generate, synchronize
-from kvtrim.hf.keyword import passing
-from kvtrim.hf.replay import Recording, record
-from kvtrim.prompts import (
-    Frame,
-    Prompt,
-    encode_context,
-    encode_ends,
-    encode_question,
-    frame,
-    repeat_words,
-)
-from kvtrim.prompts.spans import without
+from kvtrim.prompts import Frame, Prompt, encode_question, frame
+from kvtrim.prompts.document import Document
 from kvtrim.report.statistics import summary
-from kvtrim.types import Float, Tensor
+from kvtrim.tasks.base import Sample
 
 PROMPTS = (".jsonl", ".txt", "")
 """Files that prompts are read from, by their suffix."""
@@ -72,7 +61,7 @@ class Plan:
     new_tokens: int = 32  # of the reference answer
     tolerance: float = 0.05
     chat: bool | None = None
-    truncate: str = "error"
+    truncate: Truncate = "error"
     prefill_chunk: int | None = None  # tokens of a pass, for methods that cut after each of them
 
     def __post_init__(self) -> None:
@@ -130,22 +119,15 @@ def encoded(model: Any, tokenizer: Any, plan: Plan, prompts: Sequence[Asked]) ->
     Raises:
         UsageError: a prompt that leaves no room for its answer.
     """
-    around = frame(tokenizer, plan.chat)
-    window = model.config.get_text_config(decoder=True).max_position_embeddings
-    made = []
+    around, made = frame(tokenizer, plan.chat), []
     for number, one in enumerate(prompts, start=1):
         own = around if one.question else Frame(around.before, "", around.after)
         asked = encode_question(tokenizer, own, one.question)
-        given = encode_context(tokenizer, own, one.context)
-        room = window - plan.new_tokens - len(asked)
-        if len(given) > room and plan.truncate != "middle":
-            raise UsageError(
-                f"prompt {number} has {len(given) + len(asked)} tokens and its answer up to "
-                f"{plan.new_tokens}, the window {window}; shorten it, or cut its middle "
-                "(--truncate middle)"
-            )
-        if len(given) > room:
-            given = encode_ends(tokenizer, own, one.context, room)
+        room = window(model) - plan.new_tokens - len(asked)
+        try:
+            given = fit_context(tokenizer, own, one.context, room, plan.truncate)
+        except UsageError as error:
+            raise UsageError(f"prompt {number}: {error}") from None
         made.append(_parted(given.asked(asked)))
     return made
 
@@ -164,101 +146,80 @@ def measure(
     prompts: Sequence[Prompt],
     report: Report = lambda *_: None,
 ) -> list[Line]:
-    """A line for every prompt, method and budget."""
-    words, lines = repeat_words(tokenizer, frame(tokenizer, plan.chat)), []
-    total = len(prompts) * (len(plan.cells) + 1)
+    """A line for every prompt, method and budget.
+
+    Raises:
+        UsageError: the full cache cannot read a prompt, for want of memory for example.
+    """
+    around, lines, total = frame(tokenizer, plan.chat), [], len(prompts) * (len(plan.cells) + 1)
+    cells = [Candidate(FULL), *plan.cells]
     with attach(model):
         for number, prompt in enumerate(prompts):
-            done = number * (len(plan.cells) + 1)
-            report(f"prompt {number + 1}, full cache", done, total)
-            ids = torch.tensor([prompt.ids if plan.aware else prompt.context], device=model.device)
-            spans = prompt.spans
-            if not plan.aware:
-                spans = without(spans, len(prompt.context), len(prompt))
-            recording = record(model, ids, spans, words)
-            one = _Prompt(model, plan, prompt, recording)
-            for place, cell in enumerate(plan.cells, start=1):
-                report(f"prompt {number + 1}, {cell.method} {cell.keep}", done + place, total)
-                lines.append({"prompt": number} | one.line(cell))
+            judge = _Judge(model, tokenizer, plan, _input(number, prompt, around))
+            for place, (cell, ready) in enumerate(zip(cells, judge.ready(cells), strict=True)):
+                name = f"{cell.method} {cell.keep}".strip()
+                report(f"prompt {number + 1}, {name}", number * len(cells) + place, total)
+                if place:
+                    lines.append({"prompt": number} | judge.line(cell, ready))
+                else:
+                    judge.begin(ready)
     return lines
 
 
-class _Prompt:
-    """One prompt that was read, with the full cache's answer and what it thought of it."""
+def _input(number: int, prompt: Prompt, around: Frame) -> Input:
+    """A prompt as an evaluation reads it, whose right answer is not known yet."""
+    sample = Sample(str(number), Document(""), "", ())
+    return Input(sample, prompt.context, prompt.question, prompt.spans, [], around)
 
-    def __init__(self, model: Any, plan: Plan, prompt: Prompt, recording: Recording):
-        self._model, self._prompt, self._recording = model, prompt, recording
-        self._skip, self._chunk = 1 if plan.aware else 0, plan.prefill_chunk
-        self._lead = [] if plan.aware else prompt.question
-        ids = torch.tensor([prompt.ids], device=model.device)
-        self._answer = self._greedy(ids, plan.new_tokens)
-        self._true = self._log(recording.cache("full", 1), recording.logits)
 
-    def _greedy(self, ids: Tensor, new_tokens: int) -> list[int]:
-        """The full cache's answer."""
-        if not self._lead:  # the prompt was read to its end, which gives the first token
-            first = int(self._recording.logits[0].argmax())
-            ids = torch.cat([ids, ids.new_tensor([[first]])], dim=1)
-            ends = self._model.generation_config.eos_token_id
-            if new_tokens == 1 or first in (ends if isinstance(ends, list) else [ends]):
-                return [first]
-            cache = self._recording.cache("full", 1)
-            return [first, *generate(self._model, ids, cache, new_tokens - 1).token_ids]
-        return generate(self._model, ids, self._recording.cache("full", 1), new_tokens).token_ids
+class _Judge:
+    """One prompt, whose right answer is what the full cache makes of it."""
 
-    def _log(self, cache: Cache, logits: Float[Tensor, "B V"]) -> Float[Tensor, "T V"] | None:
-        """Log-probabilities of the answer's tokens that are judged; None if there are none."""
-        follow = [*self._lead, *self._answer[:-1]]
-        found = [] if self._lead else [logits]
-        cache.expect(len(self._prompt))
-        if follow:
-            keep = len(self._answer) - (0 if self._lead else 1)
-            given = torch.tensor([follow], device=self._model.device)
-            with torch.no_grad():
-                out = self._model(input_ids=given, **passing(cache), logits_to_keep=keep)
-            found.append(out.logits[0])
-        judged = torch.cat(found)[self._skip :]
-        return judged.float().log_softmax(dim=-1) if len(judged) else None
+    def __init__(self, model: Any, tokenizer: Any, plan: Plan, given: Input):
+        self._model, self._tokenizer, self._plan, self._given = model, tokenizer, plan, given
+        self._skip = 1 if plan.aware else 0
+        self._gold: list[int] = []
+        self._reference = Reference()
 
-    def line(self, cell: Candidate) -> Line:
+    def ready(self, cells: Sequence[Candidate]) -> Iterator[Ready | Failure]:
+        """The caches, one after the other; each budget observes the prompt for itself."""
+        plan = self._plan
+        own = self._model, self._tokenizer, self._given, plan.aware, True, plan.prefill_chunk
+        return Prefill(*own, shared=False).each(cells)
+
+    def begin(self, ready: Ready | Failure) -> None:
+        """Take the full cache's own greedy answer, and how likely it finds each of its tokens."""
+        if isinstance(ready, Failure):
+            raise UsageError(f"the full cache: {ready.outcome}: {ready.reason}")
+        branch = self._branch(ready)
+        branch.full, mark = True, branch.cache.mark()
+        most = self._plan.new_tokens
+        (answer,) = answers(self._model, self._tokenizer, branch, most, ())
+        branch.cache.rewind(mark)
+        self._gold = [*answer.ids]
+        fits(self._model, branch, self._gold, self._skip, self._reference)
+
+    def line(self, cell: Candidate, ready: Ready | Failure) -> Line:
         """What a method and budget made of it."""
-        key = {"method": cell.method, "keep": cell.keep, "tokens": len(self._answer)}
-        found = attempted(lambda: self._measured(cell))
+        key = {"method": cell.method, "keep": cell.keep, "tokens": len(self._gold)}
+        found = ready if isinstance(ready, Failure) else attempted(lambda: self._judged(ready))
         if isinstance(found, Failure):
             return key | {"outcome": found.outcome, "reason": found.reason}
         return key | {"outcome": OK, "reason": ""} | found
 
-    def _measured(self, cell: Candidate) -> Line:
-        synchronize(self._model.device)
-        start = perf_counter()
-        own = self._recording.unshared() if replayable(cell) else None
-        if own is not None:
-            cache, logits = own.cache(cell.method, cell.keep, **cell.settings), own.logits
-        else:
-            cache, logits = self._alone(cell)
-        synchronize(self._model.device)
-        name = "evict_s" if own is not None else "prefill_s"
-        found = held(cache) | {name: perf_counter() - start}
-        log = self._log(cache, logits)
-        if log is None or self._true is None:
-            return found | {"kl": None, "agreement": None}
-        kl = (self._true.exp() * (self._true - log)).sum(dim=-1).mean()
-        same = (self._true.argmax(dim=-1) == log.argmax(dim=-1)).float().mean()
-        return found | {"kl": finite(float(kl)), "agreement": float(same)}
+    def _judged(self, ready: Ready) -> Line:
+        name = "prefill_s" if ready.times["evict_s"] is None else "evict_s"
+        found = ready.held | {name: ready.times[name]}
+        branch = self._branch(ready)
+        (fit,) = fits(self._model, branch, self._gold, self._skip, self._reference)
+        kl = None if fit.kl is None else finite(fit.kl)
+        return found | {"kl": kl, "agreement": fit.agreement}
 
-    def _alone(self, cell: Candidate) -> tuple[Cache, Tensor]:
-        """A method that changes the pass over the prompt reads it itself."""
-        ids, spans = self._recording.ids, self._recording.spans
-        cache = Cache(
-            self._model,
-            cell.method,
-            cell.keep,
-            prompt_tokens=ids.shape[1],
-            spans=spans,
-            words=self._recording.words,
-            **cell.settings,
-        )
-        return cache, read_prompt(self._model, ids, cache, self._chunk)
+    def _branch(self, ready: Ready) -> Branch:
+        """The cache after all that stands before the answer."""
+        _, _, lead = self._given.read_first(self._plan.aware)
+        tokens = len(self._given.ids)
+        return branched(self._model, [ready.cache], [ready.logits], lead, tokens)
 
 
 def rows(lines: Sequence[Line], tolerance: float) -> list[Line]:

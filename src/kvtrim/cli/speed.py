@@ -12,10 +12,12 @@ from kvtrim.errors import UsageError
 if TYPE_CHECKING:
     from kvtrim.bench.candidates import Candidate
     from kvtrim.bench.speed.clock import Plan
+    from kvtrim.bench.speed.max_batch import Search
     from kvtrim.records.journal import Journal
 
 MODEL = "smollm2"
 PEERS = ("kvpress",)
+LARGEST = "max"  # of --batch
 
 Model = Annotated[
     str | None,
@@ -113,17 +115,16 @@ def speed(
     weights are needed. FastKV's published times are put beside as ratios to its full cache.
     """
     from kvtrim.bench.speed.clock import Plan
-    from kvtrim.cli import max_batch
 
     lengths, most = (
         tuple(length or [512, 2048]),
-        max_batch.wanted(batch, memory, peer, prefill_chunk),
+        _memory(batch, memory, peer, prefill_chunk),
     )
     if most is None:
-        batches = max_batch.batches(batch)
+        batches = _batches(batch)
         plan: Any = Plan(lengths, batches, new_tokens, repeats, prefill_chunk, capture)
     else:
-        plan = max_batch.plan(lengths, most, new_tokens, capture)
+        plan = _search(lengths, most, new_tokens, capture)
     chosen = _candidates(method, keep, set_, peer or [])
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
@@ -133,7 +134,7 @@ def speed(
     record = _record(loaded, about, plan, chosen)
     journal, record = _opened(out, record)
     if most is not None:
-        max_batch.fill(loaded, plan, chosen, journal, record, out, json)
+        _fill(loaded, plan, chosen, journal, record, out, json)
         return
     _measure(loaded, plan, chosen, journal)
     _finish(out, record, journal.lines, json)
@@ -277,3 +278,70 @@ def _write(
         plots.speed(rows, out, title.partition(";")[0])
     except UsageError as error:
         output.err.print(f"kvtrim: {error}; everything else is in {out}", markup=False)
+
+
+def _memory(
+    batch: list[str] | None, memory: str | None, peer: list[str] | None, chunk: int | None
+) -> int | None:
+    """Bytes to fill, if the largest batch is asked for.
+
+    Raises:
+        UsageError: one of --batch max and --memory without the other, or what it cannot do.
+    """
+    if batch != [LARGEST]:
+        if memory is not None or LARGEST in (batch or []):
+            raise UsageError("--batch max and --memory SIZE go together, without another --batch")
+        return None
+    if memory is None:
+        raise UsageError("--batch max needs to know what to fill: --memory 40GiB")
+    if peer or chunk is not None:
+        raise UsageError(
+            "--batch max reads whole prompts of its own; drop --peer, --prefill-chunk"
+        )
+    from kvtrim.methods.keep import Keep
+
+    size = Keep.parse(memory)
+    if size.kind != "bytes":
+        raise UsageError(f"--memory {memory}: give a size, as 40GiB or 512MiB")
+    return int(size.amount)
+
+
+def _batches(batch: list[str] | None) -> tuple[int, ...]:
+    """Numbers of prompts at once. Raises UsageError if one is none."""
+    for each in batch or []:
+        if not each.isdecimal() or int(each) < 1:
+            raise UsageError(f"--batch {each}: give a number from 1 on, or {LARGEST}")
+    return tuple(int(each) for each in batch or ["1"])
+
+
+def _search(lengths: tuple[int, ...], memory: int, new_tokens: int, capture: bool) -> "Search":
+    """What to search for."""
+    from kvtrim.bench.speed.max_batch import Search
+
+    return Search(lengths, memory, new_tokens, capture=capture)
+
+
+def _fill(
+    model: Any,
+    plan: "Search",
+    chosen: "list[Candidate]",
+    journal: "Journal",
+    record: dict[str, Any],
+    out: Path | None,
+    json: bool,
+) -> None:
+    """Search for the largest batches, write the files, print the table or the record."""
+    from kvtrim.bench.speed.max_batch import search
+    from kvtrim.files import replace
+    from kvtrim.report import max_batch as report
+
+    with output.busy("searching") as say:
+        search(model, plan, chosen, journal, lambda what: say(f"trying {what}"))
+    rows = report.rows(journal.lines)
+    if out is not None:
+        replace(out / "largest.md", report.page(record, rows).encode())
+    if json:
+        output.print_json(record | {"rows": rows})
+        return
+    columns, cells = report.table(rows)
+    output.table(report.title(record), columns, cells, wide=True)

@@ -3,11 +3,10 @@
 Intervals are percentile bootstraps: samples are drawn anew with replacement, and the middle 95 %
 of the means that come out is the interval. The same scores and seed give the same interval, in
 whatever order the scores come. One score has a mean, but neither error nor interval; no score has
-none of them. Two methods are compared sample by sample (`paired`), which leaves out what makes
-samples hard for both.
+none of them. How two methods are compared, sample by sample: `intervals.change`.
 """
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,13 +27,6 @@ class Summary:
     se: float | None  # standard error of the mean
     low: float | None
     high: float | None
-
-
-@dataclass(frozen=True)
-class Difference(Summary):
-    """The mean of first minus second over the samples that both have."""
-
-    left_out: int = 0  # samples that only one of them has
 
 
 def mean(scores: Iterable[float]) -> float | None:
@@ -77,20 +69,6 @@ def summary(
     values = _values(scores)
     low, high = interval(values, seed, resamples, level) or (None, None)
     return Summary(len(values), mean(values), standard_error(values), low, high)
-
-
-def paired(
-    first: Mapping[Hashable, float],
-    second: Mapping[Hashable, float],
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-) -> Difference:
-    """How much better the first is, from the scores of each by sample, see `interval`."""
-    common = [sample for sample in first if sample in second]
-    found = summary((first[at] - second[at] for at in common), seed, resamples, level)
-    left_out = len(first) + len(second) - 2 * len(common)
-    return Difference(found.n, found.mean, found.se, found.low, found.high, left_out)
 
 
 def _values(scores: Iterable[float]) -> np.ndarray:

@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import torch
 
+from kvtrim.api import window
 from kvtrim.bench.calibrate.echo import scores_of
 from kvtrim.bench.calibrate.needles import plant
 from kvtrim.bench.provenance import provenance
@@ -125,10 +126,10 @@ def measure(
         UsageError: a prompt longer than the model's window.
         ModelError: not one answer was right, or no head had a part in those that were.
     """
-    window = model.config.get_text_config(decoder=True).max_position_embeddings
-    if max(plan.lengths) + _ANSWER > window:
+    most = window(model)
+    if max(plan.lengths) + _ANSWER > most:
         raise UsageError(
-            f"prompts of {max(plan.lengths)} + {_ANSWER} tokens exceed the window, {window}; ask "
+            f"prompts of {max(plan.lengths)} + {_ANSWER} tokens exceed the window, {most}; ask "
             "for a smaller --length"
         )
     samples, scored = [], []

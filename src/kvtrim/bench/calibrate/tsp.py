@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from kvtrim import files
+from kvtrim.api import window
 from kvtrim.bench.calibrate.needles import plant
 from kvtrim.bench.provenance import provenance
 from kvtrim.engine.layer import Call
@@ -114,10 +115,10 @@ def prompts(
     else:
         around = frame(tokenizer, plan.chat)
         made = [encode_text(tokenizer, around.before + text + around.after) for text in texts]
-    window = model.config.get_text_config(decoder=True).max_position_embeddings
+    most = window(model)
     for number, ids in enumerate(made, start=1):
-        if len(ids) > window:
-            raise UsageError(f"prompt {number} has {len(ids)} tokens, the window {window}")
+        if len(ids) > most:
+            raise UsageError(f"prompt {number} has {len(ids)} tokens, the window {most}")
         if len(ids) <= at.amount(plan.tokens, len(ids)):
             raise UsageError(
                 f"tokens={plan.tokens}: all {len(ids)} tokens of prompt {number} go on, so there "

@@ -43,6 +43,7 @@ class Fit:
 
     loss: float | None  # nats per token
     kl: float | None  # mean divergence from the full cache's distributions, nats
+    agreement: float | None = None  # share of tokens that the full cache finds likeliest as well
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Answer:
     text: str
     new_tokens: int
     stopped: str  # "eos", "stop" or "length"
+    ids: tuple[int, ...] = ()
 
 
 def branched(
@@ -91,7 +93,7 @@ def fits(
     if len(gold) <= skip:
         return [Fit(None, None)] * branch.rows
     own = torch.tensor(gold, device=branch.logits.device)
-    loss, kl = torch.zeros(2, branch.rows, dtype=torch.float64)
+    loss, kl, same = torch.zeros(3, branch.rows, dtype=torch.float64)
     first, done = [], 0
     for logits in _predictions(model, branch, own):
         drop = max(0, skip - done)
@@ -102,12 +104,18 @@ def fits(
             loss[row] -= log.gather(1, own[at, None]).double().sum().cpu()
             if branch.full:
                 first += [log] if row == 0 else []
-                kl[row] += _divergence(first[-1], log)
+                true = first[-1]
             elif reference.log is not None:
-                kl[row] += _divergence(reference.log[at.start - skip : at.stop - skip], log)
+                true = reference.log[at.start - skip : at.stop - skip]
+            else:
+                continue
+            kl[row] += _divergence(true, log)
+            same[row] += (true.argmax(dim=-1) == log.argmax(dim=-1)).sum().cpu()
     reference.log = torch.cat(first) if branch.full else reference.log
-    known, means = reference.log is not None, torch.stack([loss, kl], dim=1) / (len(gold) - skip)
-    return [Fit(one, other if known else None) for one, other in means.tolist()]
+    means = torch.stack([loss, kl, same], dim=1) / (len(gold) - skip)
+    if reference.log is None:
+        return [Fit(one, None) for one, *_ in means.tolist()]
+    return [Fit(*row) for row in means.tolist()]
 
 
 def _divergence(true: Float[Tensor, "T V"], log: Float[Tensor, "T V"]) -> Tensor:
@@ -153,7 +161,8 @@ def answers(
             rows, tokens = [rows[place] for place in going], tokens[chosen]
         logits = _fed(model, cache, tokens[:, None], 1)[:, -1]
     return [
-        Answer(_text(tokenizer, ids, stop), len(ids), why[row]) for row, ids in enumerate(written)
+        Answer(_text(tokenizer, ids, stop), len(ids), why[row], tuple(ids))
+        for row, ids in enumerate(written)
     ]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvtrim import files, records
+from kvtrim.api import window
 from kvtrim.bench.eval import extension
 from kvtrim.bench.eval.encode import Encoder
 from kvtrim.bench.eval.grid import Grid
@@ -55,13 +56,13 @@ class Subject:
         Raises:
             UsageError: the length is more than the model has positions for.
         """
-        window = self.model.config.get_text_config(decoder=True).max_position_embeddings
-        if length is not None and length > window:
+        most = window(self.model)
+        if length is not None and length > most:
             raise UsageError(
-                f"--length {length} is more than the window of {self.name}, {window} tokens; ask "
-                f"for {window} or less, or use a model with a longer window"
+                f"--length {length} is more than the window of {self.name}, {most} tokens; ask "
+                f"for {most} or less, or use a model with a longer window"
             )
-        return Encoder(self.tokenizer, window, length)
+        return Encoder(self.tokenizer, most, length)
 
 
 def read(grid: Grid, rows: Rows) -> None:

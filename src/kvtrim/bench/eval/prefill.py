@@ -1,6 +1,6 @@
 """One prompt under every method: read once where that gives the same, else once for each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -42,7 +42,13 @@ def _reads_hidden(cell: Candidate) -> bool:
 
 
 class Prefill:
-    """Makes the caches of one prompt. The model must be attached."""
+    """Makes the caches of one prompt. The model must be attached.
+
+    Args:
+        once: read the prompt once for all methods that leave that pass as it is.
+        chunk: tokens of a pass, for methods that cut after each of them.
+        shared: what a policy observes in the prompt is kept for its other budgets.
+    """
 
     def __init__(
         self,
@@ -52,21 +58,26 @@ class Prefill:
         aware: bool,
         once: bool,
         chunk: int | None = None,
+        shared: bool = True,
     ):
         self._model = model
         ids, self._spans, _ = given.read_first(aware)
         self._ids = torch.tensor([ids], device=model.device)
         self._words = repeat_words(tokenizer, given.frame)
         self._once, self._recorded_s, self._hidden = once, 0.0, False
-        self._chunk = chunk
+        self._chunk, self._shared = chunk, shared
         self._recording: Recording | None = None
 
     def ready(self, cells: Sequence[Candidate]) -> list[Ready | Failure]:
         """One for each cell, in order."""
+        return [*self.each(cells)]
+
+    def each(self, cells: Sequence[Candidate]) -> Iterator[Ready | Failure]:
+        """As `ready`, one after the other, so that not all have to be held."""
         self._hidden = any(_reads_hidden(cell) for cell in cells)
-        made = [attempted(lambda cell=cell: self._made(cell)) for cell in cells]
+        for cell in cells:
+            yield attempted(lambda cell=cell: self._made(cell))
         self._recording = None  # what the layers were handed is needed no more
-        return made
 
     def _made(self, cell: Candidate) -> Ready:
         recording = self._recorded() if self._once and replayable(cell) else None
@@ -85,6 +96,7 @@ class Prefill:
         return self._recording
 
     def _replayed(self, recording: Recording, cell: Candidate) -> Ready:
+        recording = recording if self._shared else recording.unshared()
         start, before = self._now(), recording.observed
         cache = recording.cache(cell.method, cell.keep or 1, **cell.settings)
         times = {"prefill_s": self._recorded_s, "evict_s": self._now() - start}

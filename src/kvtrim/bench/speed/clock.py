@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from kvtrim.api import window
 from kvtrim.bench import failures
 from kvtrim.bench.candidates import Candidate, Feed, Subject
 from kvtrim.bench.provenance import peak_memory
@@ -53,10 +54,10 @@ class Plan:
 
 def require_window(model: Any, lengths: Sequence[int], new_tokens: int, trained: bool) -> None:
     """Refuse prompts, and new tokens of a trained model, that exceed its window. UsageError."""
-    window = model.config.get_text_config(decoder=True).max_position_embeddings
-    if max(lengths) + new_tokens * trained > window:
+    most = window(model)
+    if max(lengths) + new_tokens * trained > most:
         new = f" + {new_tokens}" if trained else ""
-        raise UsageError(f"prompts of {max(lengths)}{new} tokens exceed the window, {window}")
+        raise UsageError(f"prompts of {max(lengths)}{new} tokens exceed the window, {most}")
 
 
 @dataclass(frozen=True)
