@@ -21,6 +21,14 @@ from kvtrim.methods.schedule import Schedule
 N, KEEP, LOOK = 30, 12, 4
 
 
+def own_column(layer, values, before):
+    """A number per slot: `values` for those of the queries at hand, `before` for the others."""
+    count = values.shape[-1]
+    first = (ops.lengths(layer) - count)[..., None]
+    slots = first + torch.arange(count, device=first.device)
+    return before.scatter(-1, slots, values.to(before.dtype))
+
+
 @dataclass(frozen=True)
 class Spy(Policy):
     """Carries the sum of each token's hidden state, and notes every view that it scores."""
@@ -34,7 +42,7 @@ class Spy(Policy):
 
     def observe(self, layer):
         own = layer.hidden.sum(dim=-1)[:, None].expand(-1, layer.keys.shape[1], -1)
-        return ops.own_column(layer, own, layer.carried)
+        return own_column(layer, own, layer.carried)
 
     def score(self, layer):
         names = ("hidden", "carried", "positions")  # of a store that changes later on

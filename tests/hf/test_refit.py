@@ -59,7 +59,7 @@ def test_entries_become_what_the_formula_says_and_the_same_ones_stay(llama, name
             alone = type(aim)(aim.queries[part], aim.out[part], aim.lse[part])
             keys, values = call.keys[0][part][:, kept], call.values[0][part][:, kept]
             lengths = torch.tensor([[len(kept)]])
-            became = refit.fitted(alone, keys, values, lengths, call.scale, None)
+            became = refit.fit(alone, keys, values, lengths, call.scale, None)
             new = heads_of(cache, "values")[layer][head]
             torch.testing.assert_close(new, became.values[0], rtol=5e-3, atol=1e-3)
             changed += not torch.allclose(new, values[0])
@@ -151,7 +151,7 @@ def test_where_the_policy_probes_its_probe_is_asked(llama):
             alone = type(aim)(aim.queries[part], aim.out[part], aim.lse[part])
             given = call.keys[0][part][:, kept], call.values[0][part][:, kept]
             lengths = torch.tensor([[len(kept)]])
-            became = LeastSquares(queries=48).fitted(alone, *given, lengths, call.scale, None)
+            became = LeastSquares(queries=48).fit(alone, *given, lengths, call.scale, None)
             new = heads_of(cache, "values")[layer][head]
             torch.testing.assert_close(new, became.values[0], rtol=5e-3, atol=1e-3)
 

@@ -62,7 +62,7 @@ def test_values_are_those_of_the_best_ridge_for_each_head(lengths):
     queries, keys, values = drawn(1)
     aim, refit = answered(queries, keys, values, SCALE), LeastSquares()
     given = kept_of(keys, lengths), kept_of(values, lengths), torch.tensor([lengths])
-    found = refit.fitted(aim, *given, SCALE, None)
+    found = refit.fit(aim, *given, SCALE, None)
     assert found.bias is None
     for head, count in enumerate(lengths):
         old, best, least = values[head, :count].double(), None, None
@@ -89,7 +89,7 @@ def test_many_entries_and_few_queries_have_the_same_solution():
     aim = answered(few, keys, values, SCALE)
     lengths = (38, 37)
     given = kept_of(keys, lengths), kept_of(values, lengths), torch.tensor([lengths])
-    found = LeastSquares(ridges=(0.1,)).fitted(aim, *given, SCALE, None)
+    found = LeastSquares(ridges=(0.1,)).fit(aim, *given, SCALE, None)
     own = held_out(45)
     for head, count in enumerate(lengths):
         weights = weights_by_hand(few[head], keys[head, :count])
@@ -112,7 +112,7 @@ def test_on_held_out_queries_it_is_never_worse_than_nothing(bias, seed):
     values = values * torch.rand(K, N, 1, generator=torch.Generator().manual_seed(seed)) ** 4
     aim, lengths = answered(queries, keys, values, SCALE), (12, 3)
     given = kept_of(keys, lengths), kept_of(values, lengths), torch.tensor([lengths])
-    found = LeastSquares(bias=bias).fitted(aim, *given, SCALE, None)
+    found = LeastSquares(bias=bias).fit(aim, *given, SCALE, None)
     own = held_out()
     for head, count in enumerate(lengths):
         plain = weights_by_hand(queries[head], keys[head, :count]) @ values[head, :count].double()
@@ -130,7 +130,7 @@ def test_noise_is_not_fitted():
     out = aim.out.clone()
     out[:, ~held_out()] += 50 * torch.randn(out[:, ~held_out()].shape)
     aim = type(aim)(aim.queries, out, aim.lse)
-    found = LeastSquares().fitted(aim, keys, values, torch.tensor([[N, N]]), SCALE, None)
+    found = LeastSquares().fit(aim, keys, values, torch.tensor([[N, N]]), SCALE, None)
     torch.testing.assert_close(found.values, values)
 
 
@@ -139,7 +139,7 @@ def test_biases_give_what_stays_the_mass_that_all_had():
     keys = torch.cat([keys[:, :20], keys[:, :20]], dim=1)  # every entry twice
     aim = answered(queries, keys, values, SCALE)
     given = keys[:, :20], values[:, :20], torch.tensor([[20, 20]])
-    found = LeastSquares(bias=True).fitted(aim, *given, SCALE, None)
+    found = LeastSquares(bias=True).fit(aim, *given, SCALE, None)
     for head in range(K):
         logits = queries[head].double() @ keys[head, :20].double().T * SCALE
         mass = (logits + found.bias[head].double()).logsumexp(-1)

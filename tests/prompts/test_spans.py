@@ -11,10 +11,10 @@ from kvtrim.errors import UsageError
 from kvtrim.methods.unit_numbers import unit_numbers
 from kvtrim.prompts.spans import (
     checked,
-    fitted,
     joined,
     moved,
     per_prompt,
+    per_row,
     require_within,
     without,
 )
@@ -72,11 +72,11 @@ def test_parts_may_overlap_each_other():
 def test_each_prompt_of_a_batch_has_its_own():
     one, two = {"shots": [(0, 2)]}, {"shots": [(1, 3)]}
     assert per_prompt(None) == []
-    assert fitted(per_prompt(one), 3) == [checked(one)] * 3
-    assert fitted(per_prompt([one, two]), 4) == [checked(s) for s in (one, one, two, two)]
-    assert fitted(per_prompt([one, {}]), 2) == [checked(one), {}]
+    assert per_row(per_prompt(one), 3) == [checked(one)] * 3
+    assert per_row(per_prompt([one, two]), 4) == [checked(s) for s in (one, one, two, two)]
+    assert per_row(per_prompt([one, {}]), 2) == [checked(one), {}]
     with pytest.raises(UsageError, match="given for 2 prompts, the input has 3"):
-        fitted(per_prompt([one, two]), 3)
+        per_row(per_prompt([one, two]), 3)
     require_within(per_prompt([one, two]), [2, 3])
     with pytest.raises(UsageError, match="beyond the 2 tokens"):
         require_within(per_prompt([one, two]), [2, 2])

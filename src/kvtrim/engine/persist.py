@@ -10,7 +10,7 @@ import torch
 from kvtrim.cache.store import LayerStore, starts_of
 from kvtrim.engine.session import Session
 from kvtrim.errors import CacheError, CacheFileError
-from kvtrim.prompts.spans import fitted, per_prompt, require_within
+from kvtrim.prompts.spans import per_prompt, per_row, require_within
 from kvtrim.types import Counts, Tensor
 
 _KV = ("keys", "values")
@@ -85,7 +85,7 @@ def restore(
         session.state.probed = record["probed"]
         session.state.keeps = [(entries, asked) for entries, asked in record["keeps"]]
         session.state.settled = [(tokens, held) for tokens, held in record["settled"]]
-        session.state.spans = fitted(per_prompt(record["spans"]), len(reading.lengths))
+        session.state.spans = per_row(per_prompt(record["spans"]), len(reading.lengths))
         require_within(session.state.spans, [reading.seen] * len(reading.lengths))
         session.state.generated = [(start, share) for start, share in record["generated"]]
         session.state.closed_up = record["closed_up"]

@@ -112,7 +112,7 @@ class Refitting:
             part = store.row(row)
             dense, _ = part.dense()
             given = aim, dense["keys"][0], dense["values"][0], part.length
-            became = self.refit.fitted(*given, *self._logits[index])
+            became = self.refit.fit(*given, *self._logits[index])
             part.set_column("values", became.values[None])
             if became.bias is not None:
                 part.set_column(BIAS, became.bias[None])

@@ -10,7 +10,7 @@ import torch
 from kvtrim.cache.store import LayerStore, Reach
 from kvtrim.engine.layer import Held
 from kvtrim.engine.tokens import Pass, Reading
-from kvtrim.prompts.spans import fitted, require_within
+from kvtrim.prompts.spans import per_row, require_within
 from kvtrim.types import Int, Spans, Tensor
 
 
@@ -130,7 +130,7 @@ class State:
             UsageError: they are of another number of prompts, or reach beyond one.
         """
         if self.reading.seen == 0:
-            self.spans = fitted(spans, now.rows)
+            self.spans = per_row(spans, now.rows)
         if complete:
             require_within(self.spans, now.lengths())
 

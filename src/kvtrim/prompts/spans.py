@@ -68,7 +68,7 @@ def per_prompt(given: Given | Sequence[Given] | None) -> list[Spans]:
     return [checked(one) for one in ([given] if isinstance(given, Mapping) else given)]
 
 
-def fitted(spans: Sequence[Spans], rows: int) -> list[Spans]:
+def per_row(spans: Sequence[Spans], rows: int) -> list[Spans]:
     """One mapping per prompt; where prompts are repeated (beams, samples) each goes along.
 
     Raises:

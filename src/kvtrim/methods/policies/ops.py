@@ -207,16 +207,6 @@ def newest(layer: LayerView, count: int) -> LayerView:
     return replace(layer, queries=layer.queries[:, :, first:], hidden=hidden)
 
 
-def own_column(
-    layer: LayerView, values: Float[Tensor, "B K Q"], before: Float[Tensor, "B K S"]
-) -> Float[Tensor, "B K S"]:
-    """A number per slot: `values` for those of the queries at hand, `before` for the others."""
-    count = values.shape[-1]
-    first = (lengths(layer) - count)[..., None]
-    slots = first + torch.arange(count, device=first.device)
-    return before.scatter(-1, slots, values.to(before.dtype))
-
-
 def length_of(vectors: Float[Tensor, "*B D"]) -> Float[Tensor, "*B"]:
     """L2 norm of the last dimension; several times faster on a CPU than torch's own."""
     return (vectors * vectors).sum(dim=-1).sqrt()

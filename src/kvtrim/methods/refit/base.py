@@ -26,7 +26,7 @@ class Refit(Declared, ABC):
         return False
 
     @abstractmethod
-    def fitted(
+    def fit(
         self,
         aim: Aim,
         keys: Float[Tensor, "K S D"],
@@ -50,7 +50,7 @@ class Unchanged(Refit):
 
     changes: ClassVar[bool] = False
 
-    def fitted(
+    def fit(
         self,
         aim: Aim,
         keys: Float[Tensor, "K S D"],

@@ -51,7 +51,7 @@ class LeastSquares(Refit):
     def biases(self) -> bool:
         return self.bias
 
-    def fitted(
+    def fit(
         self,
         aim: Aim,
         keys: Float[Tensor, "K S D"],
@@ -60,7 +60,7 @@ class LeastSquares(Refit):
         scale: float,
         softcap: float | None,
     ) -> Refitted:
-        """See `Refit.fitted`; in fp32, head by head, since they hold very different numbers."""
+        """See `Refit.fit`; in fp32, head by head, since they hold very different numbers."""
         new = values.clone()
         bias = values.new_zeros(values.shape[:2], dtype=torch.float32) if self.bias else None
         for head, count in enumerate(lengths[0].tolist()):
