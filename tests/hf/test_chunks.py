@@ -135,3 +135,10 @@ def test_a_long_document_is_compressed_in_chunks(llama):
 def test_chunks_without_the_length_of_the_prompt_are_refused(llama):
     with pytest.raises(UsageError, match="prompt_tokens"):
         kvtrim.Cache(llama, "snapkv", 40, chunks=True)
+
+
+def test_a_prompt_with_named_parts_that_is_probed_may_come_in_chunks(llama):
+    tokenizer, context = models.tokenizer(), "the tide turns at noon and again at night. " * 4
+    parts = kvtrim.compress(llama, tokenizer, context, method="kvzip", keep=40, prefill_chunk=48)
+    whole = kvtrim.compress(llama, tokenizer, context, method="kvzip", keep=40)
+    assert models.positions(parts) == models.positions(whole)
