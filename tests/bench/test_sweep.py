@@ -223,7 +223,7 @@ def test_a_killed_process_is_replaced(asked, serial, tmp_path):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("how", [[], ["--ray"]], ids=["local", "ray"])
+@pytest.mark.parametrize("how", [[], ["--ray", "--workers", "1"]], ids=["local", "ray"])
 def test_a_killed_driver_is_gone_on_with(asked, serial, tmp_path, how):
     if how:
         pytest.importorskip("ray", reason="Ray is not installed: pip install 'kvtrim[ray]'")
@@ -233,7 +233,6 @@ def test_a_killed_driver_is_gone_on_with(asked, serial, tmp_path, how):
     own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}  # as this process has
     told = dict(env=os.environ | own, cwd=tmp_path)
     command = [sys.executable, "-m", "kvtrim", "sweep", str(asked), "--out", "out", *how]
-    command += ["--workers", "1"]
     nowhere = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = subprocess.Popen(command, **nowhere, **told)
     try:
@@ -261,7 +260,7 @@ def test_ray_workers_do_the_same_and_a_killed_one_is_replaced(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent / "src")]))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        pool, killed = pool_ray.RayPool(size=1), []
+        pool, killed = pool_ray.RayPool(size=2), []
 
         def kill(what, done, out_of):
             if not killed and out_of > 1:
