@@ -58,6 +58,12 @@ class Call:
         hidden = None if self.hidden is None else self.hidden[part]
         return replace(self, queries=queries, keys=keys, values=values, hidden=hidden)
 
+    def columns(self, part: slice) -> "Call":
+        """Some of its tokens."""
+        queries, keys, values = (x[:, :, part] for x in (self.queries, self.keys, self.values))
+        hidden = None if self.hidden is None else self.hidden[:, part]
+        return replace(self, queries=queries, keys=keys, values=values, hidden=hidden)
+
     def without_tokens(self) -> "Call":
         """The same layer, and nothing new to it."""
         queries, keys, values = (x[:, :, :0] for x in (self.queries, self.keys, self.values))

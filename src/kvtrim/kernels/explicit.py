@@ -5,17 +5,15 @@ the slots that are asked about go through weights that are made, in blocks that 
 caches hold; all others go through torch's fused kernel. Log-sum-exps join the parts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
+from kvtrim.kernels.parts import Part, joined
 from kvtrim.types import Float, Noted, Tensor
 
 _ELEMENTS = 2**18
 """Weights in a block, for each thread: 1 MiB in fp32."""
-
-Part = tuple[Float[Tensor, "B H Q E"], Float[Tensor, "B H Q"]]
-"""Output of attention over some of the slots, and its log-sum-exp."""
 
 
 def largest(
@@ -43,7 +41,7 @@ def largest(
     if bool(others.any()):
         rest = others.nonzero()[:, 0]
         parts.append(_attended(queries, keys[:, :, rest], values[:, :, rest], *given))
-    return _joined(parts), most
+    return joined(parts), most
 
 
 def _attended(
@@ -138,12 +136,3 @@ def _blocks(
 def rows_at_once(heads: int, slots: int) -> int:
     """Queries of so many heads whose weights over so many slots make a block."""
     return max(16, _ELEMENTS * torch.get_num_threads() // max(1, heads * slots))
-
-
-def _joined(parts: Sequence[Part]) -> Float[Tensor, "B H Q E"]:
-    """Attention over all slots from that over parts of them."""
-    total = torch.stack([lse for _, lse in parts]).logsumexp(dim=0)
-    dtype = parts[0][0].dtype
-    shares = [(lse - total).exp()[..., None] for _, lse in parts]
-    mixed = sum(out * share for (out, _), share in zip(parts, shares, strict=True))
-    return torch.as_tensor(mixed).to(dtype)

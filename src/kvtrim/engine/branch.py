@@ -1,0 +1,191 @@
+"""A prompt that was read once, and what several continuations each add to it.
+
+The prompt's entries are held once, however many continue it, and never change: a continuation
+writes its own behind them. Attention over both parts is joined by log-sum-exps. So a continuation
+costs what it adds, may be cut back to any length, and all that continue one prompt go through its
+entries together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from kvtrim.cache.store import BIAS, LayerStore
+from kvtrim.engine.batch import joinable
+from kvtrim.engine.layer import Call
+from kvtrim.engine.session import Session
+from kvtrim.errors import CacheError
+from kvtrim.kernels.parts import Part, attended, joined
+from kvtrim.types import Float, Tensor
+
+_ROOM = 32  # entries that a continuation's buffers grow by at least
+
+Run = tuple[Tensor, Tensor, Tensor | None]
+"""K, V and biases [1, K, S, ...] of heads that hold equally many entries."""
+
+
+class Base:
+    """The entries of one prompt, as they are when it was read and cut.
+
+    Args:
+        session: one that evicts no more (`engine.batch.joinable`), of one prompt; not to be used
+            any further by others.
+
+    Raises:
+        CacheError: it is none of these.
+    """
+
+    def __init__(self, session: Session):
+        if not joinable(session) or len(session.state.reading.lengths) != 1:
+            raise CacheError("only one prompt that nothing is evicted from any more can be shared")
+        self.tokens = session.state.reading.lengths[0]
+        self.position = self.tokens - sum(session.state.closed_up)  # of what comes next
+        self.held_bytes, self.full_bytes = session.state.held_bytes, session.state.full_bytes
+        stores = session.state.stores()
+        for store in stores:
+            store.settle()
+        self.counts = [store.length[0].tolist() for store in stores]
+        self._layers = [_runs(store) for store in stores]
+
+    def attended(self, index: int, call: Call, queries: Float[Tensor, "1 H N D"]) -> Part | None:
+        """What queries of any continuations find in one layer; None where it holds nothing."""
+        runs = self._layers[index]
+        if len(runs) == 1:
+            keys, values, bias = runs[0]
+            if not keys.shape[2]:
+                return None
+            return attended(queries, keys, values, call.scale, call.softcap, bias)
+        group, parts = queries.shape[1] // len(runs), []
+        for head, (keys, values, bias) in enumerate(runs):
+            own = queries[:, head * group : (head + 1) * group]
+            if keys.shape[2]:
+                parts.append(attended(own, keys, values, call.scale, call.softcap, bias))
+            else:
+                nothing = own.new_zeros(*own.shape[:3], values.shape[-1])
+                parts.append((nothing, torch.full_like(nothing[..., 0], -torch.inf)))
+        outs, lses = zip(*parts, strict=True)
+        wide = torch.promote_types(outs[0].dtype, lses[0].dtype)
+        return torch.cat([out.to(wide) for out in outs], dim=1), torch.cat(lses, dim=1)
+
+
+def _runs(store: LayerStore) -> list[Run]:
+    """The heads of one prompt's store: all together if they are of one length, else each alone."""
+    bias = store.buffers.get(BIAS)
+    if store.width is not None:
+        keys, values = store.keys_and_values()
+        return [(keys, values, None if bias is None else store.column(BIAS))]
+    runs = []
+    for start, length in zip(store.start[0].tolist(), store.length[0].tolist(), strict=True):
+        part = slice(start, start + length)
+        own = None if bias is None else bias[None, None, part]
+        runs.append((store.keys[None, None, part], store.values[None, None, part], own))
+    return runs
+
+
+@dataclass
+class Tail:
+    """One layer's entries of a continuation; room behind them for more."""
+
+    keys: Float[Tensor, "1 K S D"]
+    values: Float[Tensor, "1 K S E"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both, room included."""
+        return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass
+class Branch:
+    """One continuation of a prompt, or of nothing: its tokens, and their entries in each layer."""
+
+    base: Base | None = None
+    ids: list[int] = field(default_factory=list)  # whose entries are held
+    tails: list[Tail] = field(default_factory=list)
+    room: int = 0  # entries that there will be, if that is known: buffers are made for so many
+
+    @property
+    def position(self) -> int:
+        """Of the next token."""
+        return len(self.ids) + (self.base.position if self.base else 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its own entries."""
+        return sum(tail.nbytes for tail in self.tails)
+
+    def append(self, index: int, call: Call) -> tuple[Tensor, Tensor]:
+        """Write new tokens' entries behind the others; K and V of all of them.
+
+        They count once `ids` says so: a pass that fails leaves nothing behind.
+        """
+        length, count = len(self.ids), call.keys.shape[2]
+        if index == len(self.tails):
+            self.tails.append(Tail(call.keys[:, :, :0], call.values[:, :, :0]))
+        tail = self.tails[index]
+        if length + count > tail.keys.shape[2]:
+            capacity = max(self.room, length + count, length + max(_ROOM, length // 4))
+            tail = self.tails[index] = Tail(
+                _grown(tail.keys, call.keys, length, capacity),
+                _grown(tail.values, call.values, length, capacity),
+            )
+        part = slice(length, length + count)
+        tail.keys[:, :, part], tail.values[:, :, part] = call.keys, call.values
+        return tail.keys[:, :, : part.stop], tail.values[:, :, : part.stop]
+
+    def crop(self, length: int) -> None:
+        """Forget all but its first tokens."""
+        del self.ids[length:]
+
+    def copy(self, length: int, room: int = 0) -> "Branch":
+        """Another continuation that begins with the first tokens of this one."""
+        other = Branch(self.base, self.ids[:length], room=room)
+        capacity = max(room, length)
+        other.tails = [
+            Tail(
+                _grown(tail.keys[:, :, :length], tail.keys, length, capacity),
+                _grown(tail.values[:, :, :length], tail.values, length, capacity),
+            )
+            for tail in self.tails
+        ]
+        return other
+
+
+def _grown(held: Tensor, like: Tensor, length: int, capacity: int) -> Tensor:
+    buffer = like.new_empty(1, like.shape[1], capacity, like.shape[3])
+    buffer[:, :, :length] = held[:, :, :length]
+    return buffer
+
+
+def attend(
+    branches: Sequence[tuple[Branch, slice]], index: int, call: Call
+) -> list[Float[Tensor, "1 H Q E"]]:
+    """Attention of several continuations' new tokens in one layer.
+
+    Args:
+        branches: each with its columns of the call, which is one row of tokens.
+    """
+    parts = []
+    for branch, columns in branches:
+        own = call.columns(columns)
+        keys, values = branch.append(index, own)
+        parts.append(attended(own.queries, keys, values, call.scale, call.softcap, causal=True))
+    shared: dict[int, list[int]] = {}
+    for number, (branch, _) in enumerate(branches):
+        if branch.base is not None:
+            shared.setdefault(id(branch.base), []).append(number)
+    out = [part for part, _ in parts]
+    for numbers in shared.values():
+        base = branches[numbers[0]][0].base
+        queries = torch.cat([call.queries[:, :, branches[n][1]] for n in numbers], dim=2)
+        found = base.attended(index, call, queries) if base else None
+        if found is None:
+            continue
+        own = torch.cat([parts[n][0] for n in numbers], dim=2)
+        lses = torch.cat([parts[n][1] for n in numbers], dim=2)
+        mixed = joined([(own, lses), found])
+        counts = [parts[n][0].shape[2] for n in numbers]
+        for number, piece in zip(numbers, mixed.split(counts, dim=2), strict=True):
+            out[number] = piece
+    return [piece.to(call.queries.dtype) for piece in out]

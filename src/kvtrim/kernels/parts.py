@@ -1,0 +1,89 @@
+"""Attention over some of the slots at a time: log-sum-exps join the parts."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kvtrim.types import Float, Tensor
+
+_ROWS_AT_ONCE = 256  # queries whose weights are there at once, where they are spelled out
+
+Part = tuple[Float[Tensor, "B H Q E"], Float[Tensor, "B H Q"]]
+"""Output of attention over some of the slots, and its log-sum-exp."""
+
+
+def attended(
+    queries: Float[Tensor, "B H Q D"],
+    keys: Float[Tensor, "B K S D"],
+    values: Float[Tensor, "B K S E"],
+    scale: float,
+    softcap: float | None = None,
+    bias: Float[Tensor, "B K S"] | None = None,
+    causal: bool = False,
+) -> Part:
+    """Attention over these slots, of which there is one at least.
+
+    Args:
+        bias: added to the logits of each slot.
+        causal: the last Q slots are the queries' own; else every query sees every slot.
+    """
+    fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    plain = softcap is None and bias is None and keys.shape[-1] == values.shape[-1]
+    one = not causal or queries.shape[2] == 1
+    if plain and fused is not None and not queries.is_cuda and one:
+        out, lse = fused(_folded(queries, keys), keys, values, 0.0, False, scale=scale)[:2]
+        return _unfolded(out, queries), _unfolded(lse, queries)
+    outs, lses = [], []
+    for first in range(0, queries.shape[2], _ROWS_AT_ONCE):
+        own = queries[:, :, first : first + _ROWS_AT_ONCE]
+        seen = keys.shape[2] - queries.shape[2] + first + own.shape[2] if causal else None
+        given = keys[:, :, :seen], values[:, :, :seen], None if bias is None else bias[:, :, :seen]
+        out, lse = _explicit(own, *given, scale, softcap, causal)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def joined(parts: Sequence[Part]) -> Float[Tensor, "B H Q E"]:
+    """Attention over all slots from that over parts of them."""
+    total = torch.stack([lse for _, lse in parts]).logsumexp(dim=0)
+    dtype = parts[0][0].dtype
+    shares = [(lse - total).exp()[..., None] for _, lse in parts]
+    mixed = sum(out * share for (out, _), share in zip(parts, shares, strict=True))
+    return torch.as_tensor(mixed).to(dtype)
+
+
+def _explicit(
+    queries: Float[Tensor, "B H Q D"],
+    keys: Float[Tensor, "B K S D"],
+    values: Float[Tensor, "B K S E"],
+    bias: Float[Tensor, "B K S"] | None,
+    scale: float,
+    softcap: float | None,
+    causal: bool,
+) -> Part:
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    logits = _folded(queries, keys).to(wide) @ keys.to(wide).transpose(-1, -2) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias[:, :, None].to(wide)
+    if causal:
+        count, slots = queries.shape[2], keys.shape[2]
+        ends = torch.arange(slots - count, slots, device=keys.device)
+        ahead = torch.arange(slots, device=keys.device) > ends[:, None]
+        logits = logits.masked_fill(ahead.repeat(queries.shape[1] // keys.shape[1], 1), -torch.inf)
+    lse = logits.logsumexp(dim=-1)
+    out = (logits - lse[..., None]).exp() @ values.to(wide)
+    return _unfolded(out, queries), _unfolded(lse, queries)
+
+
+def _folded(
+    queries: Float[Tensor, "B H Q D"], keys: Float[Tensor, "B K S D"]
+) -> Float[Tensor, "B K GQ D"]:
+    """The queries that share a KV head as one run of queries: keys are never repeated."""
+    return queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[-1])
+
+
+def _unfolded(out: Float[Tensor, "B K GQ *E"], queries: Float[Tensor, "B H Q D"]) -> Tensor:
+    return out.reshape(*queries.shape[:3], *out.shape[3:])

@@ -1,0 +1,152 @@
+"""Tokens of many caches in one row of one pass go on as each would alone."""
+
+import pytest
+import torch
+
+import kvtrim
+import models
+from kvtrim.engine.branch import Base, Branch
+from kvtrim.errors import CacheError
+from kvtrim.hf.pack import Feed, Pack, position
+from small import small
+
+METHODS = {
+    "snapkv": {},
+    "adakv": {},
+    "kvzip": {},
+    "gemfilter": {},
+    "fastkv": {},
+    "laprox": {"refit": "values+bias"},
+    "pyramidkv": {"granularity": "query"},
+    "full": {},
+    "h2o": {},
+    "tova": {},
+    "streaming-llm": {"positions": "rolled"},
+    "shotkv": {},
+}
+SHARED = [*METHODS][:8]
+
+
+def read(model, name, number, impl="auto"):
+    settings = small(name) | METHODS[name]
+    cache = kvtrim.Cache(model, name, 24, impl=impl, **settings)
+    with torch.no_grad(), kvtrim.attach(model):
+        model(models.prompt(48 + 5 * number, number), past_key_values=cache)
+    return cache
+
+
+def alone(model, cache, ids):
+    """Logits after each token, one pass each through the cache's own attention."""
+    found = []
+    with torch.no_grad(), kvtrim.attach(model):
+        for token in ids:
+            at = torch.tensor([[cache.seen]])
+            out = model(torch.tensor([[token]]), position_ids=at, past_key_values=cache)
+            found.append(out.logits[0, -1])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mixtral"])
+def test_feeds_of_all_kinds_go_on_as_each_alone(architecture):
+    model = models.tiny(architecture)
+    draw = torch.Generator().manual_seed(1)
+    caches = {name: read(model, name, n) for n, name in enumerate(METHODS)}
+    lines, expected, into = [], [], []
+    for name, cache in caches.items():
+        for _ in range(2 if name in SHARED else 1):  # two continuations of one prompt
+            ids = torch.randint(4, 260, (9,), generator=draw).tolist()
+            lines.append(ids)
+            expected.append(alone(model, cache.copy(), ids))
+        if name in SHARED:
+            base = Base(cache.copy().session)
+            into += [Branch(base), Branch(base)]
+        else:
+            into.append(cache)
+    plain = torch.randint(4, 260, (9,), generator=draw).tolist()
+    lines.append(plain)
+    expected.append(alone(model, kvtrim.Cache(model, "full", 1.0), plain))
+    into.append(Branch())
+    pack, done = Pack(model), [0] * len(lines)
+    with kvtrim.attach(model):
+        for step in range(20):
+            feeds, who = [], []
+            for number, ids in enumerate(lines):
+                left = len(ids) - done[number]
+                single = isinstance(into[number], kvtrim.Cache)  # evicts as tokens come
+                count = 1 if single else min(left, 1 + (step + number) % 3)
+                if left and (step + number) % 4 < 3:  # some sit a pass out
+                    feeds.append(Feed(into[number], ids[done[number] :][:count]))
+                    who.append((number, count))
+            if not feeds:
+                continue
+            logits = pack.feed(model, feeds)
+            for (number, count), row in zip(who, logits, strict=True):
+                done[number] += count
+                torch.testing.assert_close(
+                    row, expected[number][done[number] - 1], atol=1e-9, rtol=1e-7
+                )
+    assert done == [9] * len(lines)
+
+
+def test_continuations_are_cut_back_copied_and_leave_the_prompt_alone():
+    model = models.tiny("llama")
+    base = Base(read(model, "adakv", 0).session)
+    pack, one = Pack(model), Branch(base)
+    with kvtrim.attach(model):
+        first = pack.feed(model, [Feed(one, [5, 6, 7, 8])])
+        two = one.copy(2)
+        assert two.nbytes < one.nbytes and two.ids == [5, 6] and position(two) == base.tokens + 2
+        pack.feed(model, [Feed(one, [9]), Feed(two, [20, 21])])
+        one.crop(2)
+        again = pack.feed(model, [Feed(one, [7, 8])])
+    torch.testing.assert_close(first, again)
+    assert one.ids == [5, 6, 7, 8] and two.ids == [5, 6, 20, 21]
+
+
+def test_a_pass_that_fails_leaves_continuations_as_they_were(monkeypatch):
+    model = models.tiny("llama")
+    branch, pack = Branch(Base(read(model, "snapkv", 0).session)), Pack(model)
+    with kvtrim.attach(model):
+        wanted = pack.feed(model, [Feed(branch.copy(0), [5, 6, 7])])
+        pack.feed(model, [Feed(branch, [5])])
+
+        def fail(*given):
+            raise RuntimeError("out of memory")
+
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="memory"):
+            patched.setattr(model.get_decoder().layers[1].mlp, "forward", fail)
+            pack.feed(model, [Feed(branch, [99, 98])])
+        assert branch.ids == [5]
+        torch.testing.assert_close(pack.feed(model, [Feed(branch, [6, 7])]), wanted)
+
+
+@pytest.mark.parametrize("name", ["h2o", "streaming-llm"])
+def test_what_goes_on_evicting_cannot_be_shared(name):
+    with pytest.raises(CacheError, match="nothing is evicted"):
+        Base(read(models.tiny("llama"), name, 0).session)
+
+
+def test_models_whose_layers_slide_are_refused():
+    with pytest.raises(CacheError, match="slide"):
+        Pack(models.tiny("gemma2"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("biased", [False, True])
+def test_parts_joined_are_attention_over_everything(dtype, softcap, biased):
+    from kvtrim.kernels import sdpa
+    from kvtrim.kernels.parts import attended, joined
+
+    torch.manual_seed(0)
+    queries = torch.randn(1, 6, 300, 8, dtype=dtype)
+    keys, values = torch.randn(2, 1, 2, 340, 8, dtype=dtype).unbind(0)
+    bias = torch.randn(1, 2, 340, dtype=dtype) if biased else None
+    whole = sdpa.dense(queries, keys, values, 0.3, softcap, bias)
+    first = None if bias is None else bias[:, :, :40]
+    rest = None if bias is None else bias[:, :, 40:]
+    parts = [
+        attended(queries, keys[:, :, :40], values[:, :, :40], 0.3, softcap, first),
+        attended(queries, keys[:, :, 40:], values[:, :, 40:], 0.3, softcap, rest, causal=True),
+    ]
+    torch.testing.assert_close(joined(parts), whole)
