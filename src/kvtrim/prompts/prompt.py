@@ -8,12 +8,14 @@ and template included), `context`, `question`, what a `Document` names (`shots`)
 of the context. A token belongs to the unit in which it begins.
 """
 
+import re
 import sys
 from ast import literal_eval
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from time import monotonic
 from typing import Any
 
@@ -42,6 +44,8 @@ class Frame:
     before: str
     between: str
     after: str
+    literal: bool = False
+    """What looks like a special token in a context or question is text, not a token."""
 
     @classmethod
     def chat(cls, tokenizer: Any, system: str | None = None) -> "Frame":
@@ -56,7 +60,7 @@ class Frame:
         messages = [{"role": "user", "content": f"{_CONTEXT}{_BETWEEN}{_QUESTION}"}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        text = _rendered(tokenizer, messages)
+        text = rendered(tokenizer, messages)
         times = max(text.count(_CONTEXT), text.count(_QUESTION))
         before, found, rest = text.partition(_CONTEXT)
         between, also_found, after = rest.partition(_QUESTION)
@@ -66,9 +70,9 @@ class Frame:
             )
         if not (found and also_found):
             raise UsageError(f"the chat template alters the user's message; {_WITHOUT_CHAT}")
-        if system is not None and text == _rendered(tokenizer, messages[1:]):
+        if system is not None and text == rendered(tokenizer, messages[1:]):
             raise UsageError("the chat template ignores the system message; leave it out")
-        return cls(before, between, after)
+        return cls(before, between, after, literal=True)
 
     @classmethod
     def plain(cls, tokenizer: Any) -> "Frame":
@@ -121,7 +125,7 @@ class Words:
     prefix: list[int] = field(default_factory=list)  # before the context: kept, not repeated
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+def rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """What a chat template makes of messages, within a bound of time and memory.
 
     Raises:
@@ -212,7 +216,8 @@ def encode_context(tokenizer: Any, around: Frame, context: str | Document) -> Pr
     document = Document.of(context)
     before, parts = _before(around), _parts(tokenizer, document)
     spans = joined(before, parts, len(around.before))
-    ids, spans = _encoded(tokenizer, around.before + document.text, spans)
+    cuts = _cuts(tokenizer, around, document.text, len(around.before))
+    ids, spans = _encoded(tokenizer, around.before + document.text, spans, cuts)
     return Prompt(ids, [], spans)
 
 
@@ -224,7 +229,8 @@ def encode_ends(tokenizer: Any, around: Frame, context: str | Document, room: in
     """
     document = Document.of(context)
     first, before = _encoded(tokenizer, around.before, _before(around))
-    ids, spans = _encoded(tokenizer, document.text, _parts(tokenizer, document))
+    cuts = _cuts(tokenizer, around, document.text, 0)
+    ids, spans = _encoded(tokenizer, document.text, _parts(tokenizer, document), cuts)
     left = room - len(first)
     if left < 1:
         raise UsageError(
@@ -247,7 +253,8 @@ def encode_question(tokenizer: Any, around: Frame, question: str) -> Prompt:
     require_characters("question", question)
     start = len(around.between)
     parts: Spans = {"question": (((start, start + len(question)),),)} if question else {}
-    ids, spans = _encoded(tokenizer, around.between + question + around.after, parts)
+    cuts = _cuts(tokenizer, around, question, start)
+    ids, spans = _encoded(tokenizer, around.between + question + around.after, parts, cuts)
     return Prompt([], ids, spans)
 
 
@@ -294,10 +301,45 @@ def _parts(tokenizer: Any, document: Document) -> Spans:
     return joined({"context": (((0, len(document.text)),),)}, document.parts(), 0)
 
 
-def _encoded(tokenizer: Any, text: str, parts: Spans) -> tuple[list[int], Spans]:
+def _cuts(tokenizer: Any, around: Frame, text: str, start: int) -> list[int]:
+    """Where a text that begins at `start` has to be cut so that nothing in it is a special token.
+
+    Whoever writes a prompt without a template writes its special tokens too.
+    """
+    return [start + cut for cut in inside_special(tokenizer, text)] if around.literal else []
+
+
+def inside_special(tokenizer: Any, text: str) -> list[int]:
+    """A place inside of everything in a text that would become a token of the template's."""
+    template = str(tokenizer.chat_template or "")
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    names = {token.content for token in added if token.special or token.content in template}
+    return sorted(
+        {
+            found.start() + 1
+            for name in names
+            if len(name) > 1 and name in text
+            for found in re.finditer(f"(?={re.escape(name)})", text)
+        }
+    )
+
+
+def encode_cut(tokenizer: Any, text: str, cuts: Sequence[int]) -> list[int]:
+    """Token ids of a text, none of which reaches over a cut."""
+    return _encoded(tokenizer, text, {}, cuts)[0]
+
+
+def _encoded(
+    tokenizer: Any, text: str, parts: Spans, cuts: Sequence[int] = ()
+) -> tuple[list[int], Spans]:
     """Token ids of a text, and its parts in tokens; no parts from a tokenizer without offsets."""
-    if not tokenizer.is_fast:
-        return encode_text(tokenizer, text), {}
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    begins = [start for start, _ in found.offset_mapping]
-    return found.input_ids, moved(parts, lambda at: bisect_left(begins, at))
+    ids: list[int] = []
+    begins: list[int] = []
+    for start, end in pairwise([0, *cuts, len(text)]):
+        if not tokenizer.is_fast:
+            ids += encode_text(tokenizer, text[start:end])
+            continue
+        found = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
+        ids += found.input_ids
+        begins += [start + begin for begin, _ in found.offset_mapping]
+    return ids, moved(parts, lambda at: bisect_left(begins, at)) if tokenizer.is_fast else {}
