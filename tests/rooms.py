@@ -115,8 +115,8 @@ ROOMS = {
         owns="safetensors",
     ),
     "serve": Room(
-        "api cache errors files hf hf.models methods.keep methods.settings prompts serve.library "
-        "types",
+        "api cache engine errors files hf hf.models methods.keep prompts serve.library "
+        "serve.stream types",
         shapes=True,
     ),
     "serve.library": Room("errors files", owns="platformdirs", torch=False),

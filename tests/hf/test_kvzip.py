@@ -227,3 +227,14 @@ def test_scores_from_the_probes_own_attention_keep_what_a_second_product_keeps(
     slow, want = kept()
     assert fast == slow and not calls
     torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_with_named_parts_is_read_in_chunks():
+    model, tokenizer = models.tiny("llama"), models.tokenizer()
+    text = "The cat sat on the mat. It looked at the sea. " * 3
+    whole, parts = (
+        kvtrim.compress(model, tokenizer, text, method="kvzip", keep="50%", prefill_chunk=chunk)
+        for chunk in (None, 16)
+    )
+    assert parts.session.state.spans == whole.session.state.spans
+    assert models.positions(parts) == models.positions(whole)

@@ -1,0 +1,62 @@
+"""A long prompt being read, a chunk at a time, between others' tokens."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvtrim.engine.batch import joinable
+from kvtrim.engine.branch import Base
+from kvtrim.hf.cache import Cache
+from kvtrim.hf.keyword import passing
+from kvtrim.serve.memory import Document
+
+
+@dataclass(eq=False)
+class Reading:
+    """A prompt on its way into memory.
+
+    Methods that choose over the whole prompt at once read it in one pass.
+    """
+
+    key: Hashable
+    cache: Cache
+    ids: list[int]
+    reserved: int
+    done: int = 0
+    waiting: list[Any] = field(default_factory=list)  # requests that need it
+    complete: Callable[[Cache], None] | None = None  # told once, before it is shared
+    failed: Callable[[Exception], None] = lambda error: None
+    told: Callable[[int, int], None] = lambda done, out_of: None
+    wanted: Callable[[], bool] = lambda: True
+
+    @property
+    def whole(self) -> bool:
+        """It cannot be read in chunks."""
+        return self.cache.method.propagation.narrows
+
+    def read(self, model: Any, count: int) -> bool:
+        """Read so many tokens more; whether that was all. The model has to be attached."""
+        count = len(self.ids) if self.whole else count
+        part = self.ids[self.done : self.done + count]
+        with torch.no_grad():
+            model(
+                input_ids=torch.tensor([part], device=model.device),
+                **passing(self.cache),
+                logits_to_keep=1,
+            )
+        self.done += len(part)
+        self.told(self.done, len(self.ids))
+        return self.done >= len(self.ids)
+
+    def document(self) -> Document:
+        """What was read, ready to be continued."""
+        return held(self.key, self.cache)
+
+
+def held(key: Hashable, cache: Cache) -> Document:
+    """A cache of one prompt, as several requests continue it."""
+    facts = cache.seen, cache.held_bytes, cache.full_bytes
+    entries = Base(cache.session) if joinable(cache.session) else cache
+    return Document(key, entries, *facts)
