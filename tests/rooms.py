@@ -115,8 +115,9 @@ ROOMS = {
         owns="safetensors",
     ),
     "serve": Room(
-        "api cache engine errors files hf hf.models methods.keep prompts serve.library "
-        "serve.stream types",
+        "api cache engine errors files hf hf.models methods.keep methods.settings prompts "
+        "serve.library serve.stream types",
+        owns="fastapi starlette pydantic prometheus_client llm",
         shapes=True,
     ),
     "serve.library": Room("errors files", owns="platformdirs", torch=False),
@@ -125,9 +126,9 @@ ROOMS = {
     "cli": Room(
         "api bench bench.calibrate bench.eval bench.speed bench.sweep engine errors files hf "
         "hf.models lm_eval methods.budgets methods.describe methods.echo_tables methods.keep "
-        "methods.method methods.registry methods.request methods.settings prompts records "
-        "report report.plots serve serve.library serve.stream tasks version",
-        owns="typer rich",
+        "methods.method methods.registry methods.settings prompts report report.plots serve "
+        "serve.library serve.stream tasks version",
+        owns="typer rich uvicorn prompt_toolkit",
     ),
 }
 FILES = sorted(ROOT.rglob("*.py"))

@@ -76,7 +76,9 @@ class Client:
 
     def upload(self, name, text=None, how=None):
         events = queue.Queue()
-        self.scheduler.submit(Upload(name, text or TEXTS[name], how or HOWS.get(name, HOWS["d0"]), events.put))
+        self.scheduler.submit(
+            Upload(name, text or TEXTS[name], how or HOWS.get(name, HOWS["d0"]), events.put)
+        )
         return events
 
 

@@ -8,6 +8,7 @@ from kvtrim.cli import (
     ask,
     caches,
     calibrate,
+    chat,
     check,
     compare,
     eval,
@@ -15,6 +16,7 @@ from kvtrim.cli import (
     methods,
     recommend,
     report,
+    serve,
     speed,
     sweep,
 )
@@ -30,8 +32,10 @@ app = typer.Typer(
 )
 app.command("methods")(methods.methods)
 app.command("ask")(ask.ask)
+app.command("chat")(chat.chat)
 app.command("compare")(compare.compare)
 app.command("compress")(ask.compress)
+app.command("serve")(serve.serve)
 app.command("speed")(speed.speed)
 app.command("eval")(eval.evaluate)
 app.command("sweep")(sweep.sweep)

@@ -4,19 +4,22 @@ A pass over one token reads all weights, whatever else goes through it. So the n
 whoever has any are laid one behind the other; only attention knows whose they are.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from kvtrim.engine import branch as branches
 from kvtrim.engine.branch import Branch
-from kvtrim.engine.layer import Call
+from kvtrim.engine.layer import Attends, Call
 from kvtrim.errors import CacheError
+from kvtrim.hf.base import BaseCache, Coming
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.keyword import passing
-from kvtrim.types import Float, Tensor
+from kvtrim.hf.layers import ManagedLayer
+from kvtrim.types import Float, Int, Tensor
 
 
 @dataclass(frozen=True)
@@ -29,27 +32,36 @@ class Feed:
 
 def position(into: Branch | Cache) -> int:
     """Where the next token of a branch or of a cache of one prompt stands."""
-    if isinstance(into, Branch):
-        return into.position
-    state = into.session.state
-    return (state.reading.lengths or [0])[0] - sum(state.closed_up)
+    return into.position if isinstance(into, Branch) else sum(into.ends)
 
 
-class Pack(Cache):
+@dataclass
+class _Read:
+    """What layers tell transformers: not the beginning of a prompt, whatever comes."""
+
+    seen: int = 1
+    recording: bool = False
+
+
+class Pack(BaseCache):
     """What a pass over several feeds reads into. The model has to be attached.
 
-    Caches among them have one prompt each, which is read, and no sliding layers.
+    Caches among them have one prompt each, which is read, and no sliding layers. Nothing is held
+    here between passes.
+
+    Raises:
+        CacheError: a model with layers that slide, or a RoPE that changes with the length.
     """
 
     def __init__(self, model: Any):
-        super().__init__(model, "full", 1)
-        if self.stock_layers() or self.switch is not None:
+        like, self._read = Cache(model, "full", 1), _Read()
+        super().__init__(model, copy.copy(like.rope), [])
+        if like.stock_layers() or like.rope.switch is not None:
             raise CacheError(
                 "some layers of this model slide, or its RoPE changes with the length, so several "
                 "prompts cannot share a pass over it; use kvtrim.generate"
             )
-        reading = self.session.state.reading
-        reading.seen, reading.lengths = 1, [1]  # not the beginning of a prompt, whatever comes
+        self.layers = [ManagedLayer(self._read) for _ in like.layers]
         self._feeds: list[tuple[Branch | Cache, slice]] = []
 
     def feed(self, model: Any, feeds: Sequence[Feed]) -> Float[Tensor, "N vocabulary"]:
@@ -69,29 +81,23 @@ class Pack(Cache):
         turning = (each.into.rotations for each in feeds if isinstance(each.into, Cache))
         self.rotations = next((own for own in turning if own), [])
         device = model.device
-        try:
-            with torch.no_grad():
-                out = model(
-                    input_ids=torch.tensor([ids], device=device),
-                    position_ids=torch.tensor([at], device=device),
-                    **passing(self),
-                    logits_to_keep=(ends - 1).to(device),
-                )
-        except BaseException:
-            self.session.steps = None
-            raise
+        with torch.no_grad():
+            out = model(
+                input_ids=torch.tensor([ids], device=device),
+                position_ids=torch.tensor([at], device=device),
+                **passing(self),
+                logits_to_keep=(ends - 1).to(device),
+            )
         for each in feeds:
             if isinstance(each.into, Branch):
                 each.into.ids += each.ids
         return out.logits[0]
 
-    def begin_pass(self, rows: int, columns: int, mask: Tensor | None, ids: Tensor | None) -> None:
-        """New tokens are coming."""
-        self.session.steps = self  # `attend` below is asked in the place of the session's
+    def begin_pass(self, coming: Coming) -> None:
         for into, part in self._feeds:
             if isinstance(into, Cache):
-                own = None if ids is None else ids[:, part]
-                into.begin_pass(1, part.stop - part.start, None, own)
+                own = None if coming.ids is None else coming.ids[:, part]
+                into.begin_pass(Coming(1, part.stop - part.start, None, own))
 
     def attend(self, index: int, call: Call) -> Float[Tensor, "1 H Q E"]:
         """Every feed's attention over what it holds; then evict what is due."""
@@ -101,15 +107,73 @@ class Pack(Cache):
             [
                 next(found)
                 if isinstance(into, Branch)
-                else into.session.attend(index, call.columns(part))
+                else into.attends.attend(index, call.columns(part))
                 for into, part in self._feeds
             ],
             dim=2,
         )
 
-    def end_pass(self) -> None:
-        """Every layer has attended."""
-        self.session.steps = None
+    @property
+    def attends(self) -> Attends:
+        return self
+
+    def end_pass(self) -> bool:
         for into, _ in self._feeds:
             if isinstance(into, Cache):
                 into.end_pass()
+        return False
+
+    def announced(self) -> bool:
+        return False
+
+    @property
+    def seen(self) -> int:
+        return self._read.seen
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self._read.seen]
+
+    @property
+    def closed_up(self) -> list[int]:
+        return []
+
+    @property
+    def held_bytes(self) -> int:
+        return 0
+
+    @property
+    def full_bytes(self) -> int:
+        return 0
+
+    def entries(self) -> list[Int[Tensor, "B K"]]:
+        return []
+
+    # What a pack is not asked
+
+    def expect(self, tokens: int) -> None:
+        self._refuse()
+
+    def mark(self) -> Any:
+        self._refuse()
+
+    def rewind(self, mark: Any) -> None:
+        self._refuse()
+
+    def require_croppable(self, count: int) -> None:
+        self._refuse()
+
+    def take_back(self, count: int) -> None:
+        self._refuse()
+
+    def reset(self) -> None:
+        self._refuse()
+
+    def copy(self) -> "Pack":
+        self._refuse()
+
+    def select_rows(self, rows: Int[Tensor, " R"]) -> None:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise CacheError("a pack holds nothing between passes; ask the caches that it feeds")

@@ -19,7 +19,7 @@ from kvtrim.errors import KvtrimError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.pack import Feed, Pack
-from kvtrim.prompts import encode_context, frame, repeat_words
+from kvtrim.prompts import Template, encode_context, frame, repeat_words
 from kvtrim.prompts.document import Document as Text
 from kvtrim.serve import documents
 from kvtrim.serve.answer import Answer, Speaker
@@ -303,8 +303,15 @@ class Scheduler:
 
     def _begin_head(self, request: Request, key: Hashable) -> bool:
         how, ids = request.how or How(), request.head
-        cache = Cache(self.model, how.method, how.keep, prompt_tokens=len(ids), **how.settings)
-        cache.words = repeat_words(self.tokenizer, frame(self.tokenizer))
+        words = repeat_words(self.tokenizer, frame(self.tokenizer))
+        cache = Cache(
+            self.model,
+            how.method,
+            how.keep,
+            prompt_tokens=len(ids),
+            words=words,
+            **how.settings,
+        )
         reading = self._reading(key, cache, ids)
         if reading is None:
             return False
@@ -322,7 +329,8 @@ class Scheduler:
             if found is not None and documents.verify(self.library, found) is None:
                 self._keep_again(upload, found)
                 return True
-            around = frame(self.tokenizer, how.chat, how.system)
+            template = Template(how.chat, how.system)
+            around = template.frame(self.tokenizer)
             prompt = encode_context(self.tokenizer, around, text)
             if len(prompt) > self.window - 1:
                 raise UsageError(
@@ -335,10 +343,10 @@ class Scheduler:
                 how.keep,
                 prompt_tokens=len(prompt),
                 spans=prompt.spans,
+                words=repeat_words(self.tokenizer, around),
+                template=template,
                 **how.settings,
             )
-            cache.words = repeat_words(self.tokenizer, around)
-            cache.prompt = {"chat": how.chat, "system": how.system}
             key = documents.key(self.prints, text, how)
             reading = self._reading(key, cache, prompt.ids)
         except Exception as error:

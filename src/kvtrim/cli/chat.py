@@ -1,0 +1,244 @@
+"""`chat`: a conversation about a document, or about nothing, in a terminal."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvtrim.cli import options, output
+from kvtrim.cli.ask import EMPTY
+from kvtrim.errors import KvtrimError, UsageError
+
+if TYPE_CHECKING:
+    from kvtrim.serve.talk import Talk
+
+HELP = """\
+/held           bytes held, and how many tokens were read and reused
+/keep BUDGET    read the document again with another budget; the turns stay
+/method NAME    likewise with another method
+/undo           take the last question and its answer back
+/save NAME      keep the document in the library: kvtrim chat @NAME
+/quit           or Ctrl-D; Ctrl-C stops an answer"""
+
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
+
+
+def chat(
+    document: options.Document = None,
+    library: options.Library = None,
+    method: options.Method = "auto",
+    keep: options.Keep = "25%",
+    set_: options.Set = None,
+    max_new_tokens: NewTokens = 512,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = None,
+    model: options.Model = "smollm2",
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    allow_untested: options.AllowUntested = False,
+) -> None:
+    """Talk about a document that is read once; answers stream. /help lists the commands."""
+    if not temperature and (top_p is not None or seed is not None):
+        raise UsageError("--top-p and --seed act on sampling: give --temperature 0.7 too")
+    settings = options.checked(method, [keep], set_, None, "error")
+    name, own = options.name_in(document), options.library_in(library)
+    if document == "-":
+        raise UsageError("chat reads questions from standard input; name the document's file")
+    text = None
+    if name is not None:
+        entry = own.get(name)
+        text = own.text(entry)
+    elif document is not None:
+        text = options.read_text(document)
+    loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
+    sampling = {
+        "max_tokens": max_new_tokens,
+        "temperature": float(temperature or 0),
+        "top_p": 1.0 if top_p is None else top_p,
+        "seed": seed,
+    }
+    one = Chat(loaded, tokenizer, model, own, text, method, keep, settings, sampling)
+    one.begin(name)
+    one.run(_questions())
+
+
+class Chat:
+    """What is said and done in one chat."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        label: str,
+        library: Any,
+        text: str | None,
+        method: str,
+        keep: str,
+        settings: dict[str, Any],
+        sampling: dict[str, Any],
+    ):
+        self._model, self._tokenizer, self._label = model, tokenizer, label
+        self._library, self._text = library, text
+        self._method, self._keep, self._settings = method, keep, settings
+        self._sampling = sampling
+        self._named: str | None = None  # where the document came from, unless it was read here
+        self._talk: Talk | None = None
+        self._cache: Any = None
+
+    def begin(self, name: str | None) -> None:
+        """Read the document, or load a named one."""
+        from kvtrim.serve.talk import Talk
+
+        if name is not None:
+            talk = Talk.of(self._model, self._tokenizer, self._label, self._library, name)
+            entry = self._library.get(name)
+            self._method, self._keep, self._named = entry.method, entry.keep, name
+            self._settings, self._talk = entry.settings, talk
+            output.note(f"@{name}: 0 of {entry.tokens:,} document tokens re-read; /help for help")
+        else:
+            self._read(self._method, self._keep)
+
+    def run(self, questions: Iterator[str]) -> None:
+        """Answer until nobody asks any more."""
+        for line in questions:
+            word, _, rest = line.strip().partition(" ")
+            if not word:
+                continue
+            if word == "/quit":
+                return
+            try:
+                if word.startswith("/"):
+                    self._command(word, rest.strip())
+                else:
+                    self._answer(line.strip())
+            except KvtrimError as error:
+                output.note(str(error))
+
+    @property
+    def talk(self) -> "Talk":
+        """The conversation."""
+        if self._talk is None:
+            raise UsageError("the chat has not begun")
+        return self._talk
+
+    def _answer(self, question: str) -> None:
+        show, pieces = output.Stream(), self.talk.ask(question, **self._sampling)
+        try:
+            for piece in pieces:
+                show(piece)
+            show.end(EMPTY)
+        except KeyboardInterrupt:
+            pieces.close()  # pyright: ignore[reportAttributeAccessIssue] (a generator)
+            show.end("(stopped)")
+
+    def _command(self, word: str, rest: str) -> None:
+        commands: dict[str, Callable[[str], None]] = {
+            "/help": lambda _: output.out.print(HELP),
+            "/held": self._held,
+            "/keep": lambda keep: self._read(self._method, keep),
+            "/method": lambda method: self._read(method, self._keep),
+            "/undo": self._undo,
+            "/save": self._save,
+        }
+        if word not in commands:
+            raise UsageError(f"no command {word}; /help lists them")
+        if word in ("/keep", "/method", "/save") and not rest:
+            raise UsageError(f"{word} what? /help shows how")
+        commands[word](rest)
+
+    def _read(self, method: str, keep: str) -> None:
+        """Read the document with this method and budget; the turns so far go on behind it."""
+        from kvtrim.serve.reading import held
+        from kvtrim.serve.talk import Talk
+
+        if self._text is None and self._talk is not None:
+            raise UsageError("there is no document to read again; kvtrim chat FILE opens one")
+        settings = self._settings if method == self._method else {}
+        pairs = [f"{name}={value}" for name, value in settings.items()]
+        options.checked(method, [keep], pairs, None, "error")
+        before = [] if self._talk is None else self._talk.messages
+        document = None
+        if self._text is not None:
+            from kvtrim.api import compress
+
+            with output.progress() as report:
+                self._cache = compress(
+                    self._model, self._tokenizer, self._text, method=method, keep=keep,
+                    progress=report, **settings,
+                )  # fmt: skip
+            cache = self._cache
+            output.note(
+                f"{cache.seen:,} document tokens read, {output.size(cache.held_bytes)} held of "
+                f"{output.size(cache.full_bytes)}; /help for help"
+            )
+            if cache.remark:
+                output.note(cache.remark)
+            document = held("document", cache.copy())
+        self._talk = Talk(self._model, self._tokenizer, document, before)
+        self._method, self._keep, self._settings, self._named = method, keep, settings, None
+
+    def _held(self, _: str) -> None:
+        document, usage = self.talk.document, self.talk.usage
+        if document is not None:
+            share = 100 * document.held_bytes / document.full_bytes
+            output.out.print(
+                f"document: {document.tokens:,} tokens, {output.size(document.held_bytes)} "
+                f"({share:.1f}% of full), {self._method} {self._keep}"
+            )
+        if usage is not None:
+            read = usage.prompt_tokens - usage.reused_tokens
+            output.out.print(
+                f"all: {output.size(usage.held_bytes)} of {output.size(usage.full_bytes)}; for "
+                f"the last answer {read:,} tokens were read, {usage.reused_tokens:,} reused"
+            )
+
+    def _undo(self, _: str) -> None:
+        if not self.talk.undo():
+            raise UsageError("there is nothing to undo")
+
+    def _save(self, name: str) -> None:
+        from kvtrim.prompts.document import Document
+        from kvtrim.serve import documents
+
+        if self._text is None:
+            raise UsageError("there is no document to save")
+        name = name.removeprefix("@")
+        if self._named is not None:
+            entry = self._library.name_again(self._library.get(self._named), name)
+        else:
+            prints = documents.Prints.of(self._label, self._model, self._tokenizer)
+            how = documents.How(self._method, self._keep, self._settings)
+            text = Document.of(self._text)
+            entry = documents.keep(
+                self._library, name, self._tokenizer, prints, text, how, self._cache
+            )
+        output.out.print(f"@{entry.name}: {output.size(entry.file_bytes)} on disk")
+
+
+def _questions() -> Iterator[str]:
+    """Lines of a terminal, with editing and a history; or of standard input as they are."""
+    import sys
+
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory
+
+    from kvtrim.serve.library import default_folder
+
+    folder = default_folder().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    path = Path(folder / "chat_history")
+    path.touch(mode=0o600)
+    session: PromptSession[str] = PromptSession(history=FileHistory(str(path)))
+    while True:
+        try:
+            yield session.prompt("> ")
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return

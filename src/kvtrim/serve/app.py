@@ -1,0 +1,359 @@
+"""The HTTP application: OpenAI's endpoints, documents, health, metrics, a page."""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi import Request as Http
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from kvtrim.errors import KvtrimError, UsageError
+from kvtrim.serve import protocol, wire
+from kvtrim.serve.library import Entry
+from kvtrim.serve.metrics import Metrics
+from kvtrim.serve.request import Done, Refused
+from kvtrim.serve.service import Asking, Service
+
+_OPEN = {"/", "/health"}
+"""What anybody may see: it tells nothing of documents or requests."""
+
+_MOST_BYTES = 64 << 20  # of a request's body
+_DRAIN_S = 30.0
+_LOCAL = {"localhost", "testserver"}
+log = logging.getLogger("kvtrim.serve.requests")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name means this machine alone."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host in _LOCAL
+
+
+def application(service: Service, api_key: str | None = None) -> FastAPI:
+    """The application of one service, started and drained with it.
+
+    Args:
+        api_key: asked of every request but those of the page itself and `/health`.
+    """
+    metrics = Metrics(service.scheduler)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.scheduler.start()
+        yield
+        await run_in_threadpool(service.scheduler.drain, _DRAIN_S)
+
+    app = FastAPI(title="kvtrim", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.metrics = metrics
+    app.middleware("http")(_guard(metrics, api_key))
+    app.add_exception_handler(RequestValidationError, _malformed)
+    app.add_exception_handler(KvtrimError, _refused)
+    app.add_exception_handler(HTTPException, _http)
+    _add_answers(app, service, metrics)
+    _add_documents(app, service)
+
+    @app.get("/health")
+    def health() -> JSONResponse:
+        alive = service.scheduler.alive
+        return JSONResponse({"status": "ok" if alive else "closing"}, 200 if alive else 503)
+
+    @app.get("/metrics")
+    def measured() -> Response:
+        return Response(metrics.page(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": service.models()}
+
+    @app.get("/v1/models/{name:path}")
+    def model(name: str) -> dict[str, Any]:
+        service.document(name)
+        return next(each for each in service.models() if each["id"] == name)
+
+    @app.get("/")
+    def page() -> HTMLResponse:
+        text = files("kvtrim.serve").joinpath("page.html").read_text("utf-8")
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+        policy += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
+
+    return app
+
+
+# Who may come in, and with how much
+
+
+def _guard(metrics: Metrics, api_key: str | None) -> Callable[..., Any]:
+    async def guard(request: Http, call_next: Callable[..., Any]) -> Response:
+        start, path = time.perf_counter(), request.url.path
+        response = _turned_away(request, api_key)
+        if response is None:
+            response = await call_next(request)
+        route = getattr(request.scope.get("route"), "path", "other")
+        metrics.requests.labels(route, str(response.status_code)).inc()
+        facts = {
+            "method": request.method,
+            "path": route if route != "other" else path[:80],
+            "status": response.status_code,
+            "seconds": round(time.perf_counter() - start, 4),
+        }
+        log.info("request", extra={"facts": facts})
+        return response
+
+    return guard
+
+
+def _turned_away(request: Http, api_key: str | None) -> Response | None:
+    """Why a request goes no further; None if it does."""
+    if api_key is None and not is_loopback(request.url.hostname or ""):
+        return _error("this server answers to its own machine's names alone", 403)
+    if api_key is not None and request.url.path not in _OPEN:
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode(), api_key.encode())
+        if kind.lower() != "bearer" or not right:
+            return _error("no API key, or a wrong one", 401, kind="invalid_api_key")
+    try:
+        length = int(request.headers.get("content-length", "0"))
+    except ValueError:
+        return _error("the content-length is no number", 400)
+    if length > _MOST_BYTES:
+        return _error(f"a body may have {_MOST_BYTES >> 20} MiB", 413)
+    if request.method in ("POST", "PUT") and "content-length" not in request.headers:
+        return _error("the body's length has to be known: send content-length", 411)
+    return None
+
+
+def _error(
+    message: str, status: int, kind: str | None = None, retry_s: int | None = None
+) -> JSONResponse:
+    what = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": message, "type": what, "param": None, "code": kind}
+    headers = {} if retry_s is None else {"Retry-After": str(retry_s)}
+    return JSONResponse({"error": error}, status, headers)
+
+
+async def _malformed(request: Http, error: Any) -> JSONResponse:
+    first = error.errors()[0]
+    where = ".".join(str(each) for each in first["loc"][1:])[:200]
+    return _error(f"{where or 'body'}: {first['msg'][:300]}", 400)
+
+
+async def _http(request: Http, error: Any) -> JSONResponse:
+    return _error(str(error.detail), error.status_code)
+
+
+async def _refused(request: Http, error: Any) -> JSONResponse:
+    return failure(error)
+
+
+def failure(error: Exception) -> JSONResponse:
+    """An error as a client sees it: what it did wrong, or that it was none of its doing."""
+    if isinstance(error, Refused):
+        return _error(str(error), error.status, retry_s=error.retry_s)
+    if isinstance(error, UsageError):
+        return _error(str(error), 400)
+    if isinstance(error, KvtrimError):
+        return _error(str(error), 409)
+    return _error("the server failed; its log says more", 500)
+
+
+# Answers
+
+
+def _add_answers(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    async def answered(http: Http, asking: Asking, form: wire.Form, stream: bool) -> Response:
+        if stream:
+            body = _events(service, metrics, asking, form)
+            return StreamingResponse(body, media_type="text/event-stream")
+        with asking:
+            gone = asyncio.ensure_future(_left(http))
+            whole = asyncio.ensure_future(asking.choices())
+            try:
+                await asyncio.wait({gone, whole}, return_when=asyncio.FIRST_COMPLETED)
+                if not whole.done():
+                    return _error("the client went away", 499)
+                choices = whole.result()
+            except KvtrimError:
+                raise
+            except Exception as error:
+                return failure(error)
+            finally:
+                gone.cancel()
+                whole.cancel()
+        for each in choices:
+            metrics.answered(each.usage)
+        return JSONResponse(form.whole(choices))
+
+    @app.post("/v1/chat/completions")
+    async def chat(asked: protocol.Chat, http: Http) -> Response:
+        top = asked.top_logprobs
+        if top is not None and not asked.logprobs:
+            raise UsageError("top_logprobs needs logprobs=true")
+        most = asked.max_completion_tokens
+        most = asked.max_tokens if most is None else most
+        logprobs = (top or 0) if asked.logprobs else None
+        sampling = service.sampling(asked, most, logprobs)
+        asking = await run_in_threadpool(_said, asked.messages)
+        asking = service.chat(asked, asking, sampling)
+        return await answered(http, asking, wire.Chat(asked, service), bool(asked.stream))
+
+    @app.post("/v1/completions")
+    async def complete(asked: protocol.Completion, http: Http) -> Response:
+        sampling = service.sampling(asked, asked.max_tokens, asked.logprobs)
+        asking = service.complete(asked, sampling)
+        return await answered(http, asking, wire.Completion(asked, service), bool(asked.stream))
+
+    @app.post("/v1/responses")
+    async def respond(asked: protocol.Response, http: Http) -> Response:
+        if asked.previous_response_id is not None:
+            raise UsageError("responses are not stored; send the conversation as input")
+        if (asked.n or 1) != 1:
+            raise UsageError("a response is one answer; leave n out")
+        given = asked.input
+        plain = isinstance(given, str)
+        said = [{"role": "user", "content": given}] if plain else _said(given)
+        if asked.instructions:
+            said.insert(0, {"role": "system", "content": asked.instructions})
+        sampling = service.sampling(asked, asked.max_output_tokens, None)
+        asking = service.chat(asked, said, sampling)
+        return await answered(http, asking, wire.Response(asked, service), bool(asked.stream))
+
+
+def _said(messages: list[protocol.Message]) -> list[dict[str, str]]:
+    try:
+        said = [{"role": each.role, "content": each.text()} for each in messages]
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    for each in said:
+        each["role"] = "system" if each["role"] == "developer" else each["role"]
+    return said
+
+
+async def _left(http: Http) -> None:
+    """Returns when the client is gone."""
+    while not await http.is_disconnected():
+        await asyncio.sleep(0.2)
+
+
+async def _events(
+    service: Service, metrics: Metrics, asking: Asking, form: wire.Form
+) -> AsyncIterator[str]:
+    """Server-sent events of answers as they come; a client that leaves ends them."""
+    with asking:
+        for event in form.begin(asking.count):
+            yield event
+        try:
+            async for number, event in asking.events():
+                if isinstance(event, Done):
+                    metrics.answered(event.usage)
+                for line in form.event(number, event):
+                    yield line
+        except Exception as error:
+            body = json.loads(bytes(failure(error).body))
+            yield f"data: {json.dumps(body)}\n\n"
+            return
+        for event in form.end():
+            yield event
+
+
+# Documents
+
+
+def _add_documents(app: FastAPI, service: Service) -> None:
+    async def uploaded(name: str, text: str, how: Any, wait: bool) -> JSONResponse:
+        done = service.upload(name, text, how)
+        if not wait:
+            return JSONResponse({"object": "document", "name": name, "status": "reading"}, 202)
+        return JSONResponse(_document(service, await asyncio.shield(done)))
+
+    @app.post("/v1/documents")
+    async def add(asked: protocol.NewDocument) -> JSONResponse:
+        how = service.how(asked.method, asked.keep, dict(asked.settings))
+        return await uploaded(asked.name, asked.text, how, asked.wait)
+
+    @app.put("/v1/documents/{name}")
+    async def put(
+        name: str,
+        http: Http,
+        method: str | None = None,
+        keep: str | None = None,
+        wait: bool = True,
+    ) -> JSONResponse:
+        how = service.how(method, keep, {})
+        try:
+            text = (await http.body()).decode()
+        except UnicodeDecodeError:
+            raise UsageError("the document is not UTF-8 text; convert it first") from None
+        return await uploaded(name, text, how, wait)
+
+    @app.get("/v1/documents")
+    def listed() -> dict[str, Any]:
+        reading = [_reading(service, name) for name in list(service.uploads)]
+        return {"object": "list", "data": [_document(service, e) for e in service.own()] + reading}
+
+    @app.get("/v1/documents/{name}")
+    def one(name: str) -> dict[str, Any]:
+        if name in service.uploads:
+            return _reading(service, name)
+        if name in service.failed:
+            return {
+                "object": "document",
+                "name": name,
+                "status": "failed",
+                "error": service.failed[name],
+            }
+        return _document(service, service.named(name))
+
+    @app.delete("/v1/documents/{name}")
+    def remove(name: str) -> dict[str, Any]:
+        service.remove(name)
+        return {"object": "document", "name": name, "deleted": True}
+
+
+def _document(service: Service, entry: Entry) -> dict[str, Any]:
+    return {
+        "object": "document",
+        "name": entry.name,
+        "model": f"{service.id}@{entry.name}",
+        "status": "ready",
+        "tokens": entry.tokens,
+        "characters": entry.characters,
+        "method": entry.method,
+        "keep": entry.keep,
+        "held_bytes": entry.held_bytes,
+        "full_bytes": entry.full_bytes,
+        "created": int(entry.made),
+        "used": int(entry.used),
+        "remark": entry.remark,
+    }
+
+
+def _reading(service: Service, name: str) -> dict[str, Any]:
+    upload = service.uploads.get(name)
+    done, tokens = (upload.done, upload.tokens) if upload is not None else (0, 0)
+    return {
+        "object": "document",
+        "name": name,
+        "status": "reading",
+        "read_tokens": done,
+        "tokens": tokens,
+    }
+
+
+def new_id(kind: str) -> str:
+    """An identifier of an answer."""
+    return f"{kind}-{uuid.uuid4().hex}"

@@ -1,0 +1,118 @@
+"""A conversation in this process: turns behind a document that was read, or behind nothing."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+from kvtrim.errors import UsageError
+from kvtrim.hf.attach import attach
+from kvtrim.hf.cache import Cache
+from kvtrim.hf.pack import Feed, Pack
+from kvtrim.prompts import conversation
+from kvtrim.serve import documents
+from kvtrim.serve.answer import Answer, Speaker
+from kvtrim.serve.library import Library
+from kvtrim.serve.memory import Conversation, Document, Memory
+from kvtrim.serve.reading import held
+from kvtrim.serve.request import Done, Event, Request, Sampling, Usage
+
+_BOUND = 1 << 62  # nobody else wants the memory
+
+
+@dataclass(eq=False)
+class Talk:
+    """Questions and answers, each of which reads what is new alone."""
+
+    model: Any
+    tokenizer: Any
+    document: Document | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+    usage: Usage | None = None  # of the last answer
+
+    def __post_init__(self) -> None:
+        self._pack, self._memory = Pack(self.model), Memory(_BOUND)
+        self._speaker = Speaker.of(self.model, self.tokenizer)
+
+    @classmethod
+    def of(
+        cls, model: Any, tokenizer: Any, label: str, library: Library, name: str | None
+    ) -> "Talk":
+        """About a named document, or about none."""
+        if name is None:
+            return cls(model, tokenizer)
+        prints = documents.Prints.of(label, model, tokenizer)
+        entry, cache = documents.load(library, name, model, tokenizer, prints)
+        return cls(model, tokenizer, held(entry.key, cache))
+
+    def ask(self, question: str, **sampling: Any) -> Iterator[str]:
+        """Pieces of the answer as they come; whoever stops early keeps what there is.
+
+        Raises:
+            UsageError: the conversation exceeds the model's window.
+        """
+        self.messages.append({"role": "user", "content": question})
+        pieces: list[str] = []
+        try:
+            for piece in self._answer(Sampling(**sampling)):
+                pieces.append(piece)
+                yield piece
+        except Exception:
+            del self.messages[-1]
+            raise
+        finally:
+            if self.messages and self.messages[-1]["role"] == "user":
+                if pieces:
+                    self.messages.append({"role": "assistant", "content": "".join(pieces)})
+
+    def undo(self) -> bool:
+        """Take the last question and its answer back; whether there was one."""
+        before = len(self.messages)
+        while self.messages and self.messages[-1]["role"] != "user":
+            self.messages.pop()
+        if self.messages:
+            self.messages.pop()
+        return len(self.messages) < before
+
+    def _answer(self, sampling: Sampling) -> Iterator[str]:
+        after = self.document is not None
+        found = conversation.encode(self.tokenizer, self.messages, after_document=after)
+        ids = found.head + found.rest
+        window = self.model.config.get_text_config(decoder=True).max_position_embeddings
+        before = self.document.tokens if self.document is not None else 0
+        if before + len(ids) + sampling.max_tokens > window:
+            raise UsageError(
+                f"the conversation has {before + len(ids)} tokens, and the model's window takes "
+                f"{window}; undo turns, begin anew, or ask for fewer new tokens"
+            )
+        events: SimpleQueue[Event] = SimpleQueue()
+        room = len(ids) + sampling.max_tokens
+        talk = self._memory.resume(self.document, ids, room)
+        if talk is None:
+            talk = Conversation(self.document, self._begun(room))
+        if isinstance(talk.into, Cache):
+            talk.into.expect(talk.into.seen + len(ids) - len(talk.ids))
+        answer = Answer(
+            Request(ids, sampling, events.put), self._speaker, self.document, talk,
+            before + len(talk.ids), 0,
+        )  # fmt: skip
+        try:
+            with attach(self.model):
+                while not answer.ended:
+                    new = answer.unread()
+                    logits = self._pack.feed(self.model, [Feed(talk.into, new)])
+                    if answer.fed(new):
+                        answer.extend(logits[0])
+                    while not events.empty():
+                        event = events.get()
+                        if isinstance(event, Done):
+                            self.usage = event.usage
+                        elif text := getattr(event, "text", ""):
+                            yield text
+        finally:
+            self._memory.remember(talk)
+
+    def _begun(self, room: int) -> Any:
+        from kvtrim.engine.branch import Branch
+
+        return Branch(room=room) if self.document is None else self.document.continued(room)
