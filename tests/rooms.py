@@ -126,8 +126,8 @@ ROOMS = {
     "cli": Room(
         "api bench bench.calibrate bench.eval bench.speed bench.sweep engine errors files hf "
         "hf.models lm_eval methods.budgets methods.describe methods.echo_tables methods.keep "
-        "methods.method methods.registry methods.settings prompts report report.plots serve "
-        "serve.library serve.stream tasks version",
+        "methods.method methods.registry methods.request methods.settings prompts records "
+        "report report.plots serve serve.library serve.stream tasks version",
         owns="typer rich uvicorn prompt_toolkit",
     ),
 }

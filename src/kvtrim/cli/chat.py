@@ -43,7 +43,8 @@ def chat(
     """Talk about a document that is read once; answers stream. /help lists the commands."""
     if not temperature and (top_p is not None or seed is not None):
         raise UsageError("--top-p and --seed act on sampling: give --temperature 0.7 too")
-    settings = options.checked(method, [keep], set_, None, "error")
+    settings = options.parse_settings(set_)
+    options.request(method, keep, set_, None, "error")
     name, own = options.name_in(document), options.library_in(library)
     if document == "-":
         raise UsageError("chat reads questions from standard input; name the document's file")
@@ -158,7 +159,7 @@ class Chat:
             raise UsageError("there is no document to read again; kvtrim chat FILE opens one")
         settings = self._settings if method == self._method else {}
         pairs = [f"{name}={value}" for name, value in settings.items()]
-        options.checked(method, [keep], pairs, None, "error")
+        options.request(method, keep, pairs, None, "error")
         before = [] if self._talk is None else self._talk.messages
         document = None
         if self._text is not None:

@@ -49,7 +49,7 @@ def serve(
     allow_untested: options.AllowUntested = False,
 ) -> None:
     """Serve a model and its documents: OpenAI's API under /v1, a page at /."""
-    options.checked(method, [keep], None, None, "error")
+    options.request(method, keep, None, None, "error")
     from kvtrim.methods.keep import Keep as Amount
 
     bound = Amount.parse(memory)
