@@ -14,7 +14,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "examples", "experiments")
 KINDS = (".md", ".json", ".jsonl", ".html", ".png", ".svg", ".toml", ".txt", "")
-LATER = ("serving.md",)  # of the navigation, once they are written
+LATER = ()  # pages of the navigation that are not written yet
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 
 
