@@ -59,8 +59,8 @@ class Client:
 
     def ask(self, text, name=None, how=None, head="", **sampling):
         """A queue of events."""
-        events, tokenizer = queue.Queue(), self.scheduler.tokenizer
-        document = None if name is None else self.scheduler.library.get(name)
+        events, tokenizer = queue.Queue(), self.scheduler.reader.tokenizer
+        document = None if name is None else self.scheduler.reader.library.get(name)
         said = [{"role": "user", "content": text}]
         if head:
             said = [
@@ -122,7 +122,7 @@ def test_a_batch_of_sixteen_answers_as_each_alone_and_as_generate(served, model)
         alone = expected(model, name, text)
         assert ids == alone.token_ids, (name, text)
         assert shown.strip() == alone.text
-        assert usage.reused_tokens >= client.scheduler.library.get(name).tokens
+        assert usage.reused_tokens >= client.scheduler.reader.library.get(name).tokens
         assert usage.prompt_tokens == alone.prompt_tokens
         assert got(client.ask(text, name))[0] == ids
 
@@ -304,7 +304,7 @@ def test_a_document_that_was_removed_is_not_held(served):
     client = served()
     entry = client.upload("d0").get(timeout=30)
     got(client.ask("Who?", "d0"))
-    client.scheduler.library.remove("d0")
+    client.scheduler.reader.library.remove("d0")
     client.scheduler.forget(entry.key)
     got(client.ask("Who?"))
     assert entry.key not in client.scheduler.memory.documents

@@ -80,6 +80,10 @@ class Memory:
             self.documents.move_to_end(key)
         return found
 
+    def holds(self, document: Document) -> bool:
+        """Whether it has not been let go of."""
+        return self.documents.get(document.key) is document
+
     def add(self, document: Document) -> None:
         """Hold a document, whose room was made."""
         self.documents[document.key] = document

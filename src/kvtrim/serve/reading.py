@@ -23,7 +23,7 @@ class Reading:
     key: Hashable
     cache: Cache
     ids: list[int]
-    reserved: int
+    reserved: int = 0
     done: int = 0
     waiting: list[Any] = field(default_factory=list)  # requests that need it
     complete: Callable[[Cache], None] | None = None  # told once, before it is shared

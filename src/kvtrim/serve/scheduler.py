@@ -15,19 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtrim.engine.branch import Branch
-from kvtrim.errors import KvtrimError, UsageError
+from kvtrim.errors import KvtrimError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.pack import Feed, Pack
-from kvtrim.prompts import Template, encode_context, frame, repeat_words
-from kvtrim.prompts.document import Document as Text
-from kvtrim.serve import documents
 from kvtrim.serve.answer import Answer, Speaker
-from kvtrim.serve.documents import How, Prints
-from kvtrim.serve.library import Library, key_of
+from kvtrim.serve.documents import Prints
+from kvtrim.serve.library import Entry, Library
 from kvtrim.serve.memory import Conversation, Document, Memory
 from kvtrim.serve.pace import Pace
-from kvtrim.serve.reading import Reading, held
+from kvtrim.serve.reader import Reader
+from kvtrim.serve.reading import Reading
 from kvtrim.serve.request import Failed, Refused, Request, Upload
 
 log = logging.getLogger("kvtrim.serve")
@@ -49,10 +47,9 @@ class Scheduler:
     def __init__(
         self, model: Any, tokenizer: Any, prints: Prints, library: Library, limits: Limits
     ):
-        self.model, self.tokenizer, self.prints = model, tokenizer, prints
-        self.library, self.limits = library, limits
+        self.model, self.limits = model, limits
+        self.reader = Reader(model, tokenizer, prints, library)
         self.speaker = Speaker.of(model, tokenizer)
-        self.window = model.config.get_text_config(decoder=True).max_position_embeddings
         self.memory, self.pace = Memory(limits.memory), Pace()
         self._pack = Pack(model)
         self._came: deque[Request | Upload] = deque()
@@ -215,12 +212,12 @@ class Scheduler:
         """Give a request its place; False if there is no room for it yet."""
         document, reused = None, 0
         if request.document is not None:
-            document = self._from_library(request)
+            document = self._from_library(request.document)
             if document is None:
                 return False
             reused = document.tokens
         elif request.head and request.how is not None:
-            key = self._head_key(request)
+            key = self.reader.head_key(request)
             document = self.memory.document(key)
             under_way = next((each for each in self.readings if each.key == key), None)
             if document is None and under_way is not None:
@@ -276,111 +273,46 @@ class Scheduler:
                 413,
             )
 
-    def _from_library(self, request: Request) -> Document | None:
+    def _from_library(self, entry: Entry) -> Document | None:
         """A document's entries, read from its file if they are not held; None: no room yet."""
-        entry = request.document
-        if entry is None:
-            return None
         found = self.memory.document(entry.key)
         if found is not None:
             return found
-        documents.require_own(entry, self.prints)
+        self.reader.require_own(entry)
         if not self.memory.make_room(entry.held_bytes):
             self._require_possible(entry.held_bytes)
             return None
-        _, cache = documents.load(
-            self.library, entry.name, self.model, self.tokenizer, self.prints
-        )
-        found = held(entry.key, cache)
+        found = self.reader.load(entry)
         self.memory.add(found)
         return found
 
     # Reading
 
-    def _head_key(self, request: Request) -> str:
-        how = request.how or How()
-        return key_of("head", request.head, how.method, how.keep, how.settings)
-
     def _begin_head(self, request: Request, key: Hashable) -> bool:
-        how, ids = request.how or How(), request.head
-        words = repeat_words(self.tokenizer, frame(self.tokenizer))
-        cache = Cache(
-            self.model,
-            how.method,
-            how.keep,
-            prompt_tokens=len(ids),
-            words=words,
-            **how.settings,
-        )
-        reading = self._reading(key, cache, ids)
+        reading = self._reading(self.reader.head(request, key))
         if reading is None:
             return False
         reading.waiting.append(request)
-        reading.wanted = lambda: False  # but by those who wait for it
         return True
 
     def _begin_upload(self, upload: Upload) -> bool:
         """Start to read a document; True if it is under way, was found, or failed."""
         try:
-            text, how = Text.of(upload.text), upload.how
-            if not text.text.strip():
-                raise UsageError("the document is empty")
-            found = documents.find(self.library, self.prints, text, how)
-            if found is not None and documents.verify(self.library, found) is None:
-                self._keep_again(upload, found)
+            if self.reader.found(upload):
                 return True
-            template = Template(how.chat, how.system)
-            around = template.frame(self.tokenizer)
-            prompt = encode_context(self.tokenizer, around, text)
-            if len(prompt) > self.window - 1:
-                raise UsageError(
-                    f"the document has {len(prompt)} tokens, the model's window takes "
-                    f"{self.window - 1}; shorten it"
-                )
-            cache = Cache(
-                self.model,
-                how.method,
-                how.keep,
-                prompt_tokens=len(prompt),
-                spans=prompt.spans,
-                words=repeat_words(self.tokenizer, around),
-                template=template,
-                **how.settings,
-            )
-            key = documents.key(self.prints, text, how)
-            reading = self._reading(key, cache, prompt.ids)
+            reading = self._reading(self.reader.upload(upload))
         except Exception as error:
             upload.emit(Failed(error))
             return True
-        if reading is None:
-            return False
-        upload.tokens = len(prompt)
+        return reading is not None
 
-        def complete(cache: Cache) -> None:
-            given = self.library, upload.name, self.tokenizer, self.prints, text, how, cache
-            upload.emit(documents.keep(*given))
-
-        def told(done: int, out_of: int) -> None:
-            upload.done = done
-
-        reading.complete, reading.told = complete, told
-        reading.failed = lambda error: upload.emit(Failed(error))
-        reading.wanted = lambda: not upload.gone.is_set()
-        return True
-
-    def _keep_again(self, upload: Upload, found: Any) -> None:
-        again = found if found.name == upload.name else self.library.name_again(found, upload.name)
-        upload.tokens = upload.done = again.tokens
-        upload.emit(again)
-
-    def _reading(self, key: Hashable, cache: Cache, ids: list[int]) -> Reading | None:
+    def _reading(self, reading: Reading) -> Reading | None:
         """A prompt's place among those that are read; None if there is no room for it yet."""
-        need = len(ids) * self.speaker.entry_bytes
-        if not self.memory.make_room(need):
-            self._require_possible(need)
+        reading.reserved = len(reading.ids) * self.speaker.entry_bytes
+        if not self.memory.make_room(reading.reserved):
+            self._require_possible(reading.reserved)
             return None
-        self.memory.reserved += need
-        reading = Reading(key, cache, ids, need)
+        self.memory.reserved += reading.reserved
         self.readings.append(reading)
         return reading
 
@@ -457,8 +389,7 @@ class Scheduler:
         self.memory.reserved -= answer.reserved
         if answer.document is not None:
             answer.document.users -= 1
-        known = answer.document is None or answer.document.key in self.memory.documents
-        if remember and known:
+        if remember and (answer.document is None or self.memory.holds(answer.document)):
             self.memory.remember(answer.talk)
 
     def _failed(self, request: Request, error: Exception) -> None:

@@ -333,7 +333,7 @@ class Service:
         return self.how(own.method, own.keep, dict(own.settings)) if wanted else None
 
     def _require_fits(self, prompt: int, answer: int) -> None:
-        room = self.scheduler.window
+        room = self.scheduler.reader.window
         if prompt + answer > room:
             raise Refused(
                 f"the prompt has {prompt} tokens and the answer may have {answer}; the model's "

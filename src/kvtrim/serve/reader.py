@@ -1,0 +1,109 @@
+"""What is read for a request, and how: a document, a long first message, a file of the library."""
+
+from collections.abc import Hashable
+from typing import Any
+
+from kvtrim.errors import UsageError
+from kvtrim.hf.cache import Cache
+from kvtrim.prompts import Template, encode_context, frame, repeat_words
+from kvtrim.prompts.document import Document as Text
+from kvtrim.serve import documents
+from kvtrim.serve.documents import How, Prints
+from kvtrim.serve.library import Entry, Library, key_of
+from kvtrim.serve.memory import Document
+from kvtrim.serve.reading import Reading, held
+from kvtrim.serve.request import Failed, Request, Upload
+
+
+class Reader:
+    """A model and the library that it reads into and out of."""
+
+    def __init__(self, model: Any, tokenizer: Any, prints: Prints, library: Library):
+        self.model, self.tokenizer = model, tokenizer
+        self.prints, self.library = prints, library
+        self.window = model.config.get_text_config(decoder=True).max_position_embeddings
+
+    def require_own(self, entry: Entry) -> None:
+        """Refuse another model's document: CacheError."""
+        documents.require_own(entry, self.prints)
+
+    def load(self, entry: Entry) -> Document:
+        """A document of the library, from its file. Raises as `documents.load`."""
+        given = self.library, entry.name, self.model, self.tokenizer, self.prints
+        return held(entry.key, documents.load(*given)[1])
+
+    def found(self, upload: Upload) -> bool:
+        """Whether a document was read in this way before; then it has this name too, and says so.
+
+        Raises:
+            UsageError: the document is empty.
+        """
+        text = Text.of(upload.text)
+        if not text.text.strip():
+            raise UsageError("the document is empty")
+        entry = documents.find(self.library, self.prints, text, upload.how)
+        if entry is None or documents.verify(self.library, entry) is not None:
+            return False
+        if entry.name != upload.name:
+            entry = self.library.name_again(entry, upload.name)
+        upload.tokens = upload.done = entry.tokens
+        upload.emit(entry)
+        return True
+
+    def upload(self, upload: Upload) -> Reading:
+        """A document to read and to keep.
+
+        Raises:
+            UsageError: it exceeds the model's window, or cannot be read as asked.
+        """
+        text, how = Text.of(upload.text), upload.how
+        template = Template(how.chat, how.system)
+        around = template.frame(self.tokenizer)
+        prompt = encode_context(self.tokenizer, around, text)
+        if len(prompt) > self.window - 1:
+            raise UsageError(
+                f"the document has {len(prompt)} tokens, the model's window takes "
+                f"{self.window - 1}; shorten it"
+            )
+        cache = Cache(
+            self.model,
+            how.method,
+            how.keep,
+            prompt_tokens=len(prompt),
+            spans=prompt.spans,
+            words=repeat_words(self.tokenizer, around),
+            template=template,
+            **how.settings,
+        )
+
+        def complete(cache: Cache) -> None:
+            given = self.library, upload.name, self.tokenizer, self.prints, text, how, cache
+            upload.emit(documents.keep(*given))
+
+        def told(done: int, out_of: int) -> None:
+            upload.done = done
+
+        upload.tokens = len(prompt)
+        key = documents.key(self.prints, text, how)
+        reading = Reading(key, cache, prompt.ids, complete=complete, told=told)
+        reading.failed = lambda error: upload.emit(Failed(error))
+        reading.wanted = lambda: not upload.gone.is_set()
+        return reading
+
+    def head_key(self, request: Request) -> str:
+        """What tells a first message, and how it is compressed, from others."""
+        how = request.how or How()
+        return key_of("head", request.head, how.method, how.keep, how.settings)
+
+    def head(self, request: Request, key: Hashable) -> Reading:
+        """A first message to compress."""
+        how, words = request.how or How(), repeat_words(self.tokenizer, frame(self.tokenizer))
+        cache = Cache(
+            self.model,
+            how.method,
+            how.keep,
+            prompt_tokens=len(request.head),
+            words=words,
+            **how.settings,
+        )
+        return Reading(key, cache, request.head, wanted=lambda: False)  # but by who waits for it
