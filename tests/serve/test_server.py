@@ -159,6 +159,12 @@ def test_completions_and_responses(client, model_folder):
     assert text == whole.output_text and last.response.output_text == text
 
 
+def test_an_answer_of_no_said_length_ends_with_the_window(client, model_folder):
+    asked = dict(model=model_folder.name, messages=said("Who?"), extra_body={"ignore_eos": True})
+    got = client.chat.completions.create(**asked)
+    assert got.usage.total_tokens == 512 and got.choices[0].finish_reason == "length"
+
+
 def test_log_probabilities_and_stops(client, model_folder):
     asked = dict(model=model_folder.name, messages=said("Who?"))
     got = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2, **SHORT)

@@ -240,7 +240,10 @@ class Service:
         for head, rest in prompts:
             how = None if document is not None else self._compressed(head, asked.kvtrim)
             before = document.tokens if document is not None else len(head)
-            self._require_fits(before + len(rest), sampling.max_tokens)
+            most = sampling.max_tokens
+            if not _said_length(asked):
+                most = max(1, min(most, self.scheduler.reader.window - before - len(rest)))
+            self._require_fits(before + len(rest), most)
             for copy in range(asked.n or 1):
                 number = len(requests)
 
@@ -248,7 +251,7 @@ class Service:
                     loop.call_soon_threadsafe(events.put_nowait, (number, event))
 
                 seed = None if sampling.seed is None else sampling.seed + copy
-                own = Sampling(**{**vars(sampling), "seed": seed})
+                own = Sampling(**{**vars(sampling), "seed": seed, "max_tokens": most})
                 deadline = time.monotonic() + self.defaults.deadline_s
                 request = Request(list(rest), own, emit, document, list(head), how)
                 request.deadline = deadline
@@ -340,3 +343,9 @@ class Service:
                 f"window takes {room}. Shorten it, or ask for fewer tokens (max_tokens)",
                 400,
             )
+
+
+def _said_length(asked: protocol.Asked) -> bool:
+    """Whether the request says how long its answer may be."""
+    names = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+    return any(getattr(asked, name, None) is not None for name in names)
