@@ -22,7 +22,7 @@ def compare(
     keep: options.Keeps = None,
     set_: options.Set = None,
     max_new_tokens: options.NewTokens = 48,
-    protocol: options.Protocol = "question-aware",
+    protocol: options.OneProtocol = "question-aware",
     chat: options.Chat = None,
     system: options.System = None,
     truncate: options.Truncate = "error",
@@ -56,10 +56,10 @@ def compare(
             questions[0],
             cells,
             max_new_tokens=max_new_tokens,
-            protocol=protocol,
+            protocol=options.choose("--protocol", protocol, options.PROTOCOLS),
             chat=chat,
             system=system,
-            truncate=truncate,
+            truncate=options.choose("--truncate", truncate, options.TRUNCATE),
             prefill_chunk=prefill_chunk,
         )
 

@@ -2,8 +2,9 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from kvtrim.methods import request as asked
     from kvtrim.prompts import document
     from kvtrim.serve import library
+
+Choice = TypeVar("Choice", bound=str)
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="smollm2, a folder, a .gguf file or a Hub id.")
@@ -55,13 +58,12 @@ Questions = Annotated[
     list[str] | None, typer.Option("--question", "-q", help="A question; repeat for several.")
 ]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
-Protocol = Annotated[
-    str | None,
-    typer.Option(
-        help="question-aware (read context and question together; default for one question) or "
-        "question-agnostic (compress the context first; default for several)."
-    ),
-]
+_PROTOCOL: Any = typer.Option(
+    help="question-aware (read context and question together; default for one question) or "
+    "question-agnostic (compress the context first; default for several)."
+)
+Protocol = Annotated[str | None, _PROTOCOL]
+OneProtocol = Annotated[str, _PROTOCOL]  # of a command that has its own default
 Chat = Annotated[
     bool | None,
     typer.Option("--chat/--no-chat", help="Use the chat template. Default: if there is one."),
@@ -90,7 +92,7 @@ Shots = Annotated[
         "line break), for methods that keep whole shots. Default: every sentence is one.",
     ),
 ]
-TRUNCATE = ("error", "middle")
+TRUNCATE: tuple[Literal["error"], Literal["middle"]] = ("error", "middle")
 Document = Annotated[
     str | None,
     typer.Argument(help="A text file, - for standard input, or @NAME of `kvtrim caches`."),
@@ -208,14 +210,22 @@ def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
     return settings
 
 
-def require_choice(option: str, value: str | None, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not one of the choices.
+def require_choice(option: str, value: str | None, choices: Sequence[str]) -> None:
+    """Refuse a value that is not one of the choices; none is no value.
 
     Raises:
         UsageError: naming the choices.
     """
-    if value is not None and value not in choices:
-        raise UsageError(f"{option} {value}: use {' or '.join(choices)}")
+    if value is not None:
+        choose(option, value, choices)
+
+
+def choose(option: str, value: str, choices: Sequence[Choice]) -> Choice:
+    """The choice that a value names. Raises as `require_choice`."""
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise UsageError(f"{option} {value}: use {' or '.join(choices)}")
 
 
 def require_writable(path: Path) -> None:

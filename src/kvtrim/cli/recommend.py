@@ -63,7 +63,7 @@ def recommend(
     more than the tolerance, on average over the prompts.
     """
     options.require_choice("--protocol", protocol, options.PROTOCOLS)
-    options.require_choice("--truncate", truncate, options.TRUNCATE)
+    cut = options.choose("--truncate", truncate, options.TRUNCATE)
     if prompts is None:
         raise UsageError("name a file with your prompts: --prompts FILE (.jsonl or .txt)")
     from kvtrim.bench import recommend as bench
@@ -71,7 +71,7 @@ def recommend(
     cells = _cells(method or list(METHODS), keep or list(KEEPS), set_)
     asked = bench.read(prompts)
     aware = protocol == "question-aware"
-    plan = bench.Plan(cells, aware, max_new_tokens, tolerance, chat, truncate, prefill_chunk)
+    plan = bench.Plan(cells, aware, max_new_tokens, tolerance, chat, cut, prefill_chunk)
     loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
     if method is None:
         cells = _served(loaded, cells)

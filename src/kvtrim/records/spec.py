@@ -6,11 +6,13 @@ option more is a field here, an option in `cli/eval.py`, and whatever acts on it
 
 from dataclasses import dataclass, field, fields
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from kvtrim.errors import UsageError
 
-AWARE, AGNOSTIC = PROTOCOLS = "question-aware", "question-agnostic"
+AWARE: Literal["question-aware"] = "question-aware"
+AGNOSTIC: Literal["question-agnostic"] = "question-agnostic"
+PROTOCOLS = AWARE, AGNOSTIC
 BATCH = 16
 """Answers generated together, where nothing else was asked for."""
 
