@@ -7,7 +7,7 @@ import pytest
 
 from kvtrim.errors import FileError, UsageError
 from kvtrim.report import evaluation as tables_of
-from kvtrim.report import families, figures_data, intervals, published_scores, results
+from kvtrim.report import families, figures_data, published_scores, results, statistics
 from kvtrim.report.document import chapters
 from kvtrim.report.lookup import FULL, View, budget
 from kvtrim.report.tables import percent, score
@@ -72,9 +72,9 @@ def test_the_average_of_categories_has_the_interval_of_its_samples(folder):
     scored(folder, lambda row: int(row["sample"]) / 4 if row["task"] == TASKS[0] else 0.5)
     view = view_of(folder)
     values = [view.values(task, FULL) for task in TASKS[:3]]
-    found = intervals.mean_of_groups([values[:2], values[2:]])
+    found = statistics.mean_of_groups([values[:2], values[2:]])
     assert found.value == pytest.approx((0.375 / 2 + 0.5 / 2 + 0.5) / 2)
-    own = intervals.mean_of_means(values[:1])
+    own = statistics.mean_of_means(values[:1])
     assert (found.high - found.low) == pytest.approx((own.high - own.low) / 4, rel=0.1)
     row = rows_of(tables(view)["longbench-categories"])[0]
     assert row["average of categories"] == f"{score(found)} over 2 of 6"
@@ -345,22 +345,22 @@ def test_tasks_of_one_sample_are_drawn_themselves():
     draw, covered = numpy.random.default_rng(0), 0
     for _ in range(200):
         tasks = [[value] for value in draw.normal(0.5, 0.2, size=9)]
-        found = intervals.mean_of_means([*tasks, [0.5, 0.5]])
+        found = statistics.mean_of_means([*tasks, [0.5, 0.5]])
         covered += found.low <= 0.5 <= found.high
-        alone = intervals.mean_of_means(tasks[:3])
+        alone = statistics.mean_of_means(tasks[:3])
         assert alone.low is None and alone.value == pytest.approx(numpy.mean(tasks[:3]))
     assert 165 <= covered < 200  # 95 % at best: few tasks give narrow intervals
     pairs = [[(0.5 * task[0], task[0])] for task in tasks]
-    found = intervals.change(pairs)
+    found = statistics.change(pairs)
     assert found.low == pytest.approx(-0.5) and found.high == pytest.approx(-0.5)
-    assert intervals.mean_of_groups([tasks[:2], tasks[2:]]).low is None
+    assert statistics.mean_of_groups([tasks[:2], tasks[2:]]).low is None
 
 
 def test_averages_over_tasks_have_intervals_that_cover():
     draw, hits = numpy.random.default_rng(1), 0
     for _ in range(200):
         tasks = [draw.normal(mean, 1, 30) for mean in (0.0, 1.0, 2.0)]
-        found = intervals.mean_of_means(tasks)
+        found = statistics.mean_of_means(tasks)
         assert found.value == pytest.approx(numpy.mean([task.mean() for task in tasks]))
         hits += found.low <= 1.0 <= found.high
     assert 0.88 <= hits / 200 <= 0.99
@@ -369,16 +369,16 @@ def test_averages_over_tasks_have_intervals_that_cover():
 def test_a_paired_change_is_surer_than_two_means():
     draw = numpy.random.default_rng(2)
     full = draw.uniform(0.2, 1, 40)
-    found = intervals.change([list(zip(full * 0.9, full, strict=True))])
+    found = statistics.change([list(zip(full * 0.9, full, strict=True))])
     assert found.value == pytest.approx(-0.1) and found.high - found.low < 1e-9
-    assert intervals.change([]) is None and intervals.mean_of_means([]) is None
+    assert statistics.change([]) is None and statistics.mean_of_means([]) is None
 
 
 def test_figures_as_people_read_them():
-    assert score(intervals.Figure(0.4123, 0.35, 0.471, 9)) == "41.2 (35.0 to 47.1)"
-    assert score(intervals.Figure(1.0, None, None, 1)) == "100.0 (one sample)"
+    assert score(statistics.Figure(0.4123, 0.35, 0.471, 9)) == "41.2 (35.0 to 47.1)"
+    assert score(statistics.Figure(1.0, None, None, 1)) == "100.0 (one sample)"
     assert score(None) == "-"
-    assert percent(intervals.Figure(-0.00001, -0.2, 0.05, 9)) == "+0.0% (-20.0% to +5.0%)"
+    assert percent(statistics.Figure(-0.00001, -0.2, 0.05, 9)) == "+0.0% (-20.0% to +5.0%)"
 
 
 @pytest.mark.parametrize(

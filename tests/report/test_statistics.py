@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from kvtrim.errors import UsageError
-from kvtrim.report.statistics import interval, mean, standard_error, summary
+from kvtrim.report import statistics
+from kvtrim.report.statistics import (
+    change,
+    interval,
+    mean,
+    mean_of_groups,
+    mean_of_means,
+    standard_error,
+    summary,
+)
 
 
 def test_mean_and_standard_error_by_hand():
@@ -53,10 +62,30 @@ def test_the_same_seed_gives_the_same_interval_in_any_order():
     assert interval(scores) != interval(scores, seed=1)
 
 
+@pytest.mark.parametrize("scores", [[0, 1, 1, 0, 1], [0.31, 0.12, 0.87, 0.5], [0.5] * 3])
+def test_every_figure_of_the_same_scores_rests_on_the_same_draws(scores):
+    alone = summary(scores)
+    for figure in (mean_of_means([scores]), mean_of_groups([[scores[::-1]]])):
+        assert (figure.low, figure.high, figure.samples) == (alone.low, alone.high, alone.n)
+        assert figure.value == pytest.approx(alone.mean, rel=1e-15)
+    # against a full cache that always scores 1, the change is the mean less 1
+    found = change([[(score, 1.0) for score in scores]])
+    assert (found.low, found.high) == pytest.approx((alone.low - 1, alone.high - 1), abs=1e-15)
+
+
+def test_tasks_of_one_figure_are_drawn_apart():
+    scores = list(np.random.default_rng(1).random(40))
+    one, two = mean_of_means([scores]), mean_of_means([scores, scores])
+    # of independent draws, the mean of two is narrower by the root of two
+    ratio = (one.high - one.low) / (two.high - two.low)
+    assert ratio == pytest.approx(math.sqrt(2), rel=0.05)
+
+
 def test_many_different_scores_are_drawn_in_parts(monkeypatch):
     scores = list(np.random.default_rng(1).random(50))
     whole = interval(scores, resamples=1000)
     monkeypatch.setattr("kvtrim.report.statistics._AT_ONCE", 50 * 7)
+    statistics._counts.cache_clear()
     assert interval(scores, resamples=1000) == whole
 
 

@@ -80,12 +80,16 @@ def table(
     drawn = Table(
         title=visible(title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD
     )
+    named = all(" " not in row[0] for row in rows)
     for number, (heading, side) in enumerate(columns):
-        short = side == "right" or all(len(row[number]) <= _SHORT for row in rows)
+        name = number == 0 and named
+        short = name or side == "right" or all(len(row[number]) <= _SHORT for row in rows)
         drawn.add_column(
             heading.replace(" ", "\n", 1) if wide else heading,
             justify="right" if side == "right" else "left",
             no_wrap=short,
+            # what a row is about stays whole, whatever else has to be cut to fit
+            min_width=max((len(row[0]) for row in rows), default=None) if name else None,
         )
     for row in rows:
         drawn.add_row(*row)

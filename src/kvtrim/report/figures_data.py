@@ -6,7 +6,7 @@ from typing import Any
 from kvtrim.report import families
 from kvtrim.report import names as naming
 from kvtrim.report.evaluation import benchmarks
-from kvtrim.report.intervals import Figure
+from kvtrim.report.statistics import Figure
 from kvtrim.report.lookup import FULL, Row, View
 
 Picture = Mapping[str, Any]

@@ -5,8 +5,8 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from kvtrim.report import families, intervals
-from kvtrim.report.intervals import Figure
+from kvtrim.report import families, statistics
+from kvtrim.report.statistics import Figure
 from kvtrim.report.results import Line, Section
 
 FULL = ("full", "")
@@ -88,13 +88,13 @@ class View:
     ) -> Figure | None:
         """The mean over tasks of their means; tasks without this figure are left out."""
         own = [self.values(task, row, name, where) for task in tasks]
-        return self._once(intervals.mean_of_means, [values for values in own if values])
+        return self._once(statistics.mean_of_means, [values for values in own if values])
 
     def mean_of_groups(self, groups: Iterable[Iterable[str]], row: Row) -> Figure | None:
         """The mean over groups of tasks of the means over their tasks, as `mean` is over tasks."""
         found = [[self.values(task, row) for task in tasks] for tasks in groups]
         own = [[values for values in group if values] for group in found]
-        return intervals.mean_of_groups([group for group in own if group])
+        return statistics.mean_of_groups([group for group in own if group])
 
     def cell(self, task: str, row: Row, where: Where | None = None) -> float | None:
         """The mean score alone, where its interval is not shown."""
@@ -119,12 +119,12 @@ class View:
     def change(self, tasks: Iterable[str], row: Row) -> Figure | None:
         """(P_c - P_full) / P_full over the samples that both have."""
         own = [self.pairs(task, row) for task in tasks]
-        return self._once(intervals.change, [pairs for pairs in own if pairs])
+        return self._once(statistics.change, [pairs for pairs in own if pairs])
 
     def rise(self, tasks: Iterable[str], row: Row) -> Figure | None:
         """By how much the loss exceeds the full cache's, in nats per token."""
         own = [[a - b for a, b in self.pairs(task, row, "loss")] for task in tasks]
-        return self._once(intervals.mean_of_means, [values for values in own if values])
+        return self._once(statistics.mean_of_means, [values for values in own if values])
 
     def _once(self, figure: Callable[[Any], Figure | None], values: Any) -> Figure | None:
         """A figure of these values, drawn once however often it is shown."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvtrim.report.format import markdown, size
-from kvtrim.report.intervals import Figure
+from kvtrim.report.statistics import Figure
 from kvtrim.report.lookup import FULL, Row, View
 
 Column = tuple[str, str]  # heading, "left" or "right"
