@@ -25,7 +25,7 @@ from quality import forced
 import kvtrim
 from kvtrim.bench.provenance import provenance
 from kvtrim.hf.replay import record
-from kvtrim.prompts import encode, encode_text, frame
+from kvtrim.prompts import encode_context, encode_question, encode_text, frame
 from prompts import longbench, needles
 
 SHARES = (16, 8, 4)
@@ -44,7 +44,9 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def measured(model, tokenizer, asked, cells, table) -> list[dict[str, Any]]:
     """One row for every cell and budget."""
-    prompt = encode(tokenizer, frame(tokenizer), asked.context, asked.question)
+    around = frame(tokenizer)
+    read_first = encode_context(tokenizer, around, asked.context)
+    prompt = read_first.asked(encode_question(tokenizer, around, asked.question))
     answer = encode_text(tokenizer, asked.answer)
     gold = torch.tensor(answer)
     recording = record(model, torch.tensor([prompt.context]))

@@ -19,7 +19,7 @@ from quality import forced
 import kvtrim
 from kvtrim.bench.provenance import provenance
 from kvtrim.hf.replay import record
-from kvtrim.prompts import encode, encode_text, frame
+from kvtrim.prompts import encode_context, encode_question, encode_text, frame
 from prompts import needles
 
 KEEPS = [150, 300, 450, 750]
@@ -44,7 +44,9 @@ def main() -> None:
     rows = []
     with kvtrim.attach(model):
         for asked in needles(tokenizer, given.data, given.prompts, 1500, seed=2):
-            prompt = encode(tokenizer, frame(tokenizer), asked.context, asked.question)
+            around = frame(tokenizer)
+            read_first = encode_context(tokenizer, around, asked.context)
+            prompt = read_first.asked(encode_question(tokenizer, around, asked.question))
             answer = encode_text(tokenizer, asked.answer)
             recording = record(model, torch.tensor([prompt.context]))
             full = forced(model, recording.cache("full", 1), prompt.question, answer)

@@ -22,7 +22,7 @@ import torch
 import kvtrim
 from kvtrim.bench.provenance import provenance
 from kvtrim.hf.replay import record
-from kvtrim.prompts import encode, frame
+from kvtrim.prompts import encode_context, encode_question, frame
 from prompts import needles
 
 METHODS = "random streaming-llm knorm h2o tova snapkv pyramidkv adakv chunkkv".split()
@@ -51,7 +51,8 @@ def measured(model, tokenizer, data: Path, count: int, length: int, wanted: set[
         if number not in wanted:
             continue
         rows = []
-        prompt = encode(tokenizer, around, asked.context, asked.question)
+        read_first = encode_context(tokenizer, around, asked.context)
+        prompt = read_first.asked(encode_question(tokenizer, around, asked.question))
         recording = record(model, torch.tensor([prompt.ids]), prompt.spans)
         for method, keep in tries:
             cache = recording.cache(method, 1 if keep is None else keep)

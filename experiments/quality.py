@@ -34,7 +34,7 @@ from kvtrim.bench.provenance import provenance
 from kvtrim.errors import BudgetError
 from kvtrim.hf.replay import Recording, record
 from kvtrim.methods.settings import find
-from kvtrim.prompts import encode, encode_text, frame
+from kvtrim.prompts import encode_context, encode_question, encode_text, frame
 from prompts import Asked, longbench, needles
 
 KEEPS = [1024, 512, 256, 128]
@@ -69,7 +69,8 @@ def measured(
 ) -> Iterator[dict[str, Any]]:
     """One row for every method and budget."""
     around = frame(tokenizer)
-    prompt = encode(tokenizer, around, asked.context, asked.question)
+    read_first = encode_context(tokenizer, around, asked.context)
+    prompt = read_first.asked(encode_question(tokenizer, around, asked.question))
     answer = encode_text(tokenizer, asked.answer)
     aware = protocol == "question-aware"
     named = {name: units for name, units in prompt.spans.items() if aware or name != "question"}

@@ -7,7 +7,7 @@ import pytest
 
 import kvtrim
 from kvtrim.errors import UsageError
-from kvtrim.prompts import encode, frame
+from kvtrim.prompts import encode_context, encode_question, frame
 from kvtrim.prompts.document import Document
 from models import tokenizer
 
@@ -70,7 +70,9 @@ def test_prompts_are_what_the_template_makes_of_them(name, system):
     given = [{"role": "system", "content": system}] if system else []
     given.append({"role": "user", "content": 'a "small" <dog>.\n\nWho?'})
     wanted = own.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
-    made = encode(own, frame(own, None, system), 'a "small" <dog>.', "Who?")
+    around = frame(own, None, system)
+    made = encode_context(own, around, 'a "small" <dog>.')
+    made = made.asked(encode_question(own, around, "Who?"))
     assert own.decode(made.ids) == wanted
 
 

@@ -113,21 +113,6 @@ def make_folder(path: Path, parents: bool = False) -> None:
             raise OSError(errno.EACCES, "the folder is not writable")
 
 
-def require_replaceable(path: Path) -> None:
-    """Refuse what `replacing` would refuse, before anything was computed.
-
-    Raises:
-        FileError: no such folder, one that is closed, or something there that is not a file.
-    """
-    with told("write", path):
-        target = _target(path)
-        _mode(target)
-        if not target.parent.is_dir():
-            raise OSError(errno.ENOENT, f"there is no folder {target.parent}")
-        if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise OSError(errno.EACCES, f"the folder {target.parent} is not writable")
-
-
 @contextmanager
 def told(doing: str, path: Path | str) -> Iterator[None]:
     """What the system says of a file, as a `FileError` that names it."""

@@ -8,7 +8,7 @@ import models
 from kvtrim.errors import UsageError
 from kvtrim.hf.generate import read
 from kvtrim.hf.replay import record
-from kvtrim.prompts import encode, encode_context, frame
+from kvtrim.prompts import encode_context, encode_question, frame
 
 NEW, KEEP = 10, 24
 ONE = {"shots": [(2, 10), (10, 16), [(16, 20), (24, 28)], (28, 40)], "question": [(42, 47)]}
@@ -211,7 +211,9 @@ def ask(model, context, question, **options):
 @pytest.mark.parametrize("document", [DOCUMENT, TEXT], ids=["shots", "sentences"])
 def test_a_prompt_keeps_its_template_question_and_whole_parts(model, document):
     tokenizer = models.tokenizer()
-    prompt = encode(tokenizer, frame(tokenizer), document, "Five?")
+    around = frame(tokenizer)
+    prompt = encode_context(tokenizer, around, document)
+    prompt = prompt.asked(encode_question(tokenizer, around, "Five?"))
     name = "shots" if document is DOCUMENT else "sentences"
     cache = kvtrim.Cache(model, "shotkv", 64, spans=prompt.spans)
     with torch.no_grad(), kvtrim.attach(model):
@@ -254,7 +256,9 @@ def test_a_saved_context_is_asked_again(model, tmp_path):
 
 def test_observers_in_the_question_need_a_question(model):
     tokenizer = models.tokenizer()
-    prompt = encode(tokenizer, frame(tokenizer), DOCUMENT, "Five?")
+    around = frame(tokenizer)
+    prompt = encode_context(tokenizer, around, DOCUMENT)
+    prompt = prompt.asked(encode_question(tokenizer, around, "Five?"))
     held = {}
     for observers in ("question", "all"):
         cache = kvtrim.Cache(model, "shotkv", 64, spans=prompt.spans, observers=observers)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 import kvtrim
 import models
 from kvtrim.errors import UsageError
-from kvtrim.prompts import Frame, encode, encode_context, encode_ends
+from kvtrim.prompts import Frame, encode_context, encode_ends, encode_question
 from kvtrim.prompts.document import Document
 
 AROUND = Frame("<s>[", "]\n\n", "!")
@@ -90,10 +90,15 @@ def test_mistakes_are_named():
         kvtrim.Document(["abc"])
 
 
+def encode_all(tokenizer, context, question):
+    asked = encode_question(tokenizer, AROUND, question)
+    return encode_context(tokenizer, AROUND, context).asked(asked)
+
+
 def test_every_part_of_a_prompt_has_its_tokens():
     tokenizer = models.tokenizer()
     document = kvtrim.Document.split("ab\u00e9. c ## d\U0001f600 ## e", "##")
-    prompt = encode(tokenizer, AROUND, document, "Why?")
+    prompt = encode_all(tokenizer, document, "Why?")
     ids = prompt.ids
     assert decoded(tokenizer, ids, prompt.spans, "system") == ["<s>["]
     assert decoded(tokenizer, ids, prompt.spans, "context") == [document.text]
@@ -148,13 +153,12 @@ def test_a_tokenizer_that_does_not_say_where_tokens_begin():
         def __call__(self, text, **_):
             return models.tokenizer()(text, add_special_tokens=False)
 
-    plain = encode(Slow(), AROUND, "One. Two.", "Why?")
+    plain = encode_all(Slow(), "One. Two.", "Why?")
     assert (
-        plain.spans == {}
-        and plain.ids == encode(models.tokenizer(), AROUND, "One. Two.", "Why?").ids
+        plain.spans == {} and plain.ids == encode_all(models.tokenizer(), "One. Two.", "Why?").ids
     )
     with pytest.raises(UsageError, match="does not say where its tokens begin"):
-        encode(Slow(), AROUND, kvtrim.Document("One. Two.", {"shots": [(0, 4)]}), "Why?")
+        encode_all(Slow(), kvtrim.Document("One. Two.", {"shots": [(0, 4)]}), "Why?")
 
 
 def test_blanks_at_the_end_can_be_taken_off():

@@ -201,14 +201,8 @@ def frame(tokenizer: Any, chat: bool | None = None, system: str | None = None) -
     return Frame.chat(tokenizer, system) if chat else Frame.plain(tokenizer)
 
 
-def encode(tokenizer: Any, around: Frame, context: str | Document, question: str) -> Prompt:
-    """Token ids of both parts. Special tokens come from the frame alone, never twice."""
-    asked = encode_question(tokenizer, around, question)
-    return encode_context(tokenizer, around, context).asked(asked)
-
-
 def encode_context(tokenizer: Any, around: Frame, context: str | Document) -> Prompt:
-    """Token ids of a context and what stands before it.
+    """Token ids of a context and what stands before it; special tokens come from the frame alone.
 
     Raises:
         UsageError: the document has spans, and the tokenizer does not say where tokens begin.

@@ -6,8 +6,8 @@ from typing import Any
 from kvtrim.report import families
 from kvtrim.report import names as naming
 from kvtrim.report.evaluation import benchmarks
-from kvtrim.report.statistics import Figure
 from kvtrim.report.lookup import FULL, Row, View
+from kvtrim.report.statistics import Figure
 
 Picture = Mapping[str, Any]
 HELD = "held after the prompt, measured [% of the full cache]"

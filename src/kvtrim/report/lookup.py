@@ -6,8 +6,8 @@ from statistics import fmean
 from typing import Any
 
 from kvtrim.report import families, statistics
-from kvtrim.report.statistics import Figure
 from kvtrim.report.results import Line, Section
+from kvtrim.report.statistics import Figure
 
 FULL = ("full", "")
 Row = tuple[str, str]  # method and budget

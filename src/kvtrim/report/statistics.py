@@ -175,7 +175,5 @@ def _counts(counts: tuple[int, ...], seed: int, place: int, resamples: int) -> n
     total, step = sum(counts), max(1, _AT_ONCE // len(counts))
     shares, random = np.array(counts) / total, np.random.default_rng((seed, place))
     starts = range(0, resamples, step)
-    drawn = [
-        random.multinomial(total, shares, size=min(step, resamples - at)) for at in starts
-    ]
+    drawn = [random.multinomial(total, shares, size=min(step, resamples - at)) for at in starts]
     return np.concatenate(drawn).astype(np.float64)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvtrim.report.format import markdown, size
-from kvtrim.report.statistics import Figure
 from kvtrim.report.lookup import FULL, Row, View
+from kvtrim.report.statistics import Figure
 
 Column = tuple[str, str]  # heading, "left" or "right"
 HEAD: list[Column] = [("method", "left"), ("keep", "right")]
