@@ -142,7 +142,95 @@ RULES = {
         "bench/test_evaluate.py::test_loss_and_divergence_are_those_of_a_pass_over_the_answer",
     ),
 }
-MUTANTS = MEMORY | RULES
+# attaching, threads, and going back
+STATE = {
+    "the first block that ends detaches everybody": Mutant(
+        "hf/attach.py",
+        "self.open.remove(one)\n        if self.open:\n            return",
+        "self.open.clear()",
+        "hf/test_sharing.py hf/test_attach.py",
+    ),
+    "blocks of other threads are detached": Mutant(
+        "hf/attach.py",
+        "mine = [one for one in newest if one.thread == me]",
+        "mine = newest",
+        "hf/test_sharing.py",
+    ),
+    "threads share what a pass manages": Mutant(
+        "hf/attention.py",
+        "class _Managing(threading.local):",
+        "class _Managing:",
+        "hf/test_sharing.py",
+    ),
+    "a changed attention implementation goes unnoticed": Mutant(
+        "hf/attach.py", "if now != NAME:", "if False:", "hf/test_sharing.py"
+    ),
+    "a cache of another model is taken": Mutant(
+        "hf/attach.py",
+        "if cache.decoder is not decoder:",
+        "if False:",
+        "hf/test_cache.py hf/test_sharing.py hf/test_attach.py",
+    ),
+    "a model that shares its configuration is changed": Mutant(
+        "hf/attention.py", "if count > 1:", "if False:", "hf/test_sharing.py hf/test_attach.py"
+    ),
+    "a copy of an attached model is not attached by itself": Mutant(
+        "hf/attach.py",
+        "other.open = [Attached(other)]",
+        "other.open = self.open",
+        "hf/test_sharing.py hf/test_attach.py",
+    ),
+    "a detached model reads into a cache": Mutant(
+        "hf/layers.py",
+        "raise NotAttachedError(",
+        "return key_states, value_states\n        raise NotAttachedError(",
+        "hf/test_sharing.py hf/test_cache.py",
+    ),
+    "weights of attention are empty without a word": Mutant(
+        "hf/attach.py",
+        'if getattr(decoder.config, "output_attentions", False) if asked is None else asked:',
+        "if False:",
+        "hf/test_attach.py",
+    ),
+    "gradients are lost without a word": Mutant(
+        "hf/attention.py",
+        "if torch.is_grad_enabled() and any(",
+        "if False and any(",
+        "hf/test_attach.py",
+    ),
+    "an interrupted pass goes unnoticed": Mutant(
+        "engine/past.py", "if self._cutting is not None:", "if False:", "hf/test_going_back.py"
+    ),
+    "a crop on a model that slides takes back a part": Mutant(
+        "hf/layers.py",
+        "return 0 <= needed <= _some(self.keys).shape[2] - count",
+        "return True",
+        "hf/test_going_back.py",
+    ),
+    "a crop leaves carried statistics": Mutant(
+        "engine/past.py",
+        "            if carried is None:\n                held.store.drop_column(CARRIED)\n"
+        "            else:\n",
+        "            if carried is not None and False:\n",
+        "hf/test_going_back.py",
+    ),
+    "what stays of a pass is not read again": Mutant(
+        "engine/past.py",
+        "if past.seen < target:",
+        "if False:",
+        "hf/test_going_back.py",
+    ),
+    "marks of another cache are taken": Mutant(
+        "engine/past.py", "if mark.owner is not self:", "if False:", "hf/test_going_back.py"
+    ),
+    "drafts are not remembered": Mutant(
+        "engine/past.py",
+        "evicts = self.recording and (plan.after or plan.before)",
+        "evicts = False",
+        "hf/test_going_back.py",
+    ),
+}
+MUTANTS = MEMORY | RULES | STATE
 
 
 class _First:
