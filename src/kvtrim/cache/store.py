@@ -309,7 +309,8 @@ class LayerStore:
         else:
             inside = torch.arange(values.shape[2]) < self.length[..., None]
             slots = slots_of(self.start, self.length).to(values.device)
-            self.buffers[name][slots] = values[inside.to(values.device)]
+            held = values[inside.to(values.device)]
+            self.buffers[name][slots] = held.to(self.buffers[name].dtype)
 
     def _write(self, slots: Int[Tensor, " N"], new: dict[str, Tensor]) -> None:
         heads = new["keys"].shape[:3]
