@@ -65,6 +65,21 @@ def test_padding_in_later_turns_changes_nothing(llama, name, keep):
         assert models.positions(batch, number) == models.positions(alone), number
 
 
+@pytest.mark.parametrize("name", ["gemfilter", "fastkv"])
+def test_the_last_column_is_the_last_token_where_some_prompts_fit_and_others_do_not(llama, name):
+    """`generate` takes its logits, whichever tokens a propagation chose."""
+    settings = {"propagation.tokens": 6, "window": 4} if name == "fastkv" else {"tokens": 6}
+    for seed in range(4):
+        ids, mask = padded((40, 30, 38), seed)
+        with torch.no_grad(), kvtrim.attach(llama):
+            batch = kvtrim.Cache(llama, name, 32, **settings)
+            ends = llama(ids, attention_mask=mask, past_key_values=batch).logits[:, -1]
+            for number, real in enumerate(mask.bool()):
+                alone = kvtrim.Cache(llama, name, 32, **settings)
+                end = llama(ids[number : number + 1, real], past_key_values=alone).logits[0, -1]
+                assert (ends[number] - end).abs().max() < 1e-4, (seed, number)
+
+
 @pytest.mark.parametrize("name", EVICTING)
 def test_rows_take_along_what_is_remembered_of_them(llama, name):
     """As beams do: queries, counters and numbers of entries move with their prompt."""

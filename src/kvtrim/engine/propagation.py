@@ -30,7 +30,7 @@ def narrow_pass(
     """What goes on; None if everything does.
 
     Prompts of a batch may send on different numbers of tokens. Then columns that were not chosen
-    fill up the shorter ones, in front where possible, and count as padding above.
+    fill up the shorter ones, in front, and count as padding above.
     """
     if all(slots is None for _, slots in chosen):
         return None
@@ -53,9 +53,11 @@ def narrow_pass(
 
 
 def _fill_up(picked: Int[Tensor, " T"], width: int, columns: int) -> tuple[Tensor, Tensor]:
-    """So many columns in ascending order, and which of them were picked."""
-    taken = torch.zeros(columns, dtype=torch.bool)
-    taken[picked] = True
-    spare = (~taken).nonzero()[: width - len(picked), 0]
-    together = torch.cat([picked, spare]).sort().values
-    return together, taken[together]
+    """So many columns, those that were picked last, and which of them were picked.
+
+    The last column has to be the last token's, of which `generate` takes the logits.
+    """
+    spare = torch.ones(columns, dtype=torch.bool)
+    spare[picked] = False
+    filling = spare.nonzero()[: width - len(picked), 0]
+    return torch.cat([filling, picked]), torch.arange(width) >= len(filling)

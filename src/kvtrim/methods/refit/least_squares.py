@@ -64,6 +64,8 @@ class LeastSquares(Refit):
         new = values.clone()
         bias = values.new_zeros(values.shape[:2], dtype=torch.float32) if self.bias else None
         for head, count in enumerate(lengths[0].tolist()):
+            if count == 0:
+                continue
             logits = _logits(aim.queries[head], keys[head, :count].float(), scale, softcap)
             given = logits, aim.lse[head], aim.out[head], values[head, :count].float()
             became, own = self._head(*given)
