@@ -141,7 +141,7 @@ def cache_case(path: Path, model: Any, draw: random.Random, right: Any = None) -
 def continued(path: Path, model: Any) -> tuple[Any, ...]:
     """What comes of a cache: what it says it is, and the logits of three more tokens."""
     cache = kvtrim.load_cache(path, model)
-    said = (cache.seen, cache.method, cache.prompt, cache.held_bytes)
+    said = (cache.seen, cache.method, cache.template, cache.held_bytes)
     logits = []
     with torch.no_grad(), kvtrim.attach(model):
         for token in (9, 17, 33):

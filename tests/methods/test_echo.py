@@ -168,7 +168,8 @@ def test_saved_while_generating_it_goes_on_as_before(llama, tmp_path):
 def test_a_threshold_lets_what_is_held_follow_the_text(llama):
     ids = models.prompt(N)
     scores = foretold(llama, ids)
-    least = sorted(x for layer in scores for head in layer for x in head)[60]
+    below, above = sorted(x for layer in scores for head in layer for x in head)[60:62]
+    least = (below + above) / 2  # a score itself may be rounded to either side
     for keep in (1.0, 30):
         cache = kvtrim.Cache(llama, "echo", keep, threshold=least, **TABLE)
         expected = best_of_all(scores, N if keep == 1.0 else keep, least=least)
