@@ -10,6 +10,7 @@ import kvtrim
 import loops
 import models
 from kvtrim.methods.policies.expected_attention import ExpectedAttention
+from kvtrim.methods.settings import find
 from views import rope, view
 
 H, K, D, N = 4, 2, 6, 24
@@ -141,3 +142,25 @@ def test_a_layer_without_rotation_is_refused():
     layer = replace(seen(*given()), rotate=None)
     with pytest.raises(kvtrim.KvtrimError, match="rotary embedding"):
         ExpectedAttention().score(layer)
+
+
+@pytest.mark.parametrize("settings", [{}, {"budget": "global"}, {"budget": "global", "anew": True}])
+@pytest.mark.parametrize("prompt", [20, 60], ids=["fits", "is cut"])
+def test_no_more_queries_stay_than_those_that_speak_while_generating(llama, settings, prompt):
+    """Before layers competed for the first time, too: their first cut while generating reads the
+    same queries."""
+    cache = kvtrim.Cache(llama, "expected-attention", 40, every=8, remembered=4, **settings)
+    ids = models.prompt(prompt + 48)
+    with torch.no_grad(), kvtrim.attach(llama):
+        llama(ids[:, :prompt], past_key_values=cache)
+        for at in range(prompt, prompt + 48):
+            held = cache.session.state.layers
+            assert [each.queries.shape[2] for each in held] == [4] * len(held)
+            llama(ids[:, at : at + 1], past_key_values=cache)
+    assert max(int(each.length.max()) for each in cache.session.state.stores()) < prompt + 48
+
+
+def test_chunks_which_bound_memory_are_refused():
+    """Every query of the prompt speaks, so that all of them would be held until its end."""
+    with pytest.raises(kvtrim.KvtrimError, match="ExpectedAttention needs all of it"):
+        find("expected-attention", chunks=True)

@@ -232,8 +232,8 @@ class Session(Undoable):
             self.state.settle()
         self.state.schedule(self._plan.due, self._plan.closes, self.method.schedule.share)
         for held in self.state.layers if not self.in_prompt else []:
-            if held.settled or not self.method.budget.model_wide:
-                held.forget(self.method.policy.remembers())
+            settled = held.settled or not self.method.budget.model_wide
+            held.forget(self.method.policy.remembers(settled))
         self._note_end(self._cuts)
         self._cutting = None
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from kvtrim.errors import UsageError
 from kvtrim.methods.budgets import Budget, Uniform
 from kvtrim.methods.keep import Keep
-from kvtrim.methods.policies.base import Policy
+from kvtrim.methods.policies.base import WHOLE, Policy
 from kvtrim.methods.propagation import Everything, Propagation
 from kvtrim.methods.ranges import Declared, Some, Tokens
 from kvtrim.methods.refit import Refit, Unchanged
@@ -121,7 +121,8 @@ class Method(Declared):
     def _require_chunkable(self) -> None:
         """Refuse parts that choose over the whole prompt, and can only do so at its end."""
         parts = {
-            f"policy={type(self.policy).__name__}": self.policy.probes,
+            f"policy={type(self.policy).__name__}": self.policy.probes
+            or self.policy.lookback() == WHOLE,
             f"budget={type(self.budget).__name__}": self.budget.model_wide and self.budget.settles,
             f"propagation={type(self.propagation).__name__}": self.propagation.narrows,
             f"unit={type(self.unit).__name__}": not self.unit.single,

@@ -14,6 +14,10 @@ from kvtrim.methods.ranges import Declared
 from kvtrim.types import Counts, Float, LayerView, Noted, Scores, Target, Tensor
 
 
+WHOLE = 2**31 - 1
+"""The `lookback` of a rule that reads every query of the prompt."""
+
+
 class Policy(Declared, ABC):
     """A scoring rule: one layer's view to one score per candidate slot and KV head.
 
@@ -73,12 +77,13 @@ class Policy(Declared, ABC):
 
     @abstractmethod
     def lookback(self) -> int:
-        """How many of the last queries `score` reads."""
+        """How many of the last queries `score` reads; `WHOLE` is all of the prompt's."""
 
-    def remembers(self) -> int:
+    def remembers(self, settled: bool = True) -> int:
         """How many queries a cut while generating needs of those that were read before it.
 
-        The share of each layer is settled then, if layers compete.
+        Args:
+            settled: layers do not compete, or what each of them won is known already.
         """
         return self.lookback()
 

@@ -45,8 +45,8 @@ class Cake(WindowPolicy):
     tau2: Positive = 1.0  # the variance counts to the power of 1 / tau2
     sinks: Tokens = 0
 
-    def remembers(self) -> int:
-        return 1  # the newest ranks, and the window has had its say about the layers
+    def remembers(self, settled: bool = True) -> int:
+        return 1 if settled else self.window  # the newest ranks; layers compete by the window
 
     def score(self, layer: LayerView) -> Scores:
         """Queries [B, H, W, D] and keys [B, K, S, D] to scores [B, K, S - W]."""

@@ -18,11 +18,9 @@ import torch
 
 from kvtrim.errors import UsageError
 from kvtrim.methods.policies import ops
-from kvtrim.methods.policies.base import Policy
+from kvtrim.methods.policies.base import WHOLE, Policy
 from kvtrim.methods.ranges import Some, Tokens, Weight
 from kvtrim.types import Float, LayerView, Scores, Tensor
-
-_ALL = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,9 @@ class ExpectedAttention(Policy):
     turns: ClassVar[bool] = True
 
     def lookback(self) -> int:
-        return _ALL
+        return WHOLE
 
-    def remembers(self) -> int:
+    def remembers(self, settled: bool = True) -> int:
         return self.remembered
 
     def score(self, layer: LayerView) -> Scores:
