@@ -40,6 +40,7 @@ ROOMS = {
     "methods.echo_tables": Room("errors files types", owns="safetensors", shapes=True),
     "methods.schedule": Room("errors methods.ranges", torch=False),
     "methods.unit_numbers": Room("types", shapes=True),
+    "methods.demotion": Room("errors methods.unit_numbers types", shapes=True),
     "methods.unit": Room("errors methods.ranges methods.unit_numbers types", shapes=True),
     "methods.selection": Room("errors methods.unit types", shapes=True),
     "methods.policies": Room(
@@ -77,9 +78,9 @@ ROOMS = {
         "methods.refit methods.registry methods.schedule methods.settings methods.unit"
     ),
     "engine": Room(
-        "cache errors kernels methods.auto methods.budgets methods.keep methods.method "
-        "methods.policies methods.refit methods.selection methods.settings prompts "
-        "prompts.spans types",
+        "cache errors kernels methods.auto methods.budgets methods.demotion methods.keep "
+        "methods.method methods.policies methods.refit methods.selection methods.settings "
+        "prompts prompts.spans types",
         shapes=True,
     ),
     "hf": Room(

@@ -144,7 +144,9 @@ def test_a_layer_without_rotation_is_refused():
         ExpectedAttention().score(layer)
 
 
-@pytest.mark.parametrize("settings", [{}, {"budget": "global"}, {"budget": "global", "anew": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"budget": "global"}, {"budget": "global", "anew": True}]
+)
 @pytest.mark.parametrize("prompt", [20, 60], ids=["fits", "is cut"])
 def test_no_more_queries_stay_than_those_that_speak_while_generating(llama, settings, prompt):
     """Before layers competed for the first time, too: their first cut while generating reads the

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kvtrim.methods.budgets.base import Ledger
+from kvtrim.methods.demotion import demote
 from kvtrim.methods.method import Method
 from kvtrim.methods.policies.base import rescored, scored
 from kvtrim.methods.selection import SecondStage, select
@@ -106,7 +107,8 @@ class Evictor(Cutter):
     def _select(self, view: LayerView, share: Counts | None) -> Kept | None:
         policy, slots = self.method.policy, view.keys.shape[2]
         sinks, recent = self._protected()
-        scores = scored(policy, view)
+        plain = scored(policy, view)
+        scores = self._demoted(plain, view)
         counts = self._counts(view, scores) if share is None else share
         held = torch.full_like(counts, slots) if view.lengths is None else view.lengths
         kept = select(
@@ -116,7 +118,7 @@ class Evictor(Cutter):
             sinks=sinks,
             recent=recent,
             unit=self.method.unit,
-            second=self._second(view, scores, counts),
+            second=self._second(view, plain, counts),
             members=self.method.unit.members(view.spans, view.positions),
         )
         return None if torch.equal(kept.counts, held) else kept
@@ -148,7 +150,10 @@ class Evictor(Cutter):
         if policy.first_stage == 1:
             return None
         first = policy.first_entries(counts, self.keep)
-        return SecondStage(first, rescored(policy, view, scores))
+        return SecondStage(first, self._demoted(rescored(policy, view, scores), view))
+
+    def _demoted(self, scores: Scores, view: LayerView) -> Scores:
+        return demote(scores, view) if self.method.demote else scores
 
 
 def merge(parts: Sequence[tuple[slice, Kept | None]], held: Counts) -> Kept | None:

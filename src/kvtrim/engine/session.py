@@ -28,6 +28,7 @@ from kvtrim.engine.state import State
 from kvtrim.engine.tokens import Pass
 from kvtrim.errors import CacheError
 from kvtrim.kernels.attend import require_known
+from kvtrim.methods.demotion import require_named
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method
 from kvtrim.prompts.spans import Given, per_prompt
@@ -118,6 +119,8 @@ class Session(Undoable):
             UsageError: the input does not continue what this cache has read.
         """
         self._require_idle()
+        if self.method.demote and self.state.reading.seen == 0:
+            require_named(self.spans)
         taken_back = self.state.reading.masked_again(mask, columns)
         if taken_back is not None:
             self.state.forget_from(self.state.reading.take_back(taken_back))

@@ -31,6 +31,7 @@ class Method(Declared):
     granularity: Literal["kv", "query"] = "kv"  # which heads hold entries of their own
     skip_layers: tuple[Tokens, ...] = ()  # layers that keep everything
     reuse: Some = 1  # so many neighbouring layers share the slots that the first of them kept
+    demote: bool = False  # scores of punctuation and blanks that repeat count a quarter
     positions: Literal["original", "rolled"] = "original"  # where kept keys stand for later
     # queries: where they were read, or closed up at their slot numbers
     source: str = ""
@@ -55,6 +56,12 @@ class Method(Declared):
             raise UsageError(
                 f"budget={type(self.budget).__name__} never evicts, so a schedule and skip_layers "
                 "have nothing to act on: leave them out, or set another budget"
+            )
+        if self.demote and (self.budget.unlimited or self.propagation.restarts):
+            raise UsageError(
+                "demote=true lowers the scores by which entries are evicted, at the places where "
+                "they were read: a budget that never evicts and propagation=restart have none, so "
+                "leave it out, or set budget=uniform and propagation=everything"
             )
         if self.refit.changes and (self.schedule.chunks or self.positions == "rolled"):
             raise UsageError(

@@ -4,8 +4,8 @@ The two parts are tokenised separately, so the ids are the same whether the ques
 together with the context (question-aware) or after it was compressed (question-agnostic).
 
 Named parts go along as spans of tokens: `system` (all that stands before the context, start token
-and template included), `context`, `question`, what a `Document` names (`shots`), and `sentences`
-of the context. A token belongs to the unit in which it begins.
+and template included), `context`, `question`, what a `Document` names (`shots`), and the context's
+`sentences` and `structure`. A token belongs to the unit in which it begins.
 """
 
 import re
@@ -22,6 +22,7 @@ from typing import Any
 from kvtrim.errors import UsageError
 from kvtrim.prompts.document import Document, require_characters
 from kvtrim.prompts.spans import Spans, joined, moved, without
+from kvtrim.prompts.structure import STRUCTURE, structure
 
 # what templates may want to escape, quote, strip or format stands in them, so that it shows
 _HARD = "\"'`<&>{}[]\\%é\n\t|"
@@ -328,12 +329,19 @@ def _encoded(
 ) -> tuple[list[int], Spans]:
     """Token ids of a text, and its parts in tokens; no parts from a tokenizer without offsets."""
     ids: list[int] = []
-    begins: list[int] = []
+    places: list[tuple[int, int]] = []
     for start, end in pairwise([0, *cuts, len(text)]):
         if not tokenizer.is_fast:
             ids += encode_text(tokenizer, text[start:end])
             continue
         found = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
         ids += found.input_ids
-        begins += [start + begin for begin, _ in found.offset_mapping]
-    return ids, moved(parts, lambda at: bisect_left(begins, at)) if tokenizer.is_fast else {}
+        places += [(start + begin, start + end) for begin, end in found.offset_mapping]
+    if not tokenizer.is_fast:
+        return ids, {}
+    begins = [begin for begin, _ in places]
+    spans = moved(parts, lambda at: bisect_left(begins, at))
+    if "context" in spans and STRUCTURE not in spans:
+        first, last = spans["context"][0][0] if spans["context"] else (0, 0)
+        spans = {**spans, STRUCTURE: structure(text, ids, places, first, last)}
+    return ids, spans

@@ -13,7 +13,6 @@ from kvtrim.errors import UsageError
 from kvtrim.methods.ranges import Declared
 from kvtrim.types import Counts, Float, LayerView, Noted, Scores, Target, Tensor
 
-
 WHOLE = 2**31 - 1
 """The `lookback` of a rule that reads every query of the prompt."""
 
