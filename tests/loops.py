@@ -158,6 +158,32 @@ def whole_heads(table, group, n, keep, sinks, window):
     return kept
 
 
+def kvzip_plus(q, k, v, wo, hidden, n, steps, sinks=4):
+    """KVzip+'s scores of the first n slots, sinks 0: [K][n].
+
+    What follows the n slots is a probe: `steps` are its passes as (tokens, start, stop), each of
+    which is about the slots from start to stop; `hidden[i]` is what token i of it came with.
+    """
+    heads, _, width = q.shape
+    kv_heads, first = len(k), n
+    scores = [[0.0] * n for _ in range(kv_heads)]
+    for tokens, start, stop in steps:
+        asked = range(max(sinks, start), stop)
+        for head in range(heads):
+            at, columns = head // (heads // kv_heads), head_columns(wo, head, width)
+            sizes = {j: sum(float(x) ** 2 for x in columns @ v[at, j]) ** 0.5 for j in asked}
+            for i in range(first, first + tokens):
+                there = [*range(sinks), *asked, *range(first, i + 1)]
+                powers = [math.exp(float(q[head, i] @ k[at, j]) * width**-0.5) for j in there]
+                state = sum(float(x) ** 2 for x in hidden[i - n]) ** 0.5
+                for j, power in zip(there, powers, strict=True):
+                    if j in sizes:
+                        found = power / sum(powers) * sizes[j] / state
+                        scores[at][j] = max(scores[at][j], found)
+        first += tokens
+    return scores
+
+
 # From scores to positions
 
 
@@ -271,6 +297,31 @@ def write_expected_attention():
     file.write()
 
 
+def write_kvzip_plus():
+    file = File("kvzip_plus")
+    draw = torch.Generator().manual_seed(7)
+    for sets, n, keep, steps, budget in [
+        (("s0_n200",), 160, 40, [(40, 0, 160)], "global"),
+        (("s1_n200", "s2_n200"), 160, 50, [(24, 0, 80), (16, 80, 160)], "global"),
+        (("s2_n200", "s3_n200"), 170, 30, [(12, 0, 64), (12, 64, 128), (6, 128, 170)], "global"),
+        (("s3_n200", "s0_n200"), 180, 64, [(20, 8, 180)], "per-head"),
+    ]:
+        hidden = torch.rand(len(sets), 200 - n, 1, generator=draw) * 3 + 0.5  # tokens differ most
+        hidden = hidden * torch.randn(len(sets), 200 - n, 48, generator=draw)
+        wo = [f"h8_d32_l{layer}" for layer in range(len(sets))]
+        scores = [
+            kvzip_plus(*inputs(name), projection(w), states.double().tolist(), n, steps)
+            for name, w, states in zip(sets, wo, hidden, strict=True)
+        ]
+        rest = [[row[4:] for row in heads] for heads in scores]
+        kept, gap = (among_layers if budget == "global" else among_heads)(rest, keep - 4)
+        kept = [[[*range(4), *(s + 4 for s in row)] for row in heads] for heads in kept]
+        params = {"budget": budget, "keep": keep, "prompt": n, "steps": steps, "wo": wo}
+        notes = "tokens behind the prompt are the probe's; hidden: what each of them came with"
+        file.add(params, sets, kept, scores, gap, notes, hidden=hidden)
+    file.write()
+
+
 def write_duoattention():
     file = File("duoattention")
     draw = torch.Generator().manual_seed(5)
@@ -293,6 +344,7 @@ def write_duoattention():
 
 
 if __name__ == "__main__":
+    write_kvzip_plus()
     write_duoattention()
     write_defensivekv()
     write_expected_attention()

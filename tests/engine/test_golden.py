@@ -13,7 +13,7 @@ from kvtrim.engine.session import Session
 from kvtrim.methods.budgets import Pyramid
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.settings import find
-from kvtrim.types import Room
+from kvtrim.types import Probed, Room
 from views import rope
 
 
@@ -190,3 +190,46 @@ def test_duoattention(case, tmp_path):
     require_match(
         case, kvtrim.select("duoattention", *case.qkv(), keep=params["keep"], **settings)
     )
+
+
+@recorded("kvzip_plus")
+def test_kvzip_plus(case):
+    """A prompt and its probe as a model would hand them over, pass by pass."""
+    params, stacks, end = case.params, case.qkv(), case.params["prompt"]
+    method = find("kvzip-plus", budget=params["budget"], floor=0.0)
+    session = Session(method, Keep.parse(params["keep"]), len(stacks[0]))
+
+    def hand_over(first, last):
+        for index, (q, k, v) in enumerate(zip(*stacks, strict=True)):
+            weight = golden._tensors("inputs")[f"wo/{params['wo'][index]}"]
+            output = weight.unflatten(1, (q.shape[0], -1)).permute(1, 2, 0)
+            hidden = torch.ones(1, last - first, 48)
+            if first >= end:
+                hidden = case.tensor("hidden")[index, first - end : last - end][None]
+            call = Call(
+                *(each[None, :, first:last] for each in (q, k, v)),
+                scale=q.shape[-1] ** -0.5,
+                output=lambda output=output: output,
+                factor=lambda output=output: torch.linalg.qr(output.mT).R,
+                hidden=hidden,
+            )
+            session.attend(index, call)
+        session.end()
+
+    session.begin(rows=1, columns=end)
+    hand_over(0, end)
+    first = end
+    for number, (tokens, start, stop) in enumerate(params["steps"], 1):
+        last = number == len(params["steps"])
+        session.begin_probe(tokens, None, [Probed(start, stop)], last)
+        hand_over(first, first + tokens)
+        first += tokens
+    stores = [held.store for held in session.state.layers]
+    kept = [
+        [
+            store.buffers["positions"][at : at + count]
+            for at, count in zip(store.start[0].tolist(), store.length[0].tolist(), strict=True)
+        ]
+        for store in stores
+    ]
+    require_match(case, kept)
