@@ -110,7 +110,9 @@ def test_answers_are_those_of_generate(subject, tmp_path, protocol, method):
     assert line["answer"].strip() == result.text
 
 
-def test_loss_and_divergence_are_those_of_a_pass_over_the_answer(subject, tmp_path):
+def test_loss_and_divergence_are_those_of_a_pass_over_the_answer(subject, tmp_path, monkeypatch):
+    head = subject.model.lm_head  # made surer of itself, so that the divergence has a direction
+    monkeypatch.setattr(head, "weight", torch.nn.Parameter(40 * head.weight.detach()))
     for protocol, skip in ((AGNOSTIC, 0), (AWARE, 1)):
         wanted = asked(methods=["snapkv"], keeps=["48"], protocol=protocol, limit=1)
         full, cut = run(subject, wanted, tmp_path / protocol)
@@ -131,9 +133,9 @@ def test_loss_and_divergence_are_those_of_a_pass_over_the_answer(subject, tmp_pa
         gold = torch.tensor(given.gold[skip:])
         for line, method in ((full, "full"), (cut, "snapkv")):
             loss = -log[method].gather(1, gold[:, None]).mean()
-            assert line["loss"] == pytest.approx(float(loss), abs=1e-4)
+            assert line["loss"] == pytest.approx(float(loss), rel=1e-4)
         kl = (log["full"].exp() * (log["full"] - log["snapkv"])).sum(-1).mean()
-        assert cut["kl"] == pytest.approx(float(kl), abs=1e-5) and full["kl"] is None
+        assert cut["kl"] == pytest.approx(float(kl), rel=1e-3) and full["kl"] is None
 
 
 def test_protocols_measure_the_budget_at_their_own_moment(subject, tmp_path):
