@@ -335,11 +335,11 @@ def first_token(
 
     model, candidate = bench.model, Candidate(method, keep, settings)
     if method not in bench.warm:
-        with candidate.opened(model, bench.scale.warm, None) as subject, torch.no_grad():
+        with candidate.open(model, bench.scale.warm, None) as subject, torch.no_grad():
             step(model, subject.feed, prompt(model, 1, bench.scale.warm))
         bench.warm.add(method)
     ids = prompt(model, 1, length)
-    with candidate.opened(model, length, None) as subject, torch.no_grad():
+    with candidate.open(model, length, None) as subject, torch.no_grad():
         with peak_memory(bench.device) as reading:
             _, seconds = step(model, subject.feed, ids)
         own = {"method": method, "length": length, "ttft_s": seconds, "keep": keep}

@@ -31,7 +31,7 @@ def cell(method, keep, **settings):
 
 def lines_of(model, aware, *cells, new_tokens=6):
     plan = Plan(cells, aware, new_tokens)
-    given = recommend.encoded(model, tokenizer(), plan, PROMPTS)
+    given = recommend.encode(model, tokenizer(), plan, PROMPTS)
     return recommend.measure(model, tokenizer(), plan, given), given
 
 
@@ -188,8 +188,8 @@ def test_a_bad_file_is_refused_with_its_line(tmp_path, content, said):
 def test_a_prompt_that_is_too_long_is_refused_or_cut(model):
     long = [Asked(TEXT * 8, "How many?")]
     with pytest.raises(UsageError, match=r"prompt 1: the prompt has .* window"):
-        recommend.encoded(model, tokenizer(), Plan([]), long)
-    (cut,) = recommend.encoded(model, tokenizer(), Plan([], truncate="middle"), long)
+        recommend.encode(model, tokenizer(), Plan([]), long)
+    (cut,) = recommend.encode(model, tokenizer(), Plan([], truncate="middle"), long)
     assert len(cut) == 512 - 32
 
 

@@ -187,12 +187,12 @@ def test_each_answer_is_scored_against_its_own_row():
     lines = [
         KEY | {"sample": one.id, "answer": one.answers[0], "outcome": "ok"} for one in samples
     ]
-    assert [row["score"] for row in scores.scored(inputs, lines, {"t": right})] == [1.0] * 3
+    assert [row["score"] for row in scores.score_answers(inputs, lines, {"t": right})] == [1.0] * 3
     twice = [line | {"sample": "1"} for line in inputs]
     with pytest.raises(UsageError, match="two samples '1' of t"):
-        list(scores.scored(twice, lines, {"t": right}))
+        list(scores.score_answers(twice, lines, {"t": right}))
     with pytest.raises(UsageError, match="lacks sample '1#2' of t"):
-        list(scores.scored(inputs[:1], lines, {"t": right}))
+        list(scores.score_answers(inputs[:1], lines, {"t": right}))
 
 
 def test_ids_that_are_not_text_become_text():

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from kvtrim.bench.eval import scores
-from kvtrim.bench.failures import OK
+from kvtrim.records import OK
 from kvtrim.tasks import TASKS, sandbox
 from kvtrim.tasks.base import Request
 
@@ -37,9 +37,9 @@ def test_programs_run_where_that_was_allowed_and_nowhere_else():
         for one, answer in zip(samples, written, strict=True)
     ]
     found = []
-    for line in scores.scored(inputs, lines, {task.name: task}, allowed=True):
+    for line in scores.score_answers(inputs, lines, {task.name: task}, allowed=True):
         assert not sandbox.is_allowed()
         found.append((line["score"], line["outcome"]))
     assert found == [(1.0, OK), (0.0, OK)]
-    without = list(scores.scored(inputs, lines, {task.name: task}))
+    without = list(scores.score_answers(inputs, lines, {task.name: task}))
     assert [line["outcome"] for line in without] == [scores.NEEDS_PERMISSION] * 2

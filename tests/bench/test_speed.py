@@ -127,14 +127,14 @@ def test_another_run_is_refused_and_another_day_is_not(tmp_path):
 class Hungry(Candidate):
     """Runs out of memory above 48 tokens."""
 
-    def opened(self, model, length, chunk, capture=True):
+    def open(self, model, length, chunk, capture=True):
         if length > 48:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
-        return super().opened(model, length, chunk)
+        return super().open(model, length, chunk)
 
 
 class Broken(Candidate):
-    def opened(self, model, length, chunk, capture=True):
+    def open(self, model, length, chunk, capture=True):
         raise RuntimeError("a bug")
 
 

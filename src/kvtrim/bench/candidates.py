@@ -58,7 +58,7 @@ class Candidate:
     peer: str = ""
 
     @contextmanager
-    def opened(
+    def open(
         self, model: Any, length: int, chunk: int | None, capture: bool = True
     ) -> Iterator[Subject]:
         """An empty cache for prompts of so many tokens, and the model ready for it."""

@@ -22,7 +22,7 @@ from kvtrim.api import (
     window,
 )
 from kvtrim.bench.candidates import Candidate
-from kvtrim.bench.failures import Failure, attempted
+from kvtrim.bench.failures import Failure, attempt
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.decode import one_by_one
 from kvtrim.hf.generate import Progress, synchronize
@@ -140,7 +140,7 @@ class Comparison:
         if not self._once or own.propagation.narrows or own.schedule.chunks:
             return None
         if self._recording is None:
-            made = attempted(lambda: self._read(progress))
+            made = attempt(lambda: self._read(progress))
             if isinstance(made, Failure):
                 self._once = False
                 return None

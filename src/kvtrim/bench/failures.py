@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 
 from kvtrim.errors import KvtrimError, UsageError
+from kvtrim.records import OOM, REFUSED
 
-OK, REFUSED, OOM = "ok", "refused", "oom"
 Made = TypeVar("Made")
 
 
@@ -22,7 +22,7 @@ class Failure:
     reason: str
 
 
-def attempted(what: Callable[[], Made]) -> Made | Failure:
+def attempt(what: Callable[[], Made]) -> Made | Failure:
     """What a function returns, or why it was refused or ran out of memory. Bugs pass through."""
     try:
         return what()

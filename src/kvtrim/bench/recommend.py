@@ -25,15 +25,16 @@ from typing import Any
 from kvtrim import files
 from kvtrim.api import Truncate, fit_context, window
 from kvtrim.bench.candidates import Candidate, require_chunks
-from kvtrim.bench.eval.decode import Branch, Reference, answers, branched, fits
+from kvtrim.bench.eval.decode import Branch, Reference, answers, fits, make_branch
 from kvtrim.bench.eval.encode import Input
 from kvtrim.bench.eval.grid import FULL
 from kvtrim.bench.eval.prefill import Prefill, Ready
-from kvtrim.bench.failures import OK, Failure, attempted, finite
+from kvtrim.bench.failures import Failure, attempt, finite
 from kvtrim.errors import FileError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.prompts import Frame, Prompt, encode_question, frame
 from kvtrim.prompts.document import Document
+from kvtrim.records import OK
 from kvtrim.report.statistics import summary
 from kvtrim.tasks.base import Sample
 
@@ -113,7 +114,7 @@ def _asked(line: str, where: str) -> Asked:
     return Asked(context, question)
 
 
-def encoded(model: Any, tokenizer: Any, plan: Plan, prompts: Sequence[Asked]) -> list[Prompt]:
+def encode(model: Any, tokenizer: Any, plan: Plan, prompts: Sequence[Asked]) -> list[Prompt]:
     """Token ids of every prompt, all of them checked before the first is read.
 
     Raises:
@@ -202,7 +203,7 @@ class _Judge:
     def line(self, cell: Candidate, ready: Ready | Failure) -> Line:
         """What a method and budget made of it."""
         key = {"method": cell.method, "keep": cell.keep, "tokens": len(self._gold)}
-        found = ready if isinstance(ready, Failure) else attempted(lambda: self._judged(ready))
+        found = ready if isinstance(ready, Failure) else attempt(lambda: self._judged(ready))
         if isinstance(found, Failure):
             return key | {"outcome": found.outcome, "reason": found.reason}
         return key | {"outcome": OK, "reason": ""} | found
@@ -219,7 +220,7 @@ class _Judge:
         """The cache after all that stands before the answer."""
         _, _, lead = self._given.read_first(self._plan.aware)
         tokens = len(self._given.ids)
-        return branched(self._model, [ready.cache], [ready.logits], lead, tokens)
+        return make_branch(self._model, [ready.cache], [ready.logits], lead, tokens)
 
 
 def rows(lines: Sequence[Line], tolerance: float) -> list[Line]:

@@ -8,6 +8,7 @@ import typer
 
 from kvtrim.cli import options, output
 from kvtrim.errors import UsageError
+from kvtrim.records import OK
 
 if TYPE_CHECKING:
     from kvtrim.bench.recommend import Plan
@@ -77,7 +78,7 @@ def recommend(
         cells = _served(loaded, cells)
         plan = replace(plan, cells=cells)
     _require_served(loaded, cells)
-    given = bench.encoded(loaded, tokenizer, plan, asked)
+    given = bench.encode(loaded, tokenizer, plan, asked)
     with output.progress() as report:
         lines = bench.measure(loaded, tokenizer, plan, given, report)
     found = _found(loaded, model, protocol, plan, asked, lines)
@@ -157,7 +158,7 @@ def _print(found: dict[str, Any]) -> None:
     cells = [_cells_of(row) for row in found["rows"]]
     output.table(f"{title}{found['tolerance']:g} nats per token", columns, cells)
     for row in found["rows"]:
-        if row["outcome"] != "ok":
+        if row["outcome"] != OK:
             _say(f"{row['method']} {row['keep']}: {row['outcome']}: {row['reason']}")
     for method, keep in found["smallest"].items():
         _say(f"{method}: {f'keep {keep}' if keep else 'no budget within tolerance'}")
@@ -166,7 +167,7 @@ def _print(found: dict[str, Any]) -> None:
 
 def _cells_of(row: dict[str, Any]) -> list[str]:
     start = [row["method"], row["keep"]]
-    if row["outcome"] != "ok":
+    if row["outcome"] != OK:
         return [*start, row["outcome"], *["-"] * 6]
     limits = row["kl_interval"]
     held, full, spent = row["held_bytes"], row["full_bytes"], row["evict_s"]

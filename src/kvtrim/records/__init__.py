@@ -13,6 +13,8 @@ from kvtrim.errors import FileError
 
 RECORD, SPEED = "run.json", "speed.jsonl"
 INPUTS, SAMPLES, TIMES, SCORES = "inputs.jsonl", "samples.jsonl", "times.jsonl", "scores.jsonl"
+OK, REFUSED, OOM = "ok", "refused", "oom"
+"""What came of a line; where there is no figure, whether kvtrim said no or memory ran out."""
 
 Line = dict[str, Any]
 Kinds = Mapping[str, tuple[type, ...]]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from kvtrim.records import OK
 from kvtrim.report import families, tables
 from kvtrim.report.gaps import of
 from kvtrim.report.lookup import FULL, Row, View
@@ -215,7 +216,7 @@ def refused(view: View) -> Table | None:
     """What could not be measured, and why."""
     met: dict[tuple[str, ...], int] = {}
     for line in view.section.lines:
-        if line.outcome != "ok" or (line.score is None and line.reason):
+        if line.outcome != OK or (line.score is None and line.reason):
             key = (line.task, line.method, keep((line.method, line.keep)), line.outcome)
             met[*key, line.reason] = met.get((*key, line.reason), 0) + 1
     rows = [[*key[:4], f"{count}", key[4]] for key, count in met.items()]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
+from kvtrim.records import OK
 from kvtrim.report.format import markdown, ratio, seconds, size
 
 Line = dict[str, Any]
@@ -15,7 +16,7 @@ TTFT = {32_768: 1.88, 65_536: 1.94, 131_072: 1.97}
 
 def figures(lines: Sequence[Line], stage: str | None = None) -> list[Line]:
     """What was measured, one record each."""
-    found = [x for x in lines if x["outcome"] == "ok" and stage in (None, x["stage"])]
+    found = [x for x in lines if x["outcome"] == OK and stage in (None, x["stage"])]
     return [x["figures"] | {"name": x["name"]} for x in found]
 
 

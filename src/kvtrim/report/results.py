@@ -12,7 +12,7 @@ from typing import Any
 
 from kvtrim import records
 from kvtrim.errors import UsageError
-from kvtrim.records import INPUTS, RECORD, SAMPLES, SCORES, SPEED
+from kvtrim.records import INPUTS, OK, RECORD, SAMPLES, SCORES, SPEED
 from kvtrim.report import agreement
 
 EVERY_LENGTH = "all-lengths"
@@ -221,15 +221,15 @@ def _line(
         figures={name: row.get(name) for name in _FIGURES},
         group=own.get("group") or {},
         answer=row.get("answer") or "",
-        outcome=row.get("outcome", "ok"),
-        reason=row.get("reason") or _why(score.get("outcome", "ok")),
+        outcome=row.get("outcome", OK),
+        reason=row.get("reason") or _why(score.get("outcome", OK)),
         truncated=bool(own.get("truncated")),
     )
 
 
 def _why(outcome: str) -> str:
     """Why there is no score where the answer is there."""
-    return "" if outcome == "ok" else outcome
+    return "" if outcome == OK else outcome
 
 
 def _joined(setup: tuple[str, str, str], runs: Sequence[Run]) -> Section:

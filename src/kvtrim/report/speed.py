@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from kvtrim.records import OK
 from kvtrim.report.format import markdown, prose, ratio, seconds, size, spread
 
 PLAIN = "transformers"
@@ -35,12 +36,12 @@ def rows(journal: Sequence[Row], limits: Mapping[str, float]) -> list[Row]:
 
 def _figures(lines: Sequence[Row], plain: Sequence[Row]) -> Row:
     """Medians and ranges of a row's lines, and its ratios to those of plain transformers."""
-    bad = [line for line in lines if line["outcome"] != "ok"]
+    bad = [line for line in lines if line["outcome"] != OK]
     if bad:
         return {"outcome": bad[0]["outcome"], "reason": bad[0]["reason"]}
-    row: Row = {"outcome": "ok"}
+    row: Row = {"outcome": OK}
     timed = {line["round"]: line for line in lines if line["round"]}
-    theirs = {line["round"]: line for line in plain if line["round"] and line["outcome"] == "ok"}
+    theirs = {line["round"]: line for line in plain if line["round"] and line["outcome"] == OK}
     for line in lines:
         row |= {k: line[k] for k in ("peak_bytes", "decode_peak_bytes") if k in line}
     if not timed:
@@ -118,7 +119,7 @@ def reasons(rows: Sequence[Row]) -> list[str]:
     """A sentence for every row that was not measured; batches with one reason share it."""
     found: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
-        if row["outcome"] != "ok":
+        if row["outcome"] != OK:
             name = f"{row['method']} {row['keep']}".strip() + f", {row['length']} tokens"
             found.setdefault((name, row["outcome"], row["reason"]), []).append(f"{row['batch']}")
     return [

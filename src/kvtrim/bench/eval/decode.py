@@ -63,7 +63,7 @@ class Answer:
     ids: tuple[int, ...] = ()
 
 
-def branched(
+def make_branch(
     model: Any, caches: Sequence[BaseCache], logits: Sequence[Tensor], lead: list[int], tokens: int
 ) -> Branch:
     """Read what follows a compressed context, in one pass for all caches.
@@ -123,7 +123,7 @@ def _divergence(true: Float[Tensor, "T V"], log: Float[Tensor, "T V"]) -> Tensor
     return (true.exp() * (true - log)).sum().double().cpu()
 
 
-def merged(branches: Sequence[Branch]) -> Branch:
+def merge(branches: Sequence[Branch]) -> Branch:
     """Branches of several prompts as one."""
     if len(branches) == 1:
         return branches[0]

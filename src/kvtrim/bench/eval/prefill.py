@@ -10,7 +10,7 @@ import torch
 
 from kvtrim.bench.candidates import Candidate, read_prompt
 from kvtrim.bench.eval.encode import Input
-from kvtrim.bench.failures import Failure, attempted
+from kvtrim.bench.failures import Failure, attempt
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import mean_entries, synchronize
 from kvtrim.hf.replay import Recording, record
@@ -37,7 +37,7 @@ def replayable(cell: Candidate) -> bool:
 
 
 def _reads_hidden(cell: Candidate) -> bool:
-    found = attempted(lambda: find(cell.method, **cell.settings).policy.reads_hidden)
+    found = attempt(lambda: find(cell.method, **cell.settings).policy.reads_hidden)
     return found is True
 
 
@@ -76,7 +76,7 @@ class Prefill:
         """As `ready`, one after the other, so that not all have to be held."""
         self._hidden = any(_reads_hidden(cell) for cell in cells)
         for cell in cells:
-            yield attempted(lambda cell=cell: self._made(cell))
+            yield attempt(lambda cell=cell: self._made(cell))
         self._recording = None  # what the layers were handed is needed no more
 
     def _made(self, cell: Candidate) -> Ready:
@@ -88,7 +88,7 @@ class Prefill:
         if self._recording is None:
             start = self._now()
             recorded = partial(record, self._model, self._ids, self._spans, self._words)
-            made = attempted(lambda: recorded(hidden=self._hidden))
+            made = attempt(lambda: recorded(hidden=self._hidden))
             if isinstance(made, Failure):
                 self._once = False
                 return None

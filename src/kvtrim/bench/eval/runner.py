@@ -6,7 +6,6 @@ from math import isfinite
 from time import perf_counter
 from typing import Any, TypeVar
 
-from kvtrim.bench import failures
 from kvtrim.bench.candidates import Candidate
 from kvtrim.bench.eval.decode import (
     Answer,
@@ -14,16 +13,17 @@ from kvtrim.bench.eval.decode import (
     Fit,
     Reference,
     answers,
-    branched,
     fits,
-    merged,
+    make_branch,
+    merge,
 )
 from kvtrim.bench.eval.encode import Input
 from kvtrim.bench.eval.grid import FULL, Grid
 from kvtrim.bench.eval.prefill import Prefill, Ready
-from kvtrim.bench.failures import Failure, attempted
+from kvtrim.bench.failures import Failure, attempt
 from kvtrim.hf.batch import kind
 from kvtrim.hf.generate import synchronize
+from kvtrim.records import OK, REFUSED
 from kvtrim.tasks.base import Task
 
 Line = dict[str, Any]
@@ -40,7 +40,7 @@ class Row:
     fit: Fit = field(default_factory=lambda: Fit(None, None))
     answer: Answer = field(default_factory=lambda: Answer("", 0, ""))
     times: dict[str, float | None] = field(default_factory=dict)
-    outcome: str = failures.OK
+    outcome: str = OK
     reason: str = ""
 
     def fail(self, why: Failure) -> None:
@@ -49,7 +49,7 @@ class Row:
 
     def line(self) -> Line:
         """What `samples.jsonl` says of it, behind its key."""
-        good = self.outcome == failures.OK
+        good = self.outcome == OK
         nothing: dict[str, Any] = dict.fromkeys(("held_bytes", "full_bytes", "entries"))
         held = self.held if good else nothing
         return {
@@ -92,7 +92,7 @@ class Answering:
             own = [Row(given, cell) for cell in self._grid.cells]
             rows += [row for row in own if row.cell in self._grid.written]
             groups += self._begun(own)
-        for group in self._packed(groups):
+        for group in self._pack(groups):
             self._answer(task, group)
         keys = [self._grid.key(task, row.given.sample, row.cell) for row in rows]
         told = [key | row.line() for key, row in zip(keys, rows, strict=True)]
@@ -103,7 +103,7 @@ class Answering:
         given, reference = rows[0].given, Reference()
         if given.problem:
             for row in rows:
-                row.fail(Failure(failures.REFUSED, given.problem))
+                row.fail(Failure(REFUSED, given.problem))
             return []
         how = self._grid.aware, self._once, self._grid.prefill_chunk
         prefill = Prefill(self._model, self._tokenizer, given, *how)
@@ -118,7 +118,7 @@ class Answering:
         del prefill
         groups = []
         for some in self._bundles(ready):
-            groups += self._branched(some)
+            groups += self._branch(some)
         for group in groups:
             self._fit(group, reference)
         return [group for group in groups if group.rows[0].cell in self._grid.written]
@@ -135,16 +135,16 @@ class Answering:
             some[at : at + size] for some in found.values() for at in range(0, len(some), size)
         ]
 
-    def _branched(self, some: list[tuple[Row, Ready]]) -> list[Group]:
+    def _branch(self, some: list[tuple[Row, Ready]]) -> list[Group]:
         """One group, or one for each where memory does not do for all."""
         rows, given = [row for row, _ in some], some[0][0].given
         _, _, lead = given.read_first(self._grid.aware)
         caches, logits = [one.cache for _, one in some], [one.logits for _, one in some]
-        made = attempted(lambda: branched(self._model, caches, logits, lead, len(given.ids)))
+        made = attempt(lambda: make_branch(self._model, caches, logits, lead, len(given.ids)))
         if isinstance(made, Branch):
             return [Group(rows, made)]
         if len(some) > 1:
-            return [group for one in some for group in self._branched([one])]
+            return [group for one in some for group in self._branch([one])]
         rows[0].fail(made)
         return []
 
@@ -159,7 +159,7 @@ class Answering:
             else:
                 row.fit = fit
 
-    def _packed(self, groups: list[Group]) -> list[Group]:
+    def _pack(self, groups: list[Group]) -> list[Group]:
         """Groups of several samples put together as far as `batch` goes."""
         packed: list[list[Group]] = []
         for group in groups:
@@ -170,7 +170,7 @@ class Answering:
                 room.append(group)
         found: list[Group] = []
         for some in packed:
-            made = attempted(lambda some=some: merged([group.branch for group in some]))
+            made = attempt(lambda some=some: merge([group.branch for group in some]))
             if isinstance(made, Failure):
                 found += some
             else:
@@ -208,10 +208,10 @@ class Answering:
 def each(branch: Branch, what: Callable[[Branch], list[Made]]) -> list[Made | Failure]:
     """Something about every row, or about one after the other where memory does not do for all."""
     if branch.rows == 1:
-        found = attempted(lambda: what(branch))
+        found = attempt(lambda: what(branch))
         return [found] if isinstance(found, Failure) else [*found]
     mark = branch.cache.mark()
-    found = attempted(lambda: what(branch))
+    found = attempt(lambda: what(branch))
     if not isinstance(found, Failure):
         return [*found]
     results: list[Any] = []

@@ -10,11 +10,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from kvtrim import records
-from kvtrim.bench.failures import OK
 from kvtrim.errors import UsageError
 from kvtrim.files import replace
 from kvtrim.prompts.document import Document
-from kvtrim.records import INPUTS, RECORD, SAMPLES, SCORES, Line
+from kvtrim.records import INPUTS, OK, RECORD, SAMPLES, SCORES, Line
 from kvtrim.report.format import escaped, markdown, prose, size
 from kvtrim.report.statistics import mean, summary
 from kvtrim.tasks import sandbox
@@ -61,10 +60,10 @@ def derive(
     record = records.record(folder / RECORD, records.EVAL)
     inputs, lines = (records.lines(folder / name) for name in (INPUTS, SAMPLES))
     known = {task.name: task for task in tasks}
-    found = list(scored(inputs, lines, known, allow_code_execution, unconfined))
+    found = list(score_answers(inputs, lines, known, allow_code_execution, unconfined))
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
     replace(folder / SCORES, text.encode())
-    rows = aggregated(inputs, lines, found)
+    rows = aggregate(inputs, lines, found)
     record |= {"without_samples": _without_samples(record, inputs), "refused": _refused(lines)}
     made = json.dumps(record | {"rows": rows}, indent=1, ensure_ascii=False) + "\n"
     replace(folder / TABLE, made.encode())
@@ -81,7 +80,7 @@ def _without_samples(record: Line, inputs: Sequence[Line]) -> list[str]:
     return [f"{name}: no samples: {why}" for name in record["tasks"] if name not in asked]
 
 
-def scored(
+def score_answers(
     inputs: Sequence[Line],
     lines: Sequence[Line],
     tasks: Mapping[str, Task],
@@ -152,9 +151,7 @@ def _sample(given: Line) -> Sample:
     )
 
 
-def aggregated(
-    inputs: Sequence[Line], lines: Sequence[Line], scores: Sequence[Line]
-) -> list[Line]:
+def aggregate(inputs: Sequence[Line], lines: Sequence[Line], scores: Sequence[Line]) -> list[Line]:
     """Means of every task, method and budget: over all samples, then for each of its groups."""
     groups = {(one["task"], one["sample"]): one["group"] for one in inputs}
     found: dict[str, list[Line]] = {}

@@ -18,10 +18,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from kvtrim.records import OK
 from kvtrim.records.journal import Journal
 
 LINES = "gpu.jsonl"
-BEGUN, OK, FAILED, SKIPPED, ENDED = "begun", "ok", "failed", "skipped", "ended"
+BEGUN, FAILED, SKIPPED, ENDED = "begun", "failed", "skipped", "ended"
 UNFINISHED = "unfinished"
 """Outcomes of a line. A measurement that was begun and has no other line ended its process."""
 

@@ -22,6 +22,7 @@ from kvtrim.bench.candidates import Candidate, Feed, Subject
 from kvtrim.bench.provenance import peak_memory
 from kvtrim.errors import UsageError
 from kvtrim.hf.generate import synchronize
+from kvtrim.records import OK, OOM, REFUSED
 from kvtrim.records.journal import Journal, Key
 from kvtrim.types import Int, Tensor
 
@@ -132,9 +133,7 @@ def _quick_collections() -> Iterator[None]:
 
 def _settled(journal: Journal, turn: Turn) -> bool:
     """Whether this turn was taken, or its row has failed."""
-    failed = any(
-        journal.holds(turn.row | {"outcome": why}) for why in ("oom", "refused", "failed")
-    )
+    failed = any(journal.holds(turn.row | {"outcome": why}) for why in (OOM, REFUSED, "failed"))
     return failed or journal.holds(turn.row | {"round": turn.round})
 
 
@@ -143,7 +142,7 @@ def _attempt(
 ) -> dict[str, Any]:
     """What a measurement gave, or why it gave nothing."""
     try:
-        return {"outcome": "ok", **how(model, plan, turn)}
+        return {"outcome": OK, **how(model, plan, turn)}
     except Exception as error:
         outcome = failures.outcome(error) or ("failed" if turn.candidate.peer else None)
         if outcome is None:
@@ -158,7 +157,7 @@ def _attempt(
 def _warm_up(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
     """A short prompt and two tokens."""
     ids = prompt(model, turn.batch, turn.length)
-    with turn.candidate.opened(model, turn.length, None) as subject, torch.no_grad():
+    with turn.candidate.open(model, turn.length, None) as subject, torch.no_grad():
         token, _ = step(model, subject.feed, ids)
         step(model, subject.feed, token)
     return {}
@@ -167,7 +166,7 @@ def _warm_up(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
 def _memory(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
     """Peak bytes of reading the prompt and of decoding, above the loaded model."""
     ids, chunk = prompt(model, turn.batch, turn.length), plan.prefill_chunk
-    opened = turn.candidate.opened(model, turn.length, chunk, plan.capture)
+    opened = turn.candidate.open(model, turn.length, chunk, plan.capture)
     with opened as subject, torch.no_grad():
         with peak_memory(model.device) as reading:
             token, _ = step(model, subject.feed, ids, chunk)
@@ -184,7 +183,7 @@ def _timed(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
     gc.collect()
     if model.device.type == "cuda":  # so that all begin alike: making a graph does the same
         torch.cuda.empty_cache()
-    opened = turn.candidate.opened(model, turn.length, chunk, plan.capture)
+    opened = turn.candidate.open(model, turn.length, chunk, plan.capture)
     with opened as subject, torch.no_grad():
         token, first = step(model, subject.feed, ids, chunk)
         held = subject.figures()

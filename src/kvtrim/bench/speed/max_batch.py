@@ -109,7 +109,7 @@ def _measured(
 ) -> _Measured:
     weights = sum(parameter.nbytes for parameter in model.parameters())
     ids, steps = prompt(model, 1, length), []
-    opened = candidate.opened(model, length, None, plan.capture)
+    opened = candidate.open(model, length, None, plan.capture)
     with opened as subject, torch.no_grad():
         with peak_memory(model.device) as reading:
             token = subject.feed(ids)[:, -1].argmax(dim=-1, keepdim=True)

@@ -57,7 +57,7 @@ class KVPress(Candidate):
     """One press with a budget."""
 
     @contextmanager
-    def opened(
+    def open(
         self, model: Any, length: int, chunk: int | None, capture: bool = True
     ) -> Iterator[Subject]:
         """A full cache that the press cuts once the prompt was read."""
