@@ -167,7 +167,7 @@ def _trims(known):
 
 
 def _ids(rng, rows, columns, known=range(4, 200)):
-    """No token comes twice: keys that rounding alone tells apart would be ranked by it."""
+    """No token comes to a prompt twice: rounding alone would rank what is the same."""
     return torch.tensor([rng.sample(known, columns) for _ in range(rows)])
 
 
@@ -193,14 +193,15 @@ def _spans(rng, length):
 
 def _ops(rng, lengths, sliding):
     ops, rows = [], len(lengths)
+    unused = rng.sample(range(200, 300), 100)
     kinds = ["step", "step", "step", "turn", "turn", "rows", "save", "copy", "detour", "crop"]
     for _ in range(rng.randint(1, 7)):
         kind = rng.choice(kinds)
         if kind == "step":
             for _ in range(rng.randint(1, 6)):
-                ops.append(("read", _turn(rng, rows, 1, sliding)))
+                ops.append(("read", _turn(rng, rows, 1, sliding, unused)))
         elif kind in ("turn", "detour"):
-            turn = _turn(rng, rows, rng.randint(2, 6), sliding)
+            turn = _turn(rng, rows, rng.randint(2, 6), sliding, unused)
             ops.append(("read" if kind == "turn" else "detour", turn))
         elif kind == "crop":
             ops.append(("crop", rng.randint(1, 3)))
@@ -213,12 +214,12 @@ def _ops(rng, lengths, sliding):
     return ops
 
 
-def _turn(rng, rows, columns, sliding):
+def _turn(rng, rows, columns, sliding, unused):
     """New tokens of every prompt; padding stands where a caller may put it.
 
     None where layers slide: transformers' windows count padding inside a conversation.
     """
-    ids = _ids(rng, rows, columns, range(200, 300))
+    ids = _ids(rng, rows, columns, [unused.pop() for _ in range(columns)])
     if sliding or rng.random() < 0.5:
         return ids, torch.ones(rows, columns, dtype=torch.bool)
     counts = [rng.choice((0, 1, columns, rng.randint(0, columns))) for _ in range(rows)]
