@@ -98,7 +98,8 @@ def _drawn(rng):
     if rng.random() < 0.3 and min(lengths) > 8:
         spans = [_spans(rng, length) for length in lengths]
     keep = rng.choice((rng.randint(2, 40), round(rng.uniform(0.05, 0.95), 2), rng.randint(4, 24)))
-    if rng.random() < 0.1:
+    shared = settings.get("granularity") == "query" and len(lengths) > 1
+    if rng.random() < 0.1 and not shared:  # bytes depend on whether neighbours are expanded
         keep = f"{rng.randint(2, 20) * len(lengths)}KiB"
     return Case(architecture, method, settings, keep, spans, passes, _ops(rng, lengths, sliding))
 

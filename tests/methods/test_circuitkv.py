@@ -407,3 +407,11 @@ def test_no_tensor_grows_with_the_square_of_the_prompt(preset):
 def test_a_cold_temperature_is_refused():
     with pytest.raises(UsageError, match=r"temperature=0.0: expected float .above 0"):
         CircuitKV(temperature=0.0)
+
+
+def test_a_head_that_holds_less_than_the_window_hops_over_what_it_holds():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(1, 2, 8, 6, generator=generator).softmax(dim=-1)
+    got = circuitkv.alone(weights, torch.full((1, 2), 6), 1)
+    seen = weights[:, :, 2:]  # the queries of the two slots that are gone lead nowhere
+    assert torch.equal(got, circuitkv.alone(seen, torch.full((1, 2), 6), 1))

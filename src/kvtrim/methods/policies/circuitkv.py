@@ -167,7 +167,8 @@ def alone(
     slot = torch.arange(weights.shape[-1], device=weights.device)
     first = lengths[..., None] - window
     rows = first + torch.arange(window, device=slot.device)
-    twice = (newest.gather(-1, rows)[:, :, None] @ weights)[:, :, 0]
+    hops = newest.gather(-1, rows.clamp(min=0)).masked_fill(rows < 0, 0)  # a slot that is gone
+    twice = (hops[:, :, None] @ weights)[:, :, 0]
     walked = lengths[..., None] - sinks
     early = 1 + (walked - (slot - sinks)) / walked
     both = smooth(torch.stack([newest + twice, newest * early], dim=2), kernel=5, sigma=1.0)
