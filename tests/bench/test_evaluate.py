@@ -110,9 +110,17 @@ def test_answers_are_those_of_generate(subject, tmp_path, protocol, method):
     assert line["answer"].strip() == result.text
 
 
-def test_loss_and_divergence_are_those_of_a_pass_over_the_answer(subject, tmp_path, monkeypatch):
-    head = subject.model.lm_head  # made surer of itself, so that the divergence has a direction
-    monkeypatch.setattr(head, "weight", torch.nn.Parameter(40 * head.weight.detach()))
+@pytest.fixture
+def surer(subject):
+    """With logits that are far apart, so that the divergence has a direction."""
+    head, weight = subject.model.lm_head, subject.model.lm_head.weight
+    head.weight = torch.nn.Parameter(40 * weight.detach())
+    yield
+    head.weight = weight
+
+
+@pytest.mark.usefixtures("surer")
+def test_loss_and_divergence_are_those_of_a_pass_over_the_answer(subject, tmp_path):
     for protocol, skip in ((AGNOSTIC, 0), (AWARE, 1)):
         wanted = asked(methods=["snapkv"], keeps=["48"], protocol=protocol, limit=1)
         full, cut = run(subject, wanted, tmp_path / protocol)
