@@ -7,7 +7,7 @@ import pytest
 
 import kvtrim
 from kvtrim.errors import UsageError
-from kvtrim.prompts import encode_context, encode_question, frame
+from kvtrim.prompts import encode, encode_context, encode_question, frame
 from kvtrim.prompts.document import Document
 from models import tokenizer
 
@@ -133,3 +133,13 @@ def test_half_characters_are_refused_wherever_text_comes_in(llama, half):
             call()
         assert f"U+{ord(half):04X}" in str(refused.value) and "character 3" in str(refused.value)
     assert Document("whole: \U0001f600").text
+
+
+def test_a_prompt_by_hand_is_its_two_parts_one_behind_the_other():
+    own = tokenizer(chat=True)
+    whole = encode(own, frame(own), "a small dog.", "Who?")
+    parts = (
+        encode_context(own, frame(own), "a small dog."),
+        encode_question(own, frame(own), "Who?"),
+    )
+    assert whole.ids == parts[0].ids + parts[1].ids and whole == parts[0].asked(parts[1])

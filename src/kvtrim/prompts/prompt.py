@@ -202,6 +202,13 @@ def frame(tokenizer: Any, chat: bool | None = None, system: str | None = None) -
     return Frame.chat(tokenizer, system) if chat else Frame.plain(tokenizer)
 
 
+def encode(tokenizer: Any, around: Frame, context: str | Document, question: str) -> Prompt:
+    """Token ids of both parts, as whoever looks at a prompt by hand wants them."""
+    return encode_context(tokenizer, around, context).asked(
+        encode_question(tokenizer, around, question)
+    )
+
+
 def encode_context(tokenizer: Any, around: Frame, context: str | Document) -> Prompt:
     """Token ids of a context and what stands before it; special tokens come from the frame alone.
 
