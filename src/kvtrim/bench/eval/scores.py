@@ -244,3 +244,7 @@ def _interval(limits: Sequence[float] | None) -> str:
     if limits is None:
         return "-"
     return f"{100 * limits[0]:.1f} to {100 * limits[1]:.1f}"
+
+
+scored = score_answers
+"""Its old name, for one version."""
