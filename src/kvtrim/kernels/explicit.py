@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kvtrim.kernels.parts import Part, joined
+from kvtrim.kernels.parts import Part, fused, joined
 from kvtrim.types import Float, Noted, Tensor
 
 _ELEMENTS = 2**18
@@ -53,11 +53,9 @@ def _attended(
     causal: bool = False,
 ) -> Part:
     """Attention over some of the slots: all of them, or those up to each query's own."""
-    fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if fused is not None and softcap is None and keys.shape[-1] == values.shape[-1]:
-        group = queries.shape[1] // keys.shape[1]
-        repeated = (each.repeat_interleave(group, dim=1) for each in (keys, values))
-        return fused(queries, *repeated, 0.0, causal, scale=scale)[:2]
+    part = None if softcap is not None else fused(queries, keys, values, scale, causal)
+    if part is not None:
+        return part
     out, lse = _blank(queries, values)
     for at, _, weights, part, held in _blocks(queries, keys, values, scale, softcap, causal):
         out[at], lse[at] = (weights @ held).view_as(out[at]), part

@@ -27,12 +27,10 @@ def attended(
         bias: added to the logits of each slot.
         causal: the last Q slots are the queries' own; else every query sees every slot.
     """
-    fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    plain = softcap is None and bias is None and keys.shape[-1] == values.shape[-1]
-    one = not causal or queries.shape[2] == 1
-    if plain and fused is not None and not queries.is_cuda and one:
-        out, lse = fused(_folded(queries, keys), keys, values, 0.0, False, scale=scale)[:2]
-        return _unfolded(out, queries), _unfolded(lse, queries)
+    if softcap is None and bias is None:
+        part = fused(queries, keys, values, scale, causal)
+        if part is not None:
+            return part
     outs, lses = [], []
     for first in range(0, queries.shape[2], _ROWS_AT_ONCE):
         own = queries[:, :, first : first + _ROWS_AT_ONCE]
@@ -42,6 +40,27 @@ def attended(
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def fused(
+    queries: Float[Tensor, "B H Q D"],
+    keys: Float[Tensor, "B K S D"],
+    values: Float[Tensor, "B K S E"],
+    scale: float,
+    causal: bool = False,
+) -> Part | None:
+    """As `attended`, by torch's kernel for CPUs; None where that cannot."""
+    kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    if kernel is None or queries.is_cuda or keys.shape[-1] != values.shape[-1]:
+        return None
+    if not causal or queries.shape[2] == 1:
+        out, lse = kernel(_folded(queries, keys), keys, values, 0.0, False, scale=scale)[:2]
+        return _unfolded(out, queries), _unfolded(lse, queries)
+    if queries.shape[2] != keys.shape[2]:
+        return None  # it counts a query's slots from the first
+    group = queries.shape[1] // keys.shape[1]
+    repeated = (each.repeat_interleave(group, dim=1) for each in (keys, values))
+    return kernel(queries, *repeated, 0.0, True, scale=scale)[:2]
 
 
 def joined(parts: Sequence[Part]) -> Float[Tensor, "B H Q E"]:
