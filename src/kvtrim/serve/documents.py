@@ -1,6 +1,7 @@
 """Documents of a library read by a model: compressed and kept, found again, checked, loaded."""
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from kvtrim.hf.models import fingerprint
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.settings import places
 from kvtrim.prompts.document import Document
-from kvtrim.serve.library import Entry, Library, checked_name, key_of, now
+from kvtrim.serve.library import Entry, Library, checked_name, key_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -122,7 +123,7 @@ def keep(
         text_sha256=hashlib.sha256(document.text.encode()).hexdigest(),
         held_bytes=cache.held_bytes,
         full_bytes=cache.full_bytes,
-        made=now(),
+        made=time.time(),
         settings=how.settings,
         chat=how.chat,
         system=how.system,

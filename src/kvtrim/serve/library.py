@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -281,8 +280,3 @@ class Library:
             yield
         finally:
             os.close(file)
-
-
-def now() -> float:
-    """Seconds since 1970."""
-    return time.time()

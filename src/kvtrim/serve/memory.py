@@ -40,6 +40,16 @@ class Conversation:
     into: Branch | Cache
     ids: list[int] = field(default_factory=list)  # behind the document
 
+    @classmethod
+    def begin(cls, document: Document | None, room: int) -> "Conversation":
+        """Nothing yet, and room for so many tokens."""
+        return cls(document, Branch(room=room) if document is None else document.continued(room))
+
+    def expect(self, ids: list[int]) -> None:
+        """Of what comes, the tokens up to these are handed over; what follows is generated."""
+        if isinstance(self.into, Cache):
+            self.into.expect(self.into.seen + len(ids) - len(self.ids))
+
     @property
     def nbytes(self) -> int:
         """Bytes of its own."""

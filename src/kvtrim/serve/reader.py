@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 from typing import Any
 
+from kvtrim.api import window
 from kvtrim.errors import UsageError
 from kvtrim.hf.cache import Cache
 from kvtrim.prompts import Template, encode_context, frame, repeat_words
@@ -21,7 +22,7 @@ class Reader:
     def __init__(self, model: Any, tokenizer: Any, prints: Prints, library: Library):
         self.model, self.tokenizer = model, tokenizer
         self.prints, self.library = prints, library
-        self.window = model.config.get_text_config(decoder=True).max_position_embeddings
+        self.window = window(model)
 
     def require_own(self, entry: Entry) -> None:
         """Refuse another model's document: CacheError."""

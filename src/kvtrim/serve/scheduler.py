@@ -14,7 +14,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from kvtrim.engine.branch import Branch
 from kvtrim.errors import KvtrimError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
@@ -246,10 +245,8 @@ class Scheduler:
             self._require_possible(need)
             return False
         if talk is None:
-            into = Branch(room=tokens) if document is None else document.continued(tokens)
-            talk = Conversation(document, into)
-        if isinstance(talk.into, Cache):
-            talk.into.expect(talk.into.seen + len(request.ids) - len(talk.ids))
+            talk = Conversation.begin(document, tokens)
+        talk.expect(request.ids)
         self.memory.reserved += need
         known = reused + len(talk.ids)
         self.answers.append(Answer(request, self.speaker, document, talk, known, need))

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
+from kvtrim.api import window
 from kvtrim.errors import UsageError
 from kvtrim.hf.attach import attach
-from kvtrim.hf.cache import Cache
 from kvtrim.hf.pack import Feed, Pack
 from kvtrim.prompts import conversation
 from kvtrim.serve import documents
@@ -78,20 +78,19 @@ class Talk:
         after = self.document is not None
         found = conversation.encode(self.tokenizer, self.messages, after_document=after)
         ids = found.head + found.rest
-        window = self.model.config.get_text_config(decoder=True).max_position_embeddings
+        most = window(self.model)
         before = self.document.tokens if self.document is not None else 0
-        if before + len(ids) + sampling.max_tokens > window:
+        if before + len(ids) + sampling.max_tokens > most:
             raise UsageError(
                 f"the conversation has {before + len(ids)} tokens, and the model's window takes "
-                f"{window}; undo turns, begin anew, or ask for fewer new tokens"
+                f"{most}; undo turns, begin anew, or ask for fewer new tokens"
             )
         events: SimpleQueue[Event] = SimpleQueue()
         room = len(ids) + sampling.max_tokens
         talk = self._memory.resume(self.document, ids, room)
         if talk is None:
-            talk = Conversation(self.document, self._begun(room))
-        if isinstance(talk.into, Cache):
-            talk.into.expect(talk.into.seen + len(ids) - len(talk.ids))
+            talk = Conversation.begin(self.document, room)
+        talk.expect(ids)
         answer = Answer(
             Request(ids, sampling, events.put), self._speaker, self.document, talk,
             before + len(talk.ids), 0,
@@ -111,8 +110,3 @@ class Talk:
                             yield text
         finally:
             self._memory.remember(talk)
-
-    def _begun(self, room: int) -> Any:
-        from kvtrim.engine.branch import Branch
-
-        return Branch(room=room) if self.document is None else self.document.continued(room)
