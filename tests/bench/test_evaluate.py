@@ -3,12 +3,8 @@
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +19,7 @@ from kvtrim.errors import UsageError
 from kvtrim.prompts import Frame, encode_ends, encode_text
 from kvtrim.prompts.document import Document
 from kvtrim.tasks import TASKS, Sample
+from processes import kill_once
 from small import small
 
 AWARE, AGNOSTIC = "question-aware", "question-agnostic"
@@ -489,22 +486,12 @@ def test_a_killed_process_leaves_a_run_that_goes_on(model_folder, tmp_path, monk
         "bench.questions:WORDS_TASK", "--method", "snapkv", "--method", "h2o", "--keep", "48",
         "--set", "window=8", "--protocol", AGNOSTIC, "--limit", "12", "--threads", "1", "--json",
     ]  # fmt: skip
-    here = Path(__file__).parents[1]
-    paths = [str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    told = dict(env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, cwd=tmp_path)
-    whole = [sys.executable, "-m", "kvtrim", *command, "--out", "run"]
-    process = subprocess.Popen(whole, stdout=subprocess.DEVNULL, **told)
     journal = tmp_path / "run" / "samples.jsonl"
-    try:
-        for _ in range(4000):
-            if journal.exists() and journal.read_bytes().count(b"\n") > 5:
-                break
-            time.sleep(0.05)
-        else:
-            pytest.fail("not six samples in three minutes")
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+
+    def six():
+        return journal.exists() and journal.read_bytes().count(b"\n") > 5
+
+    kill_once(six, "not six samples", *command, "--out", "run", folder=tmp_path)
     killed_at = journal.read_bytes().count(b"\n")
     assert 5 < killed_at < 36
     monkeypatch.chdir(tmp_path)

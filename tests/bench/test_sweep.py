@@ -3,9 +3,7 @@
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +20,7 @@ from kvtrim.bench.sweep.worker import Worker
 from kvtrim.cli import sweep
 from kvtrim.errors import KvtrimError, UnknownNameError, UsageError
 from kvtrim.tasks.rows import Rows
+from processes import kill_once
 
 AGNOSTIC = "question-agnostic"
 FILES = ("run.json", "inputs.jsonl", "samples.jsonl", "scores.jsonl", "eval.md")
@@ -228,23 +227,13 @@ def test_a_killed_driver_is_gone_on_with(asked, serial, tmp_path, how):
     if how:
         pytest.importorskip("ray", reason="Ray is not installed: pip install 'kvtrim[ray]'")
     asked.write_text(asked.read_text().replace("chunk = 2", "chunk = 1"))
-    here = Path(__file__).parents[1]
-    paths = [str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}  # as this process has
-    told = dict(env=os.environ | own, cwd=tmp_path)
-    command = [sys.executable, "-m", "kvtrim", "sweep", str(asked), "--out", "out", *how]
-    nowhere = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen(command, **nowhere, **told)
-    try:
-        for _ in range(4000):
-            if list(tmp_path.glob("out/*/parts/*/samples.jsonl")):
-                break
-            time.sleep(0.05)
-        else:
-            pytest.fail("no part was begun in three minutes")
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    command = ["sweep", str(asked), "--out", "out", *how]
+
+    def begun():
+        return list(tmp_path.glob("out/*/parts/*/samples.jsonl"))
+
+    threads = {"OMP_NUM_THREADS": "1"}  # as this process has
+    kill_once(begun, "no part was begun", *command, folder=tmp_path, **threads)
     assert not list(tmp_path.glob("out/*/samples.jsonl"))
     (folder,) = Driver(load(asked), tmp_path / "out", Inside()).run()
     assert same(folder, serial)

@@ -2,32 +2,15 @@
 
 import json
 import re
-import sys
 
 import pytest
 
-from kvtrim.cli import main
-
-DOCUMENT = "The cat sat on the mat and looked at the wide blue sea. " * 5
 SHORT = ("--method", "snapkv", "--keep", "48", "--set", "window=8")
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path, model_folder):
-    """Run a command in an empty folder; gives (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def library(monkeypatch, tmp_path):
     monkeypatch.setenv("KVTRIM_LIBRARY", str(tmp_path / "library"))
-    (tmp_path / "doc.txt").write_text(DOCUMENT)
-
-    def call(*arguments, model=True):
-        own = ["--model", str(model_folder)] if model else []
-        monkeypatch.setattr(sys, "argv", ["kvtrim", *arguments, *own])
-        with pytest.raises(SystemExit) as left:
-            main()
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return call
 
 
 def test_a_named_document_is_read_once(run):
@@ -50,8 +33,9 @@ def test_a_named_document_is_read_once(run):
 
 def test_the_library_is_listed_verified_and_cleared(run, tmp_path):
     assert "no documents in" in run("caches", model=False)[1]
+    text = (tmp_path / "doc.txt").read_text()
     for name in ("one", "two"):
-        (tmp_path / "doc.txt").write_text(DOCUMENT + name)
+        (tmp_path / "doc.txt").write_text(text + name)
         run("compress", "doc.txt", "--name", name, *SHORT)
     code, out, _ = run("caches", model=False)
     assert code == 0 and all(word in out for word in ("@one", "@two", "snapkv", "48"))

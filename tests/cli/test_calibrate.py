@@ -1,30 +1,12 @@
 """`kvtrim calibrate heads`, and headkv on the command line."""
 
 import json
-import sys
 
 import pytest
 
 from kvtrim.bench.calibrate import heads
-from kvtrim.cli import main
 
 CALIBRATE = ("calibrate", "heads", "--out", "table.json", "--length", "440", "--prompts", "2")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path, model_folder):
-    """Run a command in an empty folder; gives (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "doc.txt").write_text("The cat sat on the mat and looked at the wide sea. " * 5)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kvtrim", *arguments, "--model", str(model_folder)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return call
 
 
 @pytest.fixture

@@ -1,30 +1,18 @@
 """`kvtrim calibrate echo`, and echo on the command line."""
 
 import json
-import sys
 
 import pytest
-
-from kvtrim.cli import main
 
 WORDS = "The boat came late and the bell rang while nobody looked at the tide. "
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path, model_folder):
-    """Run a command in an empty folder; gives (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
+def run(invoke, tmp_path, model_folder):
+    """Run a command on a tiny model, beside three texts."""
     for name in ("one", "two", "three"):
         (tmp_path / f"{name}.txt").write_text(f"{name} " + WORDS * 3)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kvtrim", *arguments, "--model", str(model_folder)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return call
+    return lambda *arguments: invoke(*arguments, "--model", model_folder)
 
 
 CALIBRATE = ("calibrate", "echo", "--out", "own.safetensors", "--length", "100")

@@ -6,25 +6,13 @@ import sys
 
 import pytest
 
-from kvtrim.cli import main
-
 CALIBRATE = ("calibrate", "tsp", "--prompts", "2", "--length", "440")
 PNG = b"\x89PNG"
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path, model_folder):
-    """Run a command in an empty folder; gives (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kvtrim", *arguments, "--model", str(model_folder)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return call
+def run(invoke, model_folder):
+    return lambda *arguments: invoke(*arguments, "--model", model_folder)
 
 
 def test_the_table_the_plot_and_what_to_do_with_them(run, tmp_path):

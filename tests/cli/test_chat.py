@@ -7,27 +7,21 @@ import sys
 import pytest
 
 import kvtrim
-from kvtrim.cli import main
 
 DOCUMENT = "The cat sat on the mat and looked at the wide blue sea. " * 3
 SHORT = ("--method", "snapkv", "--keep", "48", "--max-new-tokens", "5")
 
 
 @pytest.fixture
-def chat(monkeypatch, capsys, tmp_path, model_folder):
+def chat(monkeypatch, invoke, tmp_path, model_folder):
     """Type lines into a chat; gives (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KVTRIM_LIBRARY", str(tmp_path / "library"))
     (tmp_path / "doc.txt").write_text(DOCUMENT)
 
-    def call(*lines, options=("doc.txt", *SHORT), command="chat"):
+    def call(*lines, options=("doc.txt", *SHORT)):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        given = ["kvtrim", command, *options, "--model", str(model_folder)]
-        monkeypatch.setattr(sys, "argv", given)
-        with pytest.raises(SystemExit) as left:
-            main()
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, " ".join(printed.err.split())
+        code, out, err = invoke("chat", *options, "--model", model_folder)
+        return code, out, " ".join(err.split())
 
     return call
 

@@ -8,27 +8,7 @@ import sys
 import pytest
 
 import kvtrim
-from kvtrim.cli import main
 from kvtrim.methods.describe.markdown import manual
-
-DOCUMENT = "The cat sat on the mat and looked at the wide blue sea. " * 5
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path, model_folder):
-    """Run a command in an empty folder; gives (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "doc.txt").write_text(DOCUMENT)
-
-    def call(*arguments, model=True):
-        own = ["--model", str(model_folder)] if model else []
-        monkeypatch.setattr(sys, "argv", ["kvtrim", *arguments, *own])
-        with pytest.raises(SystemExit) as left:
-            main()
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return call
 
 
 def test_ask_prints_the_answer_and_what_it_took(run):
@@ -98,10 +78,10 @@ def test_several_questions_are_asked_of_one_compressed_context(run):
     assert [a["question"] for a in record["answers"]] == ["Where?", "Who?"]
 
 
-def test_a_document_can_come_from_standard_input(run, monkeypatch):
+def test_a_document_can_come_from_standard_input(run, monkeypatch, tmp_path):
     import io
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO(DOCUMENT))
+    monkeypatch.setattr(sys, "stdin", io.StringIO((tmp_path / "doc.txt").read_text()))
     code, out, _ = run(
         "ask", "-", "-q", "Where?", "--keep", "64", "--max-new-tokens", "3", "--json"
     )

@@ -5,27 +5,13 @@ import sys
 import pytest
 
 from kvtrim import cli
-from kvtrim.cli import main, options
-
-DOCUMENT = "The cat sat on the mat and looked at the wide blue sea. " * 5
+from kvtrim.cli import options
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path, model_folder):
-    """Run a command in an empty folder; gives (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    """A command adds the current folder to it."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "doc.txt").write_text(DOCUMENT)
-
-    def call(*arguments, model=True):
-        own = ["--model", str(model_folder)] if model else []
-        monkeypatch.setattr(sys, "argv", ["kvtrim", *arguments, *own])
-        with pytest.raises(SystemExit) as left:
-            main()
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return call
 
 
 TELL = ("recommend", "--prompts", "doc.txt", "--method", "knorm")

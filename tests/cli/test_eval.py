@@ -1,11 +1,8 @@
 """`kvtrim eval` and `kvtrim sweep` as a user types them."""
 
 import json
-import sys
 
 import pytest
-
-from kvtrim.cli import main
 
 TINY = (
     "--method",
@@ -24,19 +21,10 @@ AWARE = ("--protocol", "question-aware")
 
 
 @pytest.fixture
-def kvtrim(monkeypatch, capsys, tmp_path):
-    """Run it in an empty folder; gives (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
+def kvtrim(monkeypatch, invoke):
+    """Run a command without data of the user's own."""
     monkeypatch.delenv("KVTRIM_DATA", raising=False)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kvtrim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return call
+    return invoke
 
 
 def test_a_folder_and_a_table(kvtrim, model_folder, tmp_path):

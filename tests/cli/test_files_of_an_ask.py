@@ -12,20 +12,16 @@ from collections import Counter
 
 import pytest
 
-from kvtrim.cli import main
 from rooms import ROOT
 
 MOST = 54  # one more for what is structure in a text: `demote` needs it named before it is read
 
 
 @pytest.fixture
-def passed(monkeypatch, capsys, tmp_path, model_folder):
+def passed(run):
     """Run a command twice; how often each function ran the second time, by (file, name)."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "doc.txt").write_text("The cat sat on the mat and looked at the blue sea. " * 5)
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kvtrim", *arguments, "--model", str(model_folder)])
         calls: Counter = Counter()
 
         def count(frame, event, _):
@@ -40,13 +36,12 @@ def passed(monkeypatch, capsys, tmp_path, model_folder):
             threading.setprofile(hook)
             sys.setprofile(hook)
             try:
-                with pytest.raises(SystemExit) as left:
-                    main()
+                code, _, err = run(*arguments)
             finally:
                 sys.setprofile(before)
                 threading.setprofile(None)
                 gc.enable()
-            assert not left.value.code, capsys.readouterr().err
+            assert not code, err
         own = ((name.removeprefix(f"{ROOT}/"), code) for name, code in calls if str(ROOT) in name)
         return {one: calls[f"{ROOT}/{one[0]}", one[1]] for one in own}
 

@@ -4,11 +4,12 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from html.parser import HTMLParser
 
 import pytest
 
-from kvtrim.cli import main, report
+from kvtrim.cli import report
 from kvtrim.report import results
 from kvtrim.report.document import chapters
 from report.synthetic import evaluation, grid, longbench, ruler, speed
@@ -24,21 +25,12 @@ def drawing():
 
 
 @pytest.fixture
-def run(request, monkeypatch, capsys, tmp_path):
-    """Run it in a folder with results in `results`; gives (exit code, output, errors)."""
-    monkeypatch.chdir(tmp_path)
+def run(request, monkeypatch, invoke, tmp_path):
+    """Report on a folder with results in `results`."""
     evaluation(tmp_path / "results", TASKS, ["snapkv", "h2o"], ["128"], limit=3)
     if "drawing" not in request.fixturenames:
         monkeypatch.setattr("kvtrim.cli.report._drawn", lambda *_: {})
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kvtrim", "report", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return call
+    return partial(invoke, "report")
 
 
 class Page(HTMLParser):

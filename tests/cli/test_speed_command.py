@@ -2,11 +2,11 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 
 from kvtrim.bench.speed import peer_kvpress
-from kvtrim.cli import main
 from kvtrim.hf.models.random import CONFIGS
 
 SHORT = ("--repeats", "2", "--new-tokens", "3")
@@ -14,18 +14,8 @@ RANDOM = ("--config", "smollm2-135m", "--layers", "2", "--width", "1")
 
 
 @pytest.fixture
-def speed(monkeypatch, capsys, tmp_path):
-    """Run it in an empty folder; gives (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kvtrim", "speed", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return call
+def speed(invoke):
+    return partial(invoke, "speed")
 
 
 def test_plain_transformers_is_measured_in_the_same_run(speed, model_folder):

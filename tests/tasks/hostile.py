@@ -38,7 +38,7 @@ READS = {
     "shadow": "GOT = bool(open('/etc/shadow').read())",
     "home": "import os; GOT = bool(os.listdir(os.path.expanduser('~')))",
     "root's home": "import os; GOT = '.cache' in os.listdir('/root') or '.bashrc' in os.listdir('/root')",
-    "keys": "import glob; GOT = bool(glob.glob('/root/.ssh/*') + glob.glob('/home/*/.ssh/*'))",
+    "keys": "import glob; GOT = bool(glob.glob('/*/.ssh/*') + glob.glob('/home/*/.ssh/*'))",
     # Python itself may lie there, and the way to it is seen
     "temporary files": "import os, sys; way = set(p.split('/')[2] for p in (sys.prefix, sys.base_prefix) if p.startswith('/tmp/')); GOT = bool(set(os.listdir('/tmp')) - way)",
     "logs": "import os; GOT = bool(os.listdir('/var/log'))",
