@@ -17,7 +17,9 @@ class Room:
     torch: bool = True  # may loading it load torch?
 
 
-_BENCH = "api bench errors files hf hf.models methods.keep methods.settings prompts "
+_BENCH = (
+    "api bench errors files hf hf.models methods.keep methods.settings methods.variant prompts "
+)
 _BENCH += "prompts.spans records types"
 ROOMS = {
     "": Room("moved errors version", torch=False),  # and lazily the public names
@@ -37,6 +39,7 @@ ROOMS = {
     "methods.entry_points": Room("errors", torch=False),
     "methods.keep": Room("errors", torch=False),
     "methods.ranges": Room("errors", torch=False),
+    "methods.variant": Room("errors", torch=False),
     "methods.echo_tables": Room("errors files types", owns="safetensors", shapes=True),
     "methods.schedule": Room("errors methods.ranges", torch=False),
     "methods.unit_numbers": Room("types", shapes=True),
@@ -71,7 +74,7 @@ ROOMS = {
     "methods.settings": Room(
         "errors methods.auto methods.budgets methods.entry_points methods.method methods.policies "
         "methods.propagation methods.ranges methods.refit methods.registry methods.schedule "
-        "methods.unit"
+        "methods.unit methods.variant"
     ),
     "methods.describe": Room(
         "methods.auto methods.budgets methods.method methods.policies methods.propagation "
@@ -104,7 +107,7 @@ ROOMS = {
     ),
     "tasks.ruler": Room("errors prompts tasks", owns="wonderwords", torch=False),
     "tasks.sandbox": Room("errors", torch=False),
-    "report": Room("errors files records", torch=False),
+    "report": Room("errors files methods.variant records", torch=False),
     "report.plots": Room("errors files", owns="matplotlib", torch=False),
     "bench": Room(f"{_BENCH} bench.eval report tasks version"),
     "bench.eval": Room(f"{_BENCH} report tasks tasks.sandbox"),

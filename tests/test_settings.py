@@ -1,15 +1,19 @@
 """Parameters by name, from Python and from text."""
 
+import json
+
 import pytest
 
 import kvtrim
+from kvtrim.bench.candidates import candidates
 from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.methods.budgets import PerHead, Pyramid
 from kvtrim.methods.method import Method
 from kvtrim.methods.policies.knorm import KNorm
 from kvtrim.methods.schedule import Schedule
-from kvtrim.methods.settings import find, parameters, split
+from kvtrim.methods.settings import find, parameters, resolved, split
 from kvtrim.methods.unit import Chunk
+from kvtrim.methods.variant import Variant
 
 MINE = Method(KNorm(window=3))
 
@@ -97,3 +101,72 @@ def test_split_tells_parameters_from_other_options():
     mine, rest = split("snapkv", {"window": 8, "num_beams": 2, "preset": "kvf", "budget.x": 1})
     assert mine == {"window": 8, "preset": "kvf"}
     assert rest == {"num_beams": 2, "budget.x": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "settings", "label"),
+    [
+        ("snapkv", "snapkv", {}, "snapkv"),
+        ("snapkv:window=16", "snapkv", {"window": "16"}, "snapkv:window=16"),
+        (" snapkv: window = 16 ,preset=kvf", "snapkv", {"window": "16", "preset": "kvf"},
+         "snapkv:preset=kvf,window=16"),
+        ("knorm:skip_layers=0, 1,budget.x=a=b", "knorm", {"skip_layers": "0,1", "budget.x": "a=b"},
+         "knorm:budget.x=a=b,skip_layers=0,1"),
+        ("my.methods:MINE", "my.methods:MINE", {}, "my.methods:MINE"),
+        ("my.methods:MINE:x=3", "my.methods:MINE", {"x": "3"}, "my.methods:MINE:x=3"),
+    ],
+)  # fmt: skip
+def test_a_variant_is_a_name_with_parameters(text, name, settings, label):
+    found = Variant.parse(text)
+    assert (found.name, found.settings, str(found)) == (name, settings, label)
+    assert Variant.parse(str(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no method"),
+        (":window=16", "names no method"),
+        ("snapkv=window", "names no method"),
+        ("snapkv:window=16,window=8", "window is given twice"),
+    ],
+)
+def test_text_that_is_no_variant_is_refused(text, message):
+    with pytest.raises(UsageError, match=message):
+        Variant.parse(text)
+
+
+def test_a_label_says_values_as_they_are_read():
+    own = {"skip_layers": (0, 1), "demote": True, "kernel": 5}
+    label = str(Variant("snapkv", own))
+    assert label == "snapkv:demote=true,kernel=5,skip_layers=0,1"
+    assert find(label) == find("snapkv", **own)
+
+
+def test_a_method_is_found_with_the_parameters_behind_its_name():
+    assert find("snapkv:preset=kvf,window=16") == find("snapkv", preset="kvf", window=16)
+    assert find("test_settings:MINE:window=5").policy.window == 5
+    assert split("criticalkv:base=h2o", {"heavy": 4, "x": 1}) == ({"heavy": 4}, {"x": 1})
+    with pytest.raises(UsageError, match="window is given twice"):
+        find("snapkv:window=16", window=8)
+    with pytest.raises(UsageError, match="did you mean 'window'"):
+        find("snapkv:windw=16")
+    with pytest.raises(UsageError, match="auto takes no settings"):
+        find("auto:window=16")
+
+
+def test_shared_parameters_go_where_they_are_not_set():
+    chosen = candidates(["full", "snapkv:window=16", "snapkv", "knorm"], ["40"], {"window": "8"})
+    assert [c.label for c in chosen[1:]] == [
+        "full", "snapkv:window=16", "snapkv:window=8", "knorm:window=8"
+    ]  # fmt: skip
+    assert len({c.label for c in candidates(["snapkv", "snapkv:window=8"], ["40"])[1:]}) == 2
+    with pytest.raises(UsageError, match="the methods that have it set their own"):
+        candidates(["snapkv:window=16"], ["40"], {"window": "8"})
+
+
+def test_what_a_method_is_goes_into_records():
+    found = resolved(find("pyramidkv:window=16"))
+    assert (found["policy"], found["policy.window"]) == ("SnapKV", 16)
+    assert (found["budget"], found["skip_layers"]) == ("Pyramid", [])
+    assert json.loads(json.dumps(found)) == found

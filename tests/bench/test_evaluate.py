@@ -412,7 +412,17 @@ def test_the_record_is_there_before_the_first_sample(subject, tmp_path):
     assert record["kind"] == "eval" and record["seed"] == 7 and record["decoding"] == "greedy"
     assert record["model"]["name"] == "tiny" and record["model"]["dtype"] == "float32"
     assert record["tasks"]["words"]["version"] == 1 and record["batch"] == 4
-    assert record["methods"][0] == {"method": "full", "keep": "", "settings": {}}
+    full, snapkv = record["methods"]
+    assert (full["method"], full["name"], full["keep"], full["settings"]) == (
+        "full",
+        "full",
+        "",
+        {},
+    )
+    assert (snapkv["method"], snapkv["name"]) == ("snapkv:window=8", "snapkv")
+    assert (
+        snapkv["parameters"]["policy"] == "SnapKV" and snapkv["parameters"]["policy.window"] == 8
+    )
     assert record["machine"]["packages"]["torch"] and record["machine"]["code"]
 
 

@@ -210,8 +210,18 @@ def test_several_folders_are_joined_and_settings_kept_apart(tmp_path):
     one = evaluation(tmp_path / "one", TASKS, ["snapkv"], ["128"])
     settings = {"window": 16}
     two = evaluation(tmp_path / "two", TASKS, ["snapkv"], ["128"], settings=settings)
-    assert view_of(one, two).rows == [FULL, ("snapkv", "128"), ("snapkv window=16", "128")]
+    assert view_of(one, two).rows == [FULL, ("snapkv", "128"), ("snapkv:window=16", "128")]
     assert view_of(tmp_path).rows == view_of(one, two).rows  # a sweep's folder
+
+
+def test_runs_with_other_prompts_are_not_joined(tmp_path):
+    folders = [evaluation(tmp_path / n, TASKS[:1], [m], ["128"]) for n, m in ("ah", "bk")]
+    for folder, prompt in zip(folders, ("ab" * 32, "cd" * 32), strict=True):
+        path = folder / "inputs.jsonl"
+        lines = [json.loads(line) | {"sha256": prompt} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UsageError, match="have different prompts of sample 0"):
+        view_of(*folders)
 
 
 def test_folders_that_disagree_about_a_sample_are_not_joined(tmp_path):

@@ -14,7 +14,8 @@ from kvtrim.hf.decode import LEAST, stepping, why_plain
 from kvtrim.hf.generate import mean_entries, plain_cache, read, stored_bytes
 from kvtrim.hf.keyword import passing
 from kvtrim.methods.keep import Keep
-from kvtrim.methods.settings import find, split
+from kvtrim.methods.settings import find, resolved, split
+from kvtrim.methods.variant import Variant
 from kvtrim.types import Tensor
 
 PLAIN = "transformers"
@@ -56,6 +57,25 @@ class Candidate:
     keep: str = ""
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
     peer: str = ""
+
+    @property
+    def label(self) -> str:
+        """The method with its parameters, as it may be asked for: snapkv:window=16."""
+        return str(Variant(self.method, self.settings))
+
+    @property
+    def said(self) -> str:
+        """Label and budget, for progress."""
+        return f"{self.label} {self.keep}".strip()
+
+    def record(self) -> dict[str, Any]:
+        """What a run says of it: its label and budget, and everything that it is made of."""
+        own = {"method": self.label, "keep": self.keep}
+        if self.peer or self.method == PLAIN:
+            return own | {"peer": self.peer}
+        found = find(self.method, **self.settings)
+        more = {"name": self.method, "settings": self.settings, "parameters": resolved(found)}
+        return own | more
 
     @contextmanager
     def open(
@@ -101,27 +121,40 @@ def candidates(
 ) -> list[Candidate]:
     """Plain transformers, then every method with every budget; `full` needs none.
 
-    A parameter goes to the methods that have it.
+    Args:
+        methods: names, with parameters of their own or without (`snapkv:window=16`).
+        settings: parameters for all methods that have them and do not set them themselves.
 
     Raises:
-        UsageError: an unknown method, a parameter that none of them has, or a budget that is none.
+        UsageError: an unknown method, a parameter that none of them has or leaves open, or a
+            budget that is none.
     """
     settings = settings or {}
     chosen, unused = [Candidate(PLAIN)], dict(settings)
     for keep in keeps:
         Keep.parse(keep)
     for name in methods:
-        method = find(name)
-        own, _ = split(name, settings)
-        own = {} if method.full else own
-        find(name, **own)
-        unused = {key: value for key, value in unused.items() if key not in own}
+        variant, method = Variant.parse(name), find(name)
+        left = {key: value for key, value in settings.items() if key not in variant.settings}
+        shared, _ = split(name, left)
+        shared = {} if method.full else shared
+        own = variant.joined(shared)
+        find(variant.name, **own)
+        unused = {key: value for key, value in unused.items() if key not in shared}
         budgets = [""] if method.full else keeps
-        chosen += [Candidate(name, keep, own) for keep in budgets]
+        chosen += [Candidate(variant.name, keep, own) for keep in budgets]
     if unused:
-        find(next((name for name in methods if not find(name).full), methods[0]), **unused)
-        raise UnknownNameError("parameter", next(iter(unused)), [])
-    return list({(c.method, c.keep): c for c in chosen}.values())
+        _refuse(methods, unused)
+    return list({(c.label, c.keep): c for c in chosen}.values())
+
+
+def _refuse(methods: Sequence[str], unused: dict[str, Any]) -> None:
+    """Say why parameters act on none of the methods."""
+    name = next(iter(unused))
+    if any(name in Variant.parse(each).settings for each in methods):
+        raise UsageError(f"--set {name}: the methods that have it set their own; leave it out")
+    find(next((each for each in methods if not find(each).full), methods[0]), **unused)
+    raise UnknownNameError("parameter", name, [])
 
 
 def require_chunks(cells: Sequence[Candidate], prefill_chunk: int | None) -> None:

@@ -123,15 +123,16 @@ class Comparison:
         asking = {"max_new_tokens": self._how["max_new_tokens"], "progress": progress}
         if self._how["protocol"] == AGNOSTIC:
             own = generate(model, tokenizer, cache, self._given[3], **asking)
-            return replace(own, compress_s=spent_s)
+            return replace(own, method=cell.label, compress_s=spent_s)
         asking["first"] = recording.logits
         first = answer(model, tokenizer, cache, self._whole.ids, asking)
         first = replace(first, ttft_s=spent_s + first.ttft_s)
-        return Result([first], AWARE, cache.request.name, str(cache.keep), 0.0)
+        return Result([first], AWARE, cell.label, str(cache.keep), 0.0)
 
     def _by_itself(self, cell: Candidate, progress: Progress | None) -> Result:
         own = {"method": cell.method, "keep": cell.keep or 1.0, "progress": progress}
-        return generate(*self._given, **(own | self._how | cell.settings))
+        made = generate(*self._given, **(own | self._how | cell.settings))
+        return replace(made, method=cell.label)
 
     def _shared(self, cell: Candidate, progress: Progress | None) -> Recording | None:
         """The reading, if this method can go on from it."""

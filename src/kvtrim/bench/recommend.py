@@ -158,8 +158,7 @@ def measure(
         for number, prompt in enumerate(prompts):
             judge = _Judge(model, tokenizer, plan, _input(number, prompt, around))
             for place, (cell, ready) in enumerate(zip(cells, judge.ready(cells), strict=True)):
-                name = f"{cell.method} {cell.keep}".strip()
-                report(f"prompt {number + 1}, {name}", number * len(cells) + place, total)
+                report(f"prompt {number + 1}, {cell.said}", number * len(cells) + place, total)
                 if place:
                     lines.append({"prompt": number} | judge.line(cell, ready))
                 else:
@@ -202,7 +201,7 @@ class _Judge:
 
     def line(self, cell: Candidate, ready: Ready | Failure) -> Line:
         """What a method and budget made of it."""
-        key = {"method": cell.method, "keep": cell.keep, "tokens": len(self._gold)}
+        key = {"method": cell.label, "keep": cell.keep, "tokens": len(self._gold)}
         found = ready if isinstance(ready, Failure) else attempt(lambda: self._judged(ready))
         if isinstance(found, Failure):
             return key | {"outcome": found.outcome, "reason": found.reason}

@@ -1,6 +1,5 @@
 """`compare`: one question, the full cache and several methods side by side."""
 
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from kvtrim.cli import options, output
@@ -40,11 +39,11 @@ def compare(
     methods, keeps = method or ["auto", "snapkv"], keep or ["512"]
     if len(questions) > 1:
         raise UsageError("compare asks one question; use ask for several")
-    settings = _all_checked(methods, keeps, set_, protocol, truncate, prefill_chunk)
+    options.require_choice("--truncate", truncate, options.TRUNCATE)
+    cells = _cells(methods, keeps, set_, prefill_chunk)
     text = options.read_document(document, shots_separator, library)
     loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
-    _require_served(loaded, methods, settings)
-    cells = _cells(methods, keeps, settings)
+    _require_served(loaded, cells)
     with output.progress() as report:
         _warm_up(loaded, tokenizer)
         from kvtrim.bench.comparison import Comparison
@@ -64,35 +63,34 @@ def compare(
         )
 
         def told(cell: "Candidate") -> Any:
-            label = f"{cells.index(cell) + 1} of {len(cells)}: {cell.method} {cell.keep}".strip()
+            label = f"{cells.index(cell) + 1} of {len(cells)}: {cell.said}"
             return lambda what, done, out_of: report(f"{label}, {what}", done, out_of)
 
         results = comparison.results(told)
     _print_comparison(comparison, results, questions[0], json)
 
 
-def _all_checked(
-    methods: list[str],
-    keeps: list[str],
-    set_: list[str] | None,
-    protocol: str | None,
-    truncate: str,
-    prefill_chunk: int | None,
-) -> dict[str, Any]:
-    """The parameters, checked with every method before anything runs."""
-    settings: dict[str, Any] = {}
-    for name, keep in product(methods, keeps):
-        found = options.request(name, keep, set_, protocol, truncate, prefill_chunk)
-        settings = dict(found.settings)
-    return settings
+def _cells(
+    methods: list[str], keeps: list[str], set_: list[str] | None, prefill_chunk: int | None
+) -> list["Candidate"]:
+    """Every method with every budget, checked before anything runs; the full cache first, once."""
+    from kvtrim.bench.candidates import PLAIN, candidates
+    from kvtrim.methods.request import Request
+
+    chosen = candidates(["full", *methods], keeps, options.parse_settings(set_))
+    cells = [cell for cell in chosen if cell.method != PLAIN]
+    for cell in cells:
+        found = Request.of(cell.method, cell.keep or 1.0, cell.settings)
+        found.method.require_passes(prefill_chunk)
+    return cells
 
 
-def _require_served(model: Any, methods: list[str], settings: dict[str, Any]) -> None:
+def _require_served(model: Any, cells: list["Candidate"]) -> None:
     """Refuse at once a method that this model lacks something for."""
     from kvtrim.hf.cache import Cache
 
-    for name in methods:
-        Cache(model, name, 1.0, **settings)
+    for cell in {cell.label: cell for cell in cells}.values():
+        Cache(model, cell.method, 1.0, **cell.settings)
 
 
 def _warm_up(model: Any, tokenizer: Any) -> None:
@@ -100,18 +98,6 @@ def _warm_up(model: Any, tokenizer: Any) -> None:
     from kvtrim.api import generate
 
     generate(model, tokenizer, "warm up " * 8, "?", method="full", max_new_tokens=4)
-
-
-def _cells(methods: list[str], keeps: list[str], settings: dict[str, Any]) -> list["Candidate"]:
-    """Every method with every budget; the full cache first, once."""
-    from kvtrim.bench.candidates import Candidate
-    from kvtrim.methods.settings import find
-
-    chosen = [Candidate("full")]
-    for name in methods:
-        if not find(name).full:
-            chosen += [Candidate(name, keep, settings) for keep in keeps]
-    return chosen
 
 
 def _print_comparison(
@@ -146,7 +132,7 @@ def _print_comparison(
 
 def _tell_reading(comparison: "Comparison", results: list["Result"]) -> None:
     """What the seconds to the first token are made of."""
-    alone, seconds = sorted({cell.method for cell in comparison.alone}), comparison.reading_s
+    alone, seconds = sorted({cell.label for cell in comparison.alone}), comparison.reading_s
     if seconds is None:
         return
     but = f" but {', '.join(alone)}, which read it for themselves" if alone else ""

@@ -37,7 +37,11 @@ Method = Annotated[
 ]
 Methods = Annotated[
     list[str] | None,
-    typer.Option("--method", help="A name of `kvtrim methods`; repeat for several."),
+    typer.Option(
+        "--method",
+        help="A name of `kvtrim methods`, with parameters of its own behind a colon if it is to "
+        "have any (snapkv:preset=kvf,window=16); repeat for several.",
+    ),
 ]
 Keep = Annotated[
     str,
@@ -51,7 +55,9 @@ Keeps = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="A parameter of the method: name=value (preset=kvpress, window=16)."
+        "--set",
+        help="A parameter: name=value (preset=kvpress, window=16). Of several methods, those take "
+        "it that have it and do not set it themselves.",
     ),
 ]
 Questions = Annotated[

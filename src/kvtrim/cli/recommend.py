@@ -106,13 +106,13 @@ def _served(model: Any, cells: Any) -> Any:
     from kvtrim.errors import KvtrimError
 
     refused = {}
-    for cell in {cell.method: cell for cell in cells}.values():
+    for cell in {cell.label: cell for cell in cells}.values():
         try:
             _require_served(model, [cell])
         except KvtrimError as error:
-            refused[cell.method] = error
-            output.note(f"{cell.method} is left out: {error}")
-    left = [cell for cell in cells if cell.method not in refused]
+            refused[cell.label] = error
+            output.note(f"{cell.label} is left out: {error}")
+    left = [cell for cell in cells if cell.label not in refused]
     if not left:
         raise next(iter(refused.values()))
     return left
@@ -122,7 +122,7 @@ def _require_served(model: Any, cells: Any) -> None:
     """Refuse at once a method that this model lacks something for."""
     from kvtrim.hf.cache import Cache
 
-    for cell in {cell.method: cell for cell in cells}.values():
+    for cell in {cell.label: cell for cell in cells}.values():
         Cache(model, cell.method, 1.0, prompt_tokens=1, **cell.settings)
 
 

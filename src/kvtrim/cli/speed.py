@@ -214,7 +214,7 @@ def _record(model: Any, about: dict[str, Any], plan: Any, chosen: Any) -> dict[s
     return {
         "model": about | {"dtype": own["dtype"]} | own,
         "plan": asdict(plan),
-        "candidates": [asdict(candidate) for candidate in chosen],
+        "candidates": [candidate.record() for candidate in chosen],
         "outside": outside({candidate.method for candidate in chosen if not candidate.peer}),
         "machine": provenance(model.device),
         "limits": roofline.of_model(model) | roofline.of_machine(model.device, model.dtype),

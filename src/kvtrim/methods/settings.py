@@ -20,6 +20,7 @@ from kvtrim.methods.refit import REFITS
 from kvtrim.methods.registry import METHODS
 from kvtrim.methods.schedule import Schedule
 from kvtrim.methods.unit import Chunk, Shot, Token, Unit
+from kvtrim.methods.variant import Variant
 
 PARTS = ("policy", "budget", "schedule", "propagation", "unit", "refit")
 UNITS: dict[str, type[Unit]] = {"token": Token, "chunk": Chunk, "shot": Shot}
@@ -32,8 +33,8 @@ def find(name: "str | Method", **settings: Any) -> Method:
     """The method of that name with its parameters changed; their order does not matter.
 
     Args:
-        name: a name of `METHODS` or of an installed package, `module:ATTRIBUTE` of your own, or a
-            `Method`.
+        name: a name of `METHODS` or of an installed package, `module:ATTRIBUTE` of your own, each
+            with parameters behind it (`snapkv:window=16`, see `Variant`), or a `Method`.
         settings: parameters by name, and `preset` for a set of them that the method names.
 
     Raises:
@@ -41,7 +42,7 @@ def find(name: "str | Method", **settings: Any) -> Method:
         UsageError: a value of the wrong kind or outside its range, or values that do not go
             together.
     """
-    method = name if isinstance(name, Method) else _named(name)
+    method, settings = _told(name, settings)
     if not settings:
         return method
     if method is auto.AUTO:
@@ -70,6 +71,20 @@ def _parameters(prefix: str, owner: Any) -> dict[str, Any]:
     return found
 
 
+def resolved(method: Method) -> dict[str, Any]:
+    """All that a method is, as JSON has it: each part by its class, each parameter by its value,
+    {"policy": "SnapKV", "policy.window": 32, ...}.
+    """
+    parts = {part: getattr(method, part) for part in PARTS}
+    return {name: _plain(value) for name, value in (parts | parameters(method)).items()}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return type(value).__name__
+    return list(value) if isinstance(value, tuple) else value
+
+
 def takes(owner: type, field: str) -> str:
     """What a parameter of a part may be: "int (1 or more) or none", "avg | max"."""
     return ranges.said(ranges.declared(owner)[field])
@@ -88,9 +103,9 @@ def split(
         UsageError: a name that both have; says how to write the one and the other.
         UnknownNameError: a name that nobody has.
     """
-    method = name if isinstance(name, Method) else _named(name)
-    draft = _drafted(name, method, options.get("preset"))
-    draft.change_parts(options)
+    method, told = _told(name, options)
+    draft = _drafted(name, method, told.get("preset"))
+    draft.change_parts(told)
     paths = draft.paths()
     of = {key: [full for full in paths if f".{full}".endswith(f".{key}")] for key in options}
     own = {key for key in options if of[key] or key in (*PARTS, "preset")}
@@ -115,6 +130,14 @@ def split(
             short = {full.rpartition(".")[2] for full in paths}
             raise UnknownNameError("option", key, {*short, *PARTS, "preset", *others})
     return mine, rest
+
+
+def _told(name: "str | Method", settings: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
+    """The method of a name, and the parameters behind the name with these."""
+    if isinstance(name, Method):
+        return name, dict(settings)
+    variant = Variant.parse(name)
+    return _named(variant.name), variant.joined(settings)
 
 
 def _drafted(name: "str | Method", method: Method, preset: Any) -> "_Draft":

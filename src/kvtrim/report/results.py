@@ -12,6 +12,7 @@ from typing import Any
 
 from kvtrim import records
 from kvtrim.errors import UsageError
+from kvtrim.methods.variant import Variant
 from kvtrim.records import INPUTS, OK, RECORD, SAMPLES, SCORES, SPEED
 from kvtrim.report import agreement
 
@@ -26,7 +27,7 @@ class Line:
 
     task: str
     sample: str
-    method: str  # with its settings, if the run had any: "snapkv window=16"
+    method: str  # with its settings, if it had any: "snapkv:window=16"
     keep: str  # "" for the full cache
     score: float | None  # 0 to 1; None where there is none
     figures: Mapping[str, float | None]
@@ -35,6 +36,7 @@ class Line:
     outcome: str
     reason: str
     truncated: bool  # the middle of its document was cut out
+    prompt: str = ""  # SHA-256 of its token ids
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -210,12 +212,10 @@ def _line(
     named: Mapping[tuple[str, str], Mapping[str, Any]],
 ) -> Line:
     method, keep = row["method"], row["keep"] or ""
-    settings = named.get((method, keep), {}).get("settings") or {}
-    parts = [method, *(f"{name}={value}" for name, value in sorted(settings.items()))]
     return Line(
         task=row["task"],
         sample=str(row["sample"]),
-        method=" ".join(parts) if method != "full" else method,
+        method=_label(method, named.get((method, keep), {})),
         keep=keep,
         score=score.get("score"),
         figures={name: row.get(name) for name in _FIGURES},
@@ -224,7 +224,14 @@ def _line(
         outcome=row.get("outcome", OK),
         reason=row.get("reason") or _why(score.get("outcome", OK)),
         truncated=bool(own.get("truncated")),
+        prompt=own.get("sha256") or "",
     )
+
+
+def _label(method: str, about: Mapping[str, Any]) -> str:
+    """The method with its settings, which lines of earlier runs do not name."""
+    known = "name" in about or method == "full"
+    return method if known else str(Variant(method, about.get("settings") or {}))
 
 
 def _why(outcome: str) -> str:
@@ -233,7 +240,12 @@ def _why(outcome: str) -> str:
 
 
 def _joined(setup: tuple[str, str, str], runs: Sequence[Run]) -> Section:
-    """One section; a sample that several folders hold counts once, as the first one has it."""
+    """One section; a sample that several folders hold counts once, as the first one has it.
+
+    Raises:
+        UsageError: two folders have other prompts of one sample, or disagree about it.
+    """
+    _require_same_prompts(runs)
     lines: dict[tuple[str, str, str, str], tuple[Line, Run]] = {}
     shared: dict[tuple[Path, Path], agreement.Shared] = {}
     for run in runs:
@@ -244,3 +256,17 @@ def _joined(setup: tuple[str, str, str], runs: Sequence[Run]) -> Section:
                 shared.setdefault((first.folder, run.folder), own).add(there, line)
     remarks = [remark for each in shared.values() for remark in each.remarks()]
     return Section(*setup, runs, [line for line, _ in lines.values()], remarks=remarks)
+
+
+def _require_same_prompts(runs: Sequence[Run]) -> None:
+    """Methods stand in one table only where they read the same, token by token."""
+    met: dict[tuple[str, str], tuple[str, Run]] = {}
+    for run in runs:
+        for line in run.lines:
+            prompt, first = met.setdefault((line.task, line.sample), (line.prompt, run))
+            if prompt and line.prompt and prompt != line.prompt:
+                raise UsageError(
+                    f"{first.folder} and {run.folder} have different prompts of sample "
+                    f"{line.sample} of {line.task} (another template, version or cut): report "
+                    "them apart"
+                )

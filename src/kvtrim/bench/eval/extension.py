@@ -39,8 +39,8 @@ def base(grid: Grid, there: Line) -> Grid:
 
 def added(grid: Grid, base: Grid) -> Grid:
     """What is to be measured: the cells that a grid has more than its base."""
-    known = {(cell.method, cell.keep) for cell in base.cells}
-    new = [cell for cell in grid.cells if (cell.method, cell.keep) not in known]
+    known = {(cell.label, cell.keep) for cell in base.cells}
+    new = [cell for cell in grid.cells if (cell.label, cell.keep) not in known]
     return replace(grid, cells=(grid.cells[0], *new), full_known=True)
 
 

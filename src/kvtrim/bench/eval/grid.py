@@ -1,7 +1,7 @@
 """What an evaluation measures, and in which order: tasks x methods x budgets, one protocol."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from kvtrim.bench.candidates import PLAIN, Candidate, candidates, require_chunks
@@ -9,7 +9,7 @@ from kvtrim.bench.eval.encode import Encoder
 from kvtrim.bench.provenance import outside
 from kvtrim.errors import UsageError
 from kvtrim.methods.keep import Keep
-from kvtrim.methods.settings import find, places
+from kvtrim.methods.settings import places
 from kvtrim.records.spec import AWARE, EvalSpec
 from kvtrim.tasks import Sample, Task, named
 from kvtrim.tasks import places as outside_tasks
@@ -79,7 +79,7 @@ class Grid(EvalSpec):
 
     def key(self, task: Task, sample: Sample, cell: Candidate) -> Key:
         """What tells the lines of a run apart."""
-        own = {"task": task.name, "sample": sample.id, "method": cell.method, "keep": cell.keep}
+        own = {"task": task.name, "sample": sample.id, "method": cell.label, "keep": cell.keep}
         return own | {"protocol": self.protocol}
 
     def record(self) -> dict[str, Any]:
@@ -96,10 +96,7 @@ class Grid(EvalSpec):
                 }
                 for task in self.tasks
             },
-            "methods": [
-                {name: value for name, value in asdict(cell).items() if name != "peer"}
-                for cell in self.cells
-            ],
+            "methods": [cell.record() for cell in self.cells],
             "outside": outside({*own, *self.own_tasks}),
             **self.options(),
             "decoding": "greedy",
@@ -109,16 +106,9 @@ class Grid(EvalSpec):
 def cells(
     methods: Sequence[str], keeps: Sequence[str], settings: dict[str, Any] | None = None
 ) -> tuple[Candidate, ...]:
-    """The full cache, then every method with every budget.
-
-    Raises:
-        UsageError: an unknown method, a parameter that none of them has, or a budget that is none.
-    """
+    """The full cache, then every method with every budget. Errors as `candidates`."""
     chosen = candidates([FULL, *methods], [str(Keep.parse(k)) for k in keeps], settings)
-    own = [cell for cell in chosen if cell.method != PLAIN]
-    for cell in own:
-        find(cell.method, **cell.settings)
-    return tuple(own)
+    return tuple(cell for cell in chosen if cell.method != PLAIN)
 
 
 def tasks(names: Sequence[str]) -> tuple[Task, ...]:

@@ -107,9 +107,9 @@ class Answering:
             return []
         how = self._grid.aware, self._once, self._grid.prefill_chunk
         prefill = Prefill(self._model, self._tokenizer, given, *how)
-        by_cell, ready = {(row.cell.method, row.cell.keep): row for row in rows}, []
+        by_cell, ready = {(row.cell.label, row.cell.keep): row for row in rows}, []
         for cell, one in zip(self._grid.cells, prefill.ready(self._grid.cells), strict=True):
-            row = by_cell[cell.method, cell.keep]
+            row = by_cell[cell.label, cell.keep]
             if isinstance(one, Failure):
                 row.fail(one)
             else:

@@ -74,11 +74,11 @@ class Turn:
     def row(self) -> Key:
         """What tells rows of the table apart."""
         own = self.candidate
-        return dict(batch=self.batch, length=self.length, method=own.method, keep=own.keep)
+        return dict(batch=self.batch, length=self.length, method=own.label, keep=own.keep)
 
     def said(self, rounds: int) -> str:
         """For the progress bar."""
-        name = f"{self.candidate.method} {self.candidate.keep}".strip()
+        name = self.candidate.said
         batch = f" x {self.batch}" if self.batch > 1 else ""
         when = f"round {self.round} of {rounds}" if self.round else "memory"
         return f"{name}, {self.length} tokens{batch}, {when}"

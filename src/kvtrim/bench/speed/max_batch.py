@@ -51,9 +51,9 @@ def search(
     """Try batches for every length and candidate until the largest is known."""
     for length in plan.lengths:
         for candidate in chosen:
-            key = {"length": length, "method": candidate.method, "keep": candidate.keep}
+            key = {"length": length, "method": candidate.label, "keep": candidate.keep}
             while (batch := following(_tried(journal, key), plan.most)) is not None:
-                progress(f"{candidate.method} {candidate.keep}, {length} tokens x {batch}".strip())
+                progress(f"{candidate.said}, {length} tokens x {batch}")
                 journal.add(key | {"batch": batch} | _attempt(model, plan, candidate, key, batch))
 
 

@@ -19,6 +19,7 @@ from kvtrim.errors import UsageError
 from kvtrim.hf.generate import plain_cache
 from kvtrim.hf.keyword import passing
 from kvtrim.methods.keep import Keep
+from kvtrim.methods.variant import Variant
 from kvtrim.types import Tensor
 
 NAME = "kvpress"
@@ -48,7 +49,9 @@ def require() -> None:
 
 def candidates(methods: Sequence[str], keeps: Sequence[str]) -> list[Candidate]:
     """The presses for the methods asked for; SnapKVPress if there is none for any of them."""
-    names = [PRESSES[name] for name in methods if name in PRESSES] or [PRESSES["snapkv"]]
+    asked = [Variant.parse(text).name for text in methods]
+    names = [PRESSES[name] for name in dict.fromkeys(asked) if name in PRESSES]
+    names = names or [PRESSES["snapkv"]]
     return [KVPress(f"{NAME}:{press}", keep, peer=NAME) for press in names for keep in keeps]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from kvtrim import files
 from kvtrim.bench.eval.grid import Grid
 from kvtrim.errors import FileError, UnknownNameError, UsageError
+from kvtrim.methods.variant import Variant
 from kvtrim.records.spec import AGNOSTIC, AWARE, BATCH, PROTOCOLS, SHARED, EvalSpec, require
 
 
@@ -146,12 +147,26 @@ def load(path: Path) -> Sweep:
 
 
 def _value(name: str, value: Any) -> Any:
-    """Lists as tuples; budgets and parameters as `--keep` and `--set` have them."""
+    """Lists as tuples; methods, budgets and parameters as options have them."""
+    if name == "methods":
+        return tuple(_variant(one) for one in value)
     if name == "keeps":
         return tuple(str(keep) for keep in value)
     if name == "set":
         return {key: str(one) for key, one in value.items()}
     return tuple(value) if name in _LISTS else value
+
+
+def _variant(given: Any) -> str:
+    """A method as text; a table names it, and its parameters: {name = "snapkv", window = 16}."""
+    if isinstance(given, str):
+        return given
+    own = {key: value for key, value in given.items() if key != "name"}
+    return str(Variant(given["name"], own))
+
+
+def _is_method(value: Any) -> bool:
+    return _is_text(value) or (isinstance(value, Mapping) and _is_text(value.get("name")))
 
 
 def _require(name: str, value: Any) -> None:
@@ -204,7 +219,8 @@ _TEXT = (_is_text, "text in quotes")
 _POSITIVE = (_is_whole(1), "a whole number of at least 1")
 _COUNT = (_is_whole(0), "a whole number of at least 0")
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # what is right, and how to say it
-    **dict.fromkeys(("tasks", "methods", "protocols", "models"), (_is_text, "texts in quotes")),
+    **dict.fromkeys(("tasks", "protocols", "models"), (_is_text, "texts in quotes")),
+    "methods": (_is_method, "texts in quotes, or tables: {name = 'snapkv', window = 16}"),
     **dict.fromkeys(("data", "device", "dtype"), _TEXT),
     **dict.fromkeys(("threads", "gpus", "chunk"), _POSITIVE),
     "retries": _COUNT,
