@@ -31,7 +31,7 @@ def compared(net, asked, **how):
 
 def by_itself(net, cell, **how):
     how = {"max_new_tokens": 6, "protocol": "question-aware", **how}
-    asked = {"method": cell.method, "keep": cell.keep or 1.0, **how, **cell.settings}
+    asked = {"method": cell.label, "keep": cell.keep or 1.0, **how}
     return kvtrim.generate(net, models.tokenizer(), DOCUMENT, QUESTION, **asked)
 
 

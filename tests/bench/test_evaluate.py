@@ -304,7 +304,7 @@ def test_a_method_that_cannot_serve_is_refused_and_the_run_goes_on(subject, tmp_
     wanted = asked(methods=["pyramidinfer", "snapkv"], keeps=["48"], batch=8)
     found = run(subject, wanted, tmp_path / "run")
     by = {line["method"]: line for line in found}
-    assert by["pyramidinfer"]["outcome"] == "refused" and by["snapkv"]["outcome"] == "ok"
+    assert by["pyramidinfer"]["outcome"] == "refused" and by["snapkv:window=8"]["outcome"] == "ok"
     assert "out of reach" in by["pyramidinfer"]["reason"]
     assert by["pyramidinfer"]["loss"] is None and by["pyramidinfer"]["held_bytes"] is None
     rows = scores.derive(tmp_path / "run", wanted.tasks)
