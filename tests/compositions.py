@@ -97,6 +97,9 @@ def _drawn(rng):
     spans = None
     if rng.random() < 0.3 and min(lengths) > 8:
         spans = [_spans(rng, length) for length in lengths]
+    if settings.get("demote"):
+        spans = spans or [{} for _ in lengths]
+        spans = [own | _structure(rng, n) for own, n in zip(spans, lengths, strict=True)]
     keep = rng.choice((rng.randint(2, 40), round(rng.uniform(0.05, 0.95), 2), rng.randint(4, 24)))
     shared = settings.get("granularity") == "query" and len(lengths) > 1
     if rng.random() < 0.1 and not shared:  # bytes depend on whether neighbours are expanded
@@ -123,6 +126,7 @@ def _method(rng, layers):
         "reuse": (0.06, (2,)),
         "propagation": (0.05, ("token-selective", "everything")),
         "refit": (0.1, ("none", "values", "values+bias")),
+        "demote": (0.1, (True,)),
     }
     settings |= {k: rng.choice(v) for k, (chance, v) in changes.items() if rng.random() < chance}
     try:
@@ -190,6 +194,11 @@ def _spans(rng, length):
     cuts = sorted({start, end, *(rng.randint(start, end) for _ in range(4))})
     shots = list(pairwise(cuts))
     return {"shots": shots, "question": [(end, length)] if end < length else []}
+
+
+def _structure(rng, length):
+    tokens = sorted(rng.sample(range(length), rng.randint(0, length // 2)))
+    return {"structure": [(at, at + 1) for at in tokens]}
 
 
 def _ops(rng, lengths, sliding):

@@ -1,5 +1,7 @@
 """Messages to token ids: text stays text, and parts are the same whatever follows them."""
 
+import copy
+
 import pytest
 
 import models
@@ -85,3 +87,32 @@ def test_what_cannot_be_a_conversation_is_refused(messages, why):
         conversation.encode(TOKENIZER, messages, after_document=True)
     with pytest.raises(UsageError, match="no chat template"):
         conversation.encode(models.tokenizer(chat=False), [said("user", "a")])
+
+
+@pytest.mark.parametrize("trim", ["", " | trim"])
+def test_blanks_are_those_of_the_template(trim):
+    """A template that trims messages trims contexts and questions; any other leaves them."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content']" + trim + " }}"
+        "{% endfor %}<assistant>"
+    )
+    context, question = " \n the cat sat on\n", " Who? \n "
+    message = [said("user", f"{context}\n\n{question}")]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    around = frame(tokenizer)
+    shot = [(context.index("cat"), context.index("cat") + 3)]
+    document = Document(context, {"shots": shot})
+    asked = encode_question(tokenizer, around, question)
+    for prompt in (
+        encode_context(tokenizer, around, document),
+        encode_ends(tokenizer, around, document, 1000),
+    ):
+        assert tokenizer.decode(prompt.ids + asked.ids) == text
+        ((start, _),) = prompt.spans["shots"][0]
+        assert tokenizer.decode(prompt.ids[start:]).startswith("cat sat")
+    (((start, end),),) = asked.spans["question"]
+    assert tokenizer.decode(asked.ids[start:end]) == (question.rstrip() if trim else question)
+    talk = conversation.encode(tokenizer, message)
+    assert tokenizer.decode(talk.head + talk.rest) == text
+    assert encode_question(tokenizer, around, "").spans == {}

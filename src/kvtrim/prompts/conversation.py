@@ -60,7 +60,10 @@ def encode(
     ]
     first = next((n for n, each in enumerate(given) if each["role"] == "user"), len(given) - 1)
     own = marked[first]["content"]
-    marked[first]["content"] = f"{place}{_BETWEEN}{own}" if after_document else f"{own}{place}"
+    end = len(own.rstrip())  # a template may trim what follows
+    marked[first]["content"] = (
+        f"{place}{_BETWEEN}{own}" if after_document else f"{own[:end]}{place}{own[end:]}"
+    )
     text = rendered(tokenizer, marked)
     if text.count(place) != 1:
         raise UsageError("the chat template alters the user's message; use completions instead")

@@ -5,7 +5,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 
 from kvtrim.errors import UsageError
-from kvtrim.prompts.spans import Given, Spans, checked
+from kvtrim.prompts.spans import Given, Spans, checked, moved
 
 SHOTS, SENTENCES = "shots", "sentences"
 # a sentence ends at . ! ? and closing quotes before a blank, at their full-width forms,
@@ -62,14 +62,14 @@ class Document:
     def stripped(self) -> "tuple[Document, str]":
         """The document without the blanks at its end, and these."""
         end = len(self.text.rstrip())
-        ranges = {
-            name: [
-                [(first, min(last, end)) for first, last in unit if first < end] for unit in units
-            ]
-            for name, units in checked(self.spans).items()
-        }
-        kept = {name: [unit for unit in units if unit] for name, units in ranges.items()}
-        return Document(self.text[:end], kept), self.text[end:]
+        spans = moved(checked(self.spans), lambda at: min(at, end))
+        return Document(self.text[:end], spans), self.text[end:]
+
+    def without_leading_blanks(self) -> "Document":
+        """The document from its first character that is no blank."""
+        blanks = len(self.text) - len(self.text.lstrip())
+        spans = moved(checked(self.spans), lambda at: max(0, at - blanks))
+        return Document(self.text[blanks:], spans)
 
     def parts(self) -> Spans:
         """The named parts with the blanks behind each unit, and every sentence as another part."""

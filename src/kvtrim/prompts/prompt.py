@@ -47,6 +47,10 @@ class Frame:
     after: str
     literal: bool = False
     """What looks like a special token in a context or question is text, not a token."""
+    trims_start: bool = False
+    """Blanks before the context are left out, as the template does."""
+    trims_end: bool = False
+    """Blanks behind the question are left out, as the template does."""
 
     @classmethod
     def chat(cls, tokenizer: Any, system: str | None = None) -> "Frame":
@@ -73,7 +77,17 @@ class Frame:
             raise UsageError(f"the chat template alters the user's message; {_WITHOUT_CHAT}")
         if system is not None and text == rendered(tokenizer, messages[1:]):
             raise UsageError("the chat template ignores the system message; leave it out")
-        return cls(before, between, after, literal=True)
+        blank = " \n\n "
+        messages[-1] = {**messages[-1], "content": f"{blank}{_CONTEXT}{_QUESTION}{blank}"}
+        text = rendered(tokenizer, messages)
+        return cls(
+            before,
+            between,
+            after,
+            literal=True,
+            trims_start=f"{blank}{_CONTEXT}" not in text,
+            trims_end=f"{_QUESTION}{blank}" not in text,
+        )
 
     @classmethod
     def plain(cls, tokenizer: Any) -> "Frame":
@@ -215,7 +229,7 @@ def encode_context(tokenizer: Any, around: Frame, context: str | Document) -> Pr
     Raises:
         UsageError: the document has spans, and the tokenizer does not say where tokens begin.
     """
-    document = Document.of(context)
+    document = _document(around, context)
     before, parts = _before(around), _parts(tokenizer, document)
     spans = joined(before, parts, len(around.before))
     cuts = _cuts(tokenizer, around, document.text, len(around.before))
@@ -229,7 +243,7 @@ def encode_ends(tokenizer: Any, around: Frame, context: str | Document, room: in
     Raises:
         UsageError: no token of the context fits in.
     """
-    document = Document.of(context)
+    document = _document(around, context)
     first, before = _encoded(tokenizer, around.before, _before(around))
     cuts = _cuts(tokenizer, around, document.text, 0)
     ids, spans = _encoded(tokenizer, document.text, _parts(tokenizer, document), cuts)
@@ -253,10 +267,12 @@ def encode_question(tokenizer: Any, around: Frame, question: str) -> Prompt:
         UsageError: it holds half of a surrogate pair.
     """
     require_characters("question", question)
-    start = len(around.between)
-    parts: Spans = {"question": (((start, start + len(question)),),)} if question else {}
-    cuts = _cuts(tokenizer, around, question, start)
-    ids, spans = _encoded(tokenizer, around.between + question + around.after, parts, cuts)
+    start, text = len(around.between), around.between + question
+    if around.trims_end:
+        text = text.rstrip()
+    parts: Spans = {"question": (((start, len(text)),),)} if text[start:] else {}
+    cuts = _cuts(tokenizer, around, text[start:], start)
+    ids, spans = _encoded(tokenizer, text + around.after, parts, cuts)
     return Prompt([], ids, spans)
 
 
@@ -286,6 +302,12 @@ def repeat_words(tokenizer: Any, around: Frame) -> Words:
         suffix=encode_text(tokenizer, around.after) if around.after else [],
         prefix=encode_text(tokenizer, around.before) if around.before else [],
     )
+
+
+def _document(around: Frame, context: str | Document) -> Document:
+    """A context as its frame takes it."""
+    document = Document.of(context)
+    return document.without_leading_blanks() if around.trims_start else document
 
 
 def _before(around: Frame) -> Spans:
