@@ -20,7 +20,7 @@ from kvtrim.bench.eval.evaluate import Subject, evaluate
 from kvtrim.bench.eval.grid import Grid
 from kvtrim.bench.eval.scores import derive
 from kvtrim.bench.provenance import provenance
-from kvtrim.tasks import named
+from kvtrim.tasks import find_tasks
 from kvtrim.tasks.rows import reader
 
 LETTER = """
@@ -57,7 +57,7 @@ def ours(
     subject: Subject, task: str, limit: int, data: Path, out: Path
 ) -> tuple[float, dict[str, str]]:
     """Mean score of `kvtrim eval` for the full cache, and the answer to every prompt."""
-    tasks = tuple(named([task]))
+    tasks = tuple(find_tasks([task]))
     evaluate(
         subject, Grid(tasks, (Candidate("full"),), "question-aware", limit), reader(data), out
     )
@@ -80,7 +80,7 @@ def theirs(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    chosen = named([task])[0]
+    chosen = find_tasks([task])[0]
     request = subject.encoder(None).request(reader(data), limit, 0)
     lines = []
     for sample in list(chosen.samples(request))[:limit]:

@@ -78,7 +78,7 @@ def appending(counts: torch.Tensor) -> Any:
         "values": torch.randn(total, WIDTH),
         "positions": torch.zeros(total, dtype=torch.int32),
     }
-    store = LayerStore.packed(buffers, counts)
+    store = LayerStore.pack(buffers, counts)
     place = torch.zeros(1, 1, 1, dtype=torch.int32)
     return lambda new: store.append({"keys": new, "values": new, "positions": place})
 

@@ -46,7 +46,7 @@ def measured(model, tokenizer, asked, cells, table) -> list[dict[str, Any]]:
     """One row for every cell and budget."""
     around = frame(tokenizer)
     read_first = encode_context(tokenizer, around, asked.context)
-    prompt = read_first.asked(encode_question(tokenizer, around, asked.question))
+    prompt = read_first.with_question(encode_question(tokenizer, around, asked.question))
     answer = encode_text(tokenizer, asked.answer)
     gold = torch.tensor(answer)
     recording = record(model, torch.tensor([prompt.context]))

@@ -150,9 +150,9 @@ def sizes(s: Scale) -> tuple[float, float, float]:
     """Bytes of an entry in all layers and heads, of the weights, and of the device's memory."""
     import torch
 
-    from kvtrim.hf.models.random import published
+    from kvtrim.hf.models.random import published_config
 
-    dims = published(s.config)
+    dims = published_config(s.config)
     layers, heads = s.layers or dims["num_hidden_layers"], s.width or dims["num_key_value_heads"]
     width = dims.get("head_dim") or dims["hidden_size"] // dims["num_attention_heads"]
     itemsize = 4 if s.dtype == "float32" else 2
@@ -169,9 +169,9 @@ def sizes(s: Scale) -> tuple[float, float, float]:
 
 def reading_s(s: Scale, length: int) -> float:
     """Seconds that a prompt of this length should take at the guessed rate."""
-    from kvtrim.hf.models.random import published
+    from kvtrim.hf.models.random import published_config
 
-    dims = published(s.config)
+    dims = published_config(s.config)
     _, weights, _ = sizes(s)
     layers, heads = s.layers or dims["num_hidden_layers"], dims["num_attention_heads"]
     pairs = length * length / 2 * 4 * layers * heads * 128

@@ -111,14 +111,14 @@ class Bench:
     def _made(self, config: str, layers: int | None, width: int | None, dtype: str) -> Any:
         import torch
 
-        from kvtrim.bench.candidates import feeding
+        from kvtrim.bench.candidates import make_feed
         from kvtrim.bench.speed.clock import prompt, step
         from kvtrim.hf.generate import plain_cache
         from kvtrim.hf.models.random import build
 
         begin = time.time()
         model = build(config, layers=layers, width=width, device=self.device, dtype=dtype)
-        feed = feeding(model, plain_cache(model))
+        feed = make_feed(model, plain_cache(model))
         with torch.no_grad():
             token, _ = step(model, feed, prompt(model, 1, min(512, self.scale.prompt)))
             step(model, feed, token)
@@ -295,7 +295,7 @@ def decode(bench: Bench, rows: int, held: int, name: str) -> dict[str, Any]:
     import torch
 
     from kvtrim.bench.speed import random_entries
-    from kvtrim.bench.speed.clock import decoded
+    from kvtrim.bench.speed.clock import time_steps
 
     model, limits, s = bench.model, bench.limits, bench.scale
     if name == "transformers":
@@ -308,8 +308,8 @@ def decode(bench: Bench, rows: int, held: int, name: str) -> dict[str, Any]:
         token = torch.full((rows, 1), 9, device=bench.device)
         held_bytes = subject.figures()["held_bytes"]
         if not name.startswith("captured"):  # capturing warms up by itself
-            decoded(model, subject, token, 2)
-        found = decoded(model, subject, token, s.steps)
+            time_steps(model, subject, token, 2)
+        found = time_steps(model, subject, token, s.steps)
     if capture_missing(name, found["captured"], bench):
         raise RuntimeError("the steps could not be captured")
     floor = (limits["weight_bytes"] + held_bytes) / limits["copy_bytes_per_s"]

@@ -46,7 +46,7 @@ def main() -> None:
         for asked in needles(tokenizer, given.data, given.prompts, 1500, seed=2):
             around = frame(tokenizer)
             read_first = encode_context(tokenizer, around, asked.context)
-            prompt = read_first.asked(encode_question(tokenizer, around, asked.question))
+            prompt = read_first.with_question(encode_question(tokenizer, around, asked.question))
             answer = encode_text(tokenizer, asked.answer)
             recording = record(model, torch.tensor([prompt.context]))
             full = forced(model, recording.cache("full", 1), prompt.question, answer)

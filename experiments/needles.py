@@ -52,7 +52,7 @@ def measured(model, tokenizer, data: Path, count: int, length: int, wanted: set[
             continue
         rows = []
         read_first = encode_context(tokenizer, around, asked.context)
-        prompt = read_first.asked(encode_question(tokenizer, around, asked.question))
+        prompt = read_first.with_question(encode_question(tokenizer, around, asked.question))
         recording = record(model, torch.tensor([prompt.ids]), prompt.spans)
         for method, keep in tries:
             cache = recording.cache(method, 1 if keep is None else keep)

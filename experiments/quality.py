@@ -70,7 +70,7 @@ def measured(
     """One row for every method and budget."""
     around = frame(tokenizer)
     read_first = encode_context(tokenizer, around, asked.context)
-    prompt = read_first.asked(encode_question(tokenizer, around, asked.question))
+    prompt = read_first.with_question(encode_question(tokenizer, around, asked.question))
     answer = encode_text(tokenizer, asked.answer)
     aware = protocol == "question-aware"
     named = {name: units for name, units in prompt.spans.items() if aware or name != "question"}

@@ -1,5 +1,6 @@
 """The rooms of docs/design.md, read off the code. `rooms.py` holds the table."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -127,3 +128,35 @@ def test_optimised_kernels_do_not_import_the_reference():
 @every_file
 def test_files_stay_short(path):
     assert path.read_text().count("\n") <= 400, "split it by idea"
+
+
+# what only ends like a participle or gerund: verbs, and nouns and adjectives of the field (hidden
+# states, padding, ragged slots, sampling)
+PLAIN = {"embed", "feed", "read", "seed", "shed", "speed", "spread", "string"}
+PLAIN |= {"hidden", "padding", "ragged", "sampling"}
+# hooks that methods of other packages define, and one that transformers calls
+FOREIGN = {"fitted", "compared", "activate_past_recording"}
+IRREGULAR = """
+begun bought broken brought built caught chosen dealt done drawn driven fed felt forgotten
+foreseen found frozen given gone got grown heard held kept known laid led left lent lost made
+meant met paid proven risen said seen sent shown sold sought spent spoken stolen stood stuck sunk
+sworn taken taught thrown told torn understood won worn woven written
+""".split()
+
+
+def acts(name):
+    """Whether a function's name says what it does or gives, not what was done or is going on."""
+    last = name.strip("_").rpartition("_")[2]
+    if name in FOREIGN or last in PLAIN or name.strip("_").startswith(("is_", "require_")):
+        return True
+    return not last.endswith(("ed", "ing")) and last not in IRREGULAR
+
+
+@every_file
+def test_functions_are_named_for_what_they_do(path):
+    """No past participles and no gerunds; properties say what something is."""
+    defined = (ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, defined):
+            marks = " ".join(map(ast.unparse, node.decorator_list))
+            assert "property" in marks or acts(node.name), f"{node.name}, line {node.lineno}"

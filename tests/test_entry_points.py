@@ -10,7 +10,7 @@ from kvtrim.bench.eval import grid
 from kvtrim.cli import main
 from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.methods.settings import find, names, places
-from kvtrim.tasks import named
+from kvtrim.tasks import find_tasks
 
 CODE = """
 from kvtrim import Method
@@ -97,9 +97,9 @@ def test_it_answers(install, monkeypatch, capsys, tmp_path, model_folder):
 def test_an_installed_task_is_measured_under_its_name(install):
     install("[kvtrim.tasks]\nriddles = toy_tasks:RIDDLES\n")
     with pytest.raises(UnknownNameError, match=r"did you mean 'riddles'"):
-        named(["riddle"])
+        find_tasks(["riddle"])
     assert "toy_tasks" not in sys.modules
-    assert [task.name for task in named(["niah", "riddles", "toy_tasks:RIDDLES"])] == [
+    assert [task.name for task in find_tasks(["niah", "riddles", "toy_tasks:RIDDLES"])] == [
         "niah",
         "riddles",
     ]
@@ -129,7 +129,7 @@ def test_no_package_takes_a_name_of_kvtrims(install, name, monkeypatch, capsys):
 def test_nor_that_of_a_task_or_of_a_group(install, name):
     install(f"[kvtrim.tasks]\n{name} = toy_tasks:RIDDLES\n")
     with pytest.raises(UsageError, match=f"task '{name}' comes with kvtrim, and toys 1.2"):
-        named([name])
+        find_tasks([name])
 
 
 def test_two_packages_of_one_name_are_both_named(install):
@@ -142,7 +142,7 @@ def test_two_packages_of_one_name_are_both_named(install):
 def test_a_task_has_the_name_that_it_is_installed_under(install):
     install("[kvtrim.tasks]\npuzzles = toy_tasks:RIDDLES\n")
     with pytest.raises(UsageError, match=r"toys 1.2 .* offers the task 'riddles' as 'puzzles'"):
-        named(["puzzles"])
+        find_tasks(["puzzles"])
 
 
 @pytest.mark.parametrize(

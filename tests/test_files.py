@@ -43,7 +43,7 @@ def test_a_replaced_file_keeps_its_mode(tmp_path, umask, old):
 
 def test_nobody_else_can_read_a_file_while_it_is_written(tmp_path, umask):
     umask(0)
-    with files.replacing(tmp_path / "x") as partial:
+    with files.replacement(tmp_path / "x") as partial:
         partial.write_bytes(b"secret")
         assert mode(partial.parent) == 0o700
 
@@ -91,7 +91,7 @@ def test_a_device_is_not_replaced_either():
 
 def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     (tmp_path / "x").write_bytes(b"old")
-    with pytest.raises(FileError, match="No space left"), files.replacing(tmp_path / "x") as new:
+    with pytest.raises(FileError, match="No space left"), files.replacement(tmp_path / "x") as new:
         new.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert (tmp_path / "x").read_bytes() == b"old"
@@ -102,7 +102,7 @@ def test_what_a_killed_writer_left_goes_when_the_file_is_written_again(tmp_path)
     program = """
         import os, signal, sys
         from kvtrim import files
-        with files.replacing(files.Path(sys.argv[1])) as partial:
+        with files.replacement(files.Path(sys.argv[1])) as partial:
             partial.write_bytes(b"half")
             (partial.parent / ".tmpabc").write_bytes(b"of a library")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -116,7 +116,7 @@ def test_what_a_killed_writer_left_goes_when_the_file_is_written_again(tmp_path)
 
 
 def test_a_writer_that_still_writes_is_left_alone(tmp_path):
-    with files.replacing(tmp_path / "x") as slow:
+    with files.replacement(tmp_path / "x") as slow:
         slow.write_bytes(b"slow")
         files.replace(tmp_path / "x", b"fast")
         assert slow.exists()

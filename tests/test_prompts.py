@@ -72,7 +72,7 @@ def test_prompts_are_what_the_template_makes_of_them(name, system):
     wanted = own.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
     around = frame(own, None, system)
     made = encode_context(own, around, 'a "small" <dog>.')
-    made = made.asked(encode_question(own, around, "Who?"))
+    made = made.with_question(encode_question(own, around, "Who?"))
     assert own.decode(made.ids) == wanted
 
 
@@ -142,4 +142,4 @@ def test_a_prompt_by_hand_is_its_two_parts_one_behind_the_other():
         encode_context(own, frame(own), "a small dog."),
         encode_question(own, frame(own), "Who?"),
     )
-    assert whole.ids == parts[0].ids + parts[1].ids and whole == parts[0].asked(parts[1])
+    assert whole.ids == parts[0].ids + parts[1].ids and whole == parts[0].with_question(parts[1])

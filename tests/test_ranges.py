@@ -16,7 +16,7 @@ from kvtrim.methods.method import Method
 from kvtrim.methods.policies.base import Policy
 from kvtrim.methods.policies.snapkv import SnapKV
 from kvtrim.methods.propagation import PROPAGATIONS
-from kvtrim.methods.ranges import Range, Share, Some, Tokens, checked
+from kvtrim.methods.ranges import Range, Share, Some, Tokens, check_arguments
 from kvtrim.methods.refit import REFITS
 from kvtrim.methods.registry import METHODS
 from kvtrim.methods.schedule import Schedule
@@ -30,8 +30,8 @@ PARTS += [type(make()) for make in REFITS.values()]
 def numbers(owner):
     """(field, bare type, range) of every number that a part takes."""
     for each in fields(owner):
-        for option in ranges.options(ranges.declared(owner)[each.name]):
-            bare, within = ranges.parted(option)
+        for option in ranges.options(ranges.annotations_of(owner)[each.name]):
+            bare, within = ranges.split_range(option)
             if bare in (int, float):
                 yield each.name, bare, within
 
@@ -62,8 +62,8 @@ def test_every_number_outside_its_range_is_refused_by_name(name):
         owner = method
         for step in part.split(".") if part else []:
             owner = getattr(owner, step)
-        for option in ranges.options(ranges.declared(type(owner))[field]):
-            bare, within = ranges.parted(option)
+        for option in ranges.options(ranges.annotations_of(type(owner))[field]):
+            bare, within = ranges.split_range(option)
             several = len([n for n, *_ in numbers(type(owner)) if n == field]) > 1
             for value in map(bare, outside(bare, within) if within and not several else ()):
                 with pytest.raises(UsageError, match=rf"\b{field}="):
@@ -129,7 +129,7 @@ def test_a_policy_that_is_no_frozen_dataclass_is_refused():
 
 
 def test_arguments_are_refused_as_fields_are():
-    @checked
+    @check_arguments
     def run(count: Some, share: Share = 0.5, *, label: str = "", limit: Tokens | None = None):
         return count, share, label, limit
 
@@ -147,7 +147,7 @@ def test_arguments_are_refused_as_fields_are():
 @pytest.mark.parametrize("function", [kvtrim.generate, kvtrim.compress, kvtrim.Cache.__init__])
 def test_every_count_that_the_public_functions_take_declares_its_range(function):
     for name, parameter in inspect.signature(function).parameters.items():
-        wanted = ranges.declared(inspect.unwrap(function)).get(name)
+        wanted = ranges.annotations_of(inspect.unwrap(function)).get(name)
         named = str(parameter.annotation)
         if name != "keep" and any(o in (int, float) for o in ranges.options(wanted)):
             pytest.fail(f"{name}: {named} may be any number: declare its range")
@@ -317,7 +317,7 @@ def test_ranges_say_themselves_in_words():
         Range(1, 9, odd=True): "odd, 1 to 9",
     }
     assert {each: str(each) for each in said} == said
-    assert ranges.said(Annotated[int, Range(1)] | None) == "int (1 or more) or none"
+    assert ranges.in_words(Annotated[int, Range(1)] | None) == "int (1 or more) or none"
     with pytest.raises(UnknownNameError):
         find("snapkv", nothing=1)
-    assert not is_dataclass(ranges.said)
+    assert not is_dataclass(ranges.in_words)

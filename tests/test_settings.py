@@ -11,7 +11,7 @@ from kvtrim.methods.budgets import PerHead, Pyramid
 from kvtrim.methods.method import Method
 from kvtrim.methods.policies.knorm import KNorm
 from kvtrim.methods.schedule import Schedule
-from kvtrim.methods.settings import find, parameters, resolved, split
+from kvtrim.methods.settings import find, parameters, spell_out, split
 from kvtrim.methods.unit import Chunk
 from kvtrim.methods.variant import Variant
 
@@ -166,7 +166,7 @@ def test_shared_parameters_go_where_they_are_not_set():
 
 
 def test_what_a_method_is_goes_into_records():
-    found = resolved(find("pyramidkv:window=16"))
+    found = spell_out(find("pyramidkv:window=16"))
     assert (found["policy"], found["policy.window"]) == ("SnapKV", 16)
     assert (found["budget"], found["skip_layers"]) == ("Pyramid", [])
     assert json.loads(json.dumps(found)) == found

@@ -13,7 +13,7 @@ from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import Progress, read, require_sampling, sampling_names, synchronize
 from kvtrim.hf.generate import generate as run
 from kvtrim.methods.method import Method
-from kvtrim.methods.ranges import Some, checked
+from kvtrim.methods.ranges import Some, check_arguments
 from kvtrim.methods.request import Request
 from kvtrim.methods.settings import split
 from kvtrim.prompts import (
@@ -126,7 +126,7 @@ class Result:
         return next((answer.remark for answer in self.answers if answer.remark), None)
 
 
-@checked
+@check_arguments
 def generate(
     model: Any,
     tokenizer: Any,
@@ -204,14 +204,14 @@ def generate(
         return _ask(model, tokenizer, cache, questions, perf_counter() - start, asking)
     answers, words, name = [], repeat_words(tokenizer, around), request.name
     for own in follow:
-        whole = prompt.asked(own)
+        whole = prompt.with_question(own)
         cache = _empty(model, request, whole, words, template)
         answers.append(answer(model, tokenizer, cache, whole.ids, asking))
         name = cache.request.name
     return Result(answers, AWARE, name, str(request.keep), 0.0)
 
 
-@checked
+@check_arguments
 def compress(
     model: Any,
     tokenizer: Any,

@@ -35,14 +35,14 @@ def replace(path: Path, content: bytes) -> None:
     """Write a file; an older file is replaced only once the new one is complete.
 
     Raises:
-        FileError: as `replacing`.
+        FileError: as `replacement`.
     """
-    with replacing(path) as partial:
+    with replacement(path) as partial:
         partial.write_bytes(content)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacement(path: Path) -> Iterator[Path]:
     """A file to write to instead, which takes the other's place if the block succeeds.
 
     A new file has the mode that the umask leaves, one that is replaced keeps its own; a link stays
@@ -53,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
         FileError: the folder cannot be written to, the disk is full, or something lies there that
             is not a file.
     """
-    with told("write", path):
+    with file_errors("write", path):
         target = _target(path)
         mode = _mode(target)
         _sweep(target)
@@ -75,7 +75,7 @@ def extend(path: Path, content: bytes) -> None:
     Raises:
         FileError: the disk is full, or the file cannot be written to; it is as it was before.
     """
-    with told("write", path):
+    with file_errors("write", path):
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, _MOST)
         try:
             before = os.fstat(file).st_size
@@ -97,7 +97,7 @@ def truncate(path: Path, size: int) -> None:
     Raises:
         FileError: it cannot be written to.
     """
-    with told("write", path):
+    with file_errors("write", path):
         os.truncate(path, size)
 
 
@@ -107,14 +107,14 @@ def make_folder(path: Path, parents: bool = False) -> None:
     Raises:
         FileError: its place is closed, missing, or taken by a file; or it is closed itself.
     """
-    with told("write", path):
+    with file_errors("write", path):
         path.mkdir(exist_ok=True, parents=parents)
         if not os.access(path, os.W_OK | os.X_OK):
             raise OSError(errno.EACCES, "the folder is not writable")
 
 
 @contextmanager
-def told(doing: str, path: Path | str) -> Iterator[None]:
+def file_errors(doing: str, path: Path | str) -> Iterator[None]:
     """What the system says of a file, as a `FileError` that names it."""
     try:
         yield
@@ -223,7 +223,7 @@ def parse(text: str) -> Any:
 
 
 def _content(path: Path, streams: bool = False) -> bytes:
-    with told("read", path):
+    with file_errors("read", path):
         kind = os.stat(path).st_mode
         if stat.S_ISDIR(kind):
             raise OSError(errno.EISDIR, "it is a folder")
@@ -295,7 +295,7 @@ def _workplace(target: Path) -> tuple[Path, int | None]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
         try:
-            lock = _locked(folder)
+            lock = _lock(folder)
         except BlockingIOError:  # somebody takes it for a leftover
             continue
         except OSError:
@@ -307,7 +307,7 @@ def _workplace(target: Path) -> tuple[Path, int | None]:
         os.close(lock)
 
 
-def _locked(folder: Path) -> int | None:
+def _lock(folder: Path) -> int | None:
     """The folder opened and locked; None where there are no locks.
 
     Raises:
@@ -328,7 +328,7 @@ def _sweep(target: Path) -> None:
     """Remove what killed writers of this file left behind."""
     for folder in target.parent.glob(f"{glob.escape(_prefix(target))}*"):
         with suppress(OSError):
-            lock = _locked(folder)
+            lock = _lock(folder)
             if lock is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)

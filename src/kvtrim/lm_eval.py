@@ -30,7 +30,7 @@ import torch
 from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.keyword import passing
+from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.models.load import default_device, load
 from kvtrim.methods.settings import split
 from kvtrim.version import VERSION
@@ -120,7 +120,7 @@ class KvtrimLM(HFLM):
         own = settings | {"tokenizer": self.tokenizer}
         return Cache(self.model, method, keep, prompt_tokens=tokens, **own)
 
-    def _compressed(self, ids: Sequence[int]) -> Cache:
+    def _compress(self, ids: Sequence[int]) -> Cache:
         """A cache of these tokens, evicted."""
         cache = self._empty(len(ids))
         if ids:
@@ -131,7 +131,9 @@ class KvtrimLM(HFLM):
         """Read tokens into a cache; gives the logits [n, vocab] of the last (0: of all)."""
         given = torch.tensor([list(ids)], device=self.model.device)
         with torch.no_grad():
-            return self.model(input_ids=given, **passing(cache), logits_to_keep=last).logits[0]
+            return self.model(input_ids=given, **cache_keyword(cache), logits_to_keep=last).logits[
+                0
+            ]
 
     # Log-likelihood
 
@@ -146,7 +148,7 @@ class KvtrimLM(HFLM):
         with attach(self.model):
             for context, numbers in groupby(order, key=lambda n: todo[n][1]):
                 same = list(numbers)
-                scored = self._scored(context, [todo[n] for n in same])
+                scored = self._score(context, [todo[n] for n in same])
                 for n, result in zip(same, scored, strict=True):
                     found[n] = result
                     if todo[n][0] is not None:
@@ -155,7 +157,7 @@ class KvtrimLM(HFLM):
         bar.close()
         return [found[n] for n in range(len(todo))]
 
-    def _scored(self, context: list[int], requests: list[Request]) -> Iterator[tuple[float, bool]]:
+    def _score(self, context: list[int], requests: list[Request]) -> Iterator[tuple[float, bool]]:
         """The continuations of one context, as the harness's `hf` model would cut them."""
         longest = max(len(answer) for _, _, answer in requests)
         room = self.max_length + 1
@@ -179,14 +181,14 @@ class KvtrimLM(HFLM):
             cache = self._empty(cut)
             first = [self._read(cache, context, last=1)]
         else:
-            cache = self._compressed(context[:cut])
+            cache = self._compress(context[:cut])
         mark = cache.mark() if cut else None
         for answer in answers:
             if mark is None:  # nothing was read, so there is nothing to go back to
-                cache = self._compressed([])
+                cache = self._compress([])
             follow = [*context[cut:], *answer[:-1]]
             logits = [*first, *([self._read(cache, follow)] if follow else [])]
-            yield _judged(torch.cat(logits)[-len(answer) :], answer)
+            yield _judge(torch.cat(logits)[-len(answer) :], answer)
             if mark is not None:
                 cache.rewind(mark)
 
@@ -212,19 +214,19 @@ class KvtrimLM(HFLM):
         with attach(self.model), torch.no_grad():
             ids = context[0].tolist()
             cut = max(0, len(ids) - self._tail)
-            cache = self._compressed(ids[:cut]) if cut < len(ids) else self._empty(cut)
+            cache = self._compress(ids[:cut]) if cut < len(ids) else self._empty(cut)
             cache.expect(len(ids))
             return self.model.generate(
                 input_ids=context,
                 max_length=max_length,
                 stopping_criteria=stopping,
                 pad_token_id=self.tokenizer.pad_token_id,
-                **passing(cache),
+                **cache_keyword(cache),
                 **options,
             )
 
 
-def _judged(logits: torch.Tensor, answer: list[int]) -> tuple[float, bool]:
+def _judge(logits: torch.Tensor, answer: list[int]) -> tuple[float, bool]:
     """Log-likelihood of an answer under [T, vocab], and whether it is the most likely one."""
     gold = torch.tensor(answer, device=logits.device)
     log = logits.float().log_softmax(dim=-1)

@@ -36,7 +36,7 @@ def test_sums_give_what_the_tokens_themselves_give():
     rows = torch.cat([standard, (0.3 * 90) ** 0.5 * torch.eye(5, dtype=torch.float64)])
     wanted = torch.cat([y - y.mean(0), torch.zeros(5, 2, dtype=torch.float64)])
     own = torch.linalg.lstsq(rows, wanted).solution
-    found = sums.solved(0.3)
+    found = sums.solve(0.3)
     for head in range(2):
         for token in range(0, 90, 13):
             expected = float(standard[token] @ own[:, head] + y[:, head].mean())
@@ -44,7 +44,7 @@ def test_sums_give_what_the_tokens_themselves_give():
         error = y[:, head] - (x @ found[:-1, head] + found[-1, head])
         spread = y[:, head] - y[:, head].mean()
         expected = 1 - float((error**2).sum() / (spread**2).sum())
-        assert float(sums.explained(found)[head]) == pytest.approx(expected)
+        assert float(sums.r2(found)[head]) == pytest.approx(expected)
 
 
 def test_a_fit_foretells_the_scores_of_the_probe(llama):
@@ -81,7 +81,7 @@ def test_one_text_cannot_be_held_out(llama):
 
 def test_a_record_says_what_was_fitted_on_what(llama, tmp_path):
     fitted = echo.fit(llama, models.tokenizer(), PLAN, texts())
-    written = echo.written(llama, models.tokenizer(), "tiny", PLAN, fitted)
+    written = echo.fit_record(llama, models.tokenizer(), "tiny", PLAN, fitted)
     path = tmp_path / "tiny.safetensors"
     echo_tables.write(path, fitted.table, written)
     kept = echo_tables.record_of(path)
@@ -93,11 +93,11 @@ def test_a_record_says_what_was_fitted_on_what(llama, tmp_path):
 
 
 def test_made_texts_are_of_several_kinds_and_the_same_again(llama):
-    made = echo_texts.made(100, seed=1)
-    assert made == echo_texts.made(100, seed=1) != echo_texts.made(100, seed=2)
+    made = echo_texts.compose(100, seed=1)
+    assert made == echo_texts.compose(100, seed=1) != echo_texts.compose(100, seed=2)
     assert {name.split()[0] for name in made} == {"documentation", "code", "records"}
-    own = echo_texts.own(llama, models.tokenizer(), 12)
-    assert own == echo_texts.own(llama, models.tokenizer(), 12)
-    turns = list(echo_texts.mixed(own, made))
+    own = echo_texts.write(llama, models.tokenizer(), 12)
+    assert own == echo_texts.write(llama, models.tokenizer(), 12)
+    turns = list(echo_texts.mix(own, made))
     assert {name.split()[0] for name in turns[:4]} == {"own", "documentation", "code", "records"}
     assert sorted(turns) == sorted([*own, *made])

@@ -95,7 +95,7 @@ def test_answers_are_those_of_generate(subject, tmp_path, protocol, method):
     own = small(method)
     wanted = asked(task, methods=[method], keeps=["48"], settings=own, protocol=protocol, limit=1)
     sample = next(iter(task.samples(subject.encoder(None).request(Rows(), 1))))
-    sample = replace(sample, document=sample.document.stripped()[0])  # where a context ends
+    sample = replace(sample, document=sample.document.strip()[0])  # where a context ends
     apart = replace(sample, question="\n\n" + sample.question)
     spaced = replace(task, samples=lambda request: [apart])
     line = run(subject, replace(wanted, tasks=(spaced,)), tmp_path / "run")[-1]
@@ -318,14 +318,14 @@ def test_a_method_that_cannot_serve_is_refused_and_the_run_goes_on(subject, tmp_
 def test_too_little_memory_for_one_costs_that_one_alone(subject, tmp_path, monkeypatch, batch):
     from kvtrim.bench.eval import decode
 
-    fed = decode._fed
+    fed = decode._feed
 
     def hungry(model, cache, ids, keep):
         if ids.shape[0] > 1 or cache.held_bytes > 40_000:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
         return fed(model, cache, ids, keep)
 
-    monkeypatch.setattr(decode, "_fed", hungry)
+    monkeypatch.setattr(decode, "_feed", hungry)
     wanted = asked(methods=["snapkv"], keeps=["48"], protocol=AWARE, batch=batch)
     found = run(subject, wanted, tmp_path / "run")
     assert [line["outcome"] for line in found] == ["oom", "ok"] * 2

@@ -9,7 +9,7 @@ import torch
 import kvtrim
 import models
 from kvtrim.bench.calibrate import heads
-from kvtrim.bench.calibrate.heads import Plan, answering, copied, measure, reasoned
+from kvtrim.bench.calibrate.heads import Plan, answer, measure, reasoning_score, retrieval_score
 from kvtrim.bench.calibrate.needles import plant
 from kvtrim.errors import ModelError, UsageError
 from kvtrim.tasks import haystack
@@ -65,8 +65,8 @@ def test_both_scores_equal_a_plain_loop(seed):
     ids = torch.randint(0, 3, (40,), generator=draw)
     for needle in (range(3, 20), range(30, 31), range(40)):
         plain = layers, ids.tolist(), 1, needle
-        assert torch.equal(copied(layers, ids, 1, needle), plain_copy(*plain))
-        torch.testing.assert_close(reasoned(layers, ids, 1, needle), plain_reason(*plain))
+        assert torch.equal(retrieval_score(layers, ids, 1, needle), plain_copy(*plain))
+        torch.testing.assert_close(reasoning_score(layers, ids, 1, needle), plain_reason(*plain))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3"])
@@ -76,7 +76,7 @@ def test_the_attention_is_that_of_the_query_that_chose_each_token(architecture):
     ids = models.prompt(30)[0].tolist()
     read = list(ids)
     with kvtrim.attach(model):
-        steps = list(answering(model, ids, 5))
+        steps = list(answer(model, ids, 5))
     for token, layers in steps:
         expected, chosen = eager_attention(model, read)
         assert token == chosen
@@ -110,10 +110,10 @@ def test_copying_from_the_needle_is_noticed():
     """A head that looks at the needle's next token, while that very token is generated."""
     ids = torch.tensor([5, 6, 7, 8, 9, 5, 6])
     looks = torch.eye(7)[[2, 6]]  # one head looks at slot 2, the other at the newest
-    assert copied([looks], ids, 7, range(1, 5)).tolist() == [[0.25, 0.0]]
-    assert copied([looks], ids, 8, range(1, 5)).tolist() == [[0.0, 0.0]]
-    assert copied([looks], ids, 7, range(3, 5)).tolist() == [[0.0, 0.0]]
-    assert reasoned([looks], ids, 8, range(1, 5)).tolist() == [[0.25, 0.0]]
+    assert retrieval_score([looks], ids, 7, range(1, 5)).tolist() == [[0.25, 0.0]]
+    assert retrieval_score([looks], ids, 8, range(1, 5)).tolist() == [[0.0, 0.0]]
+    assert retrieval_score([looks], ids, 7, range(3, 5)).tolist() == [[0.0, 0.0]]
+    assert reasoning_score([looks], ids, 8, range(1, 5)).tolist() == [[0.25, 0.0]]
 
 
 def test_a_random_model_copies_nothing_which_is_no_table(llama, every_answer_counts):

@@ -8,7 +8,7 @@ import torch
 import models
 from kvtrim.bench.candidates import candidates
 from kvtrim.bench.speed import max_batch
-from kvtrim.bench.speed.max_batch import Search, following, search
+from kvtrim.bench.speed.max_batch import Search, next_batch, search
 from kvtrim.errors import UsageError
 from kvtrim.records.journal import Journal
 from kvtrim.report.max_batch import page, rows, table
@@ -16,7 +16,7 @@ from kvtrim.report.max_batch import page, rows, table
 
 def tried_until_known(limit, most):
     tried = {}
-    while (batch := following(tried, most)) is not None:
+    while (batch := next_batch(tried, most)) is not None:
         assert batch not in tried and 1 <= batch <= most
         tried[batch] = batch <= limit
     return max((batch for batch, fits in tried.items() if fits), default=0), len(tried)
@@ -37,7 +37,9 @@ def model():
 @pytest.fixture
 def counted(monkeypatch):
     """Bytes as held figures tell them: resident memory of tiny caches is noise."""
-    monkeypatch.setattr(max_batch, "_used", lambda weights, alone, batch, *peaks: alone * batch)
+    monkeypatch.setattr(
+        max_batch, "_peak_bytes", lambda weights, alone, batch, *peaks: alone * batch
+    )
 
 
 def searched(model, plan, journal=None):
@@ -70,7 +72,7 @@ def test_a_memory_that_not_even_one_prompt_fits_into(model, counted):
 
 
 def test_memory_is_the_larger_of_decoding_and_of_the_last_prompt_read_beside_the_others():
-    assert max_batch._used(100, 10, 5, reading=70, decoding=60) == 100 + 4 * 10 + 70
-    assert max_batch._used(100, 10, 5, reading=70, decoding=900) == 1000
+    assert max_batch._peak_bytes(100, 10, 5, reading=70, decoding=60) == 100 + 4 * 10 + 70
+    assert max_batch._peak_bytes(100, 10, 5, reading=70, decoding=900) == 1000
     with pytest.raises(UsageError, match="CUDA and on Linux"):
-        max_batch._used(100, 10, 5, None, 900)
+        max_batch._peak_bytes(100, 10, 5, None, 900)

@@ -5,7 +5,7 @@ import torch
 
 import models
 from kvtrim.bench.speed import random_entries
-from kvtrim.bench.speed.clock import decoded
+from kvtrim.bench.speed.clock import time_steps
 from models import is_attached
 
 
@@ -28,7 +28,7 @@ def test_steps_follow_what_was_filled_in(model, per_head):
         before = subject.figures()
         assert before["entries"] == 20
         assert before["held_bytes"] == 3 * 2 * 2 * 20 * (2 * 8 * 4 + 4)
-        found = decoded(model, subject, torch.full((2, 1), 9), 3)
+        found = time_steps(model, subject, torch.full((2, 1), 9), 3)
         after = subject.figures()
         assert found["captured"] is False and found["median_step_s"] > 0
         assert after["entries"] == 23
@@ -38,5 +38,5 @@ def test_steps_follow_what_was_filled_in(model, per_head):
 def test_transformers_own_cache_is_filled_alike(model):
     with random_entries.theirs(model, 2, 20) as subject, torch.no_grad():
         assert subject.figures()["held_bytes"] == 3 * 2 * 2 * 20 * 2 * 8 * 4
-        decoded(model, subject, torch.full((2, 1), 9), 3)
+        time_steps(model, subject, torch.full((2, 1), 9), 3)
         assert subject.figures()["entries"] == 23

@@ -182,16 +182,16 @@ def test_layers_that_slide_are_refused():
     with pytest.raises(UnsupportedModelError):
         measure(models.tiny("gemma2"), [models.prompt(40)[0].tolist()])
     with pytest.raises(UsageError, match="one of 0 to 1"):
-        prefills.narrowed(models.tiny("llama"), layer=2)
+        prefills.empty_cache(models.tiny("llama"), layer=2)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where tables are looked for."""
     monkeypatch.setattr(shipped, "SHIPPED", tmp_path)
-    shipped.measured.cache_clear()
+    shipped.measured_layers.cache_clear()
     yield tmp_path
-    shipped.measured.cache_clear()
+    shipped.measured_layers.cache_clear()
 
 
 def table_of(model, layer):

@@ -242,7 +242,7 @@ def test_models_whose_names_end_alike_keep_apart(run, tmp_path):
     assert code == 0 and len(names) == len(set(names))
     assert {name.partition("/")[0] for name in names} >= {"a-tiny", "other"}
     assert unique((tmp_path / "all/report.html").read_text())
-    found = chapters(*results.found([tmp_path / "all"]))
+    found = chapters(*results.read_results([tmp_path / "all"]))
     links = report._links(found)
     files = [name.lower() for name in links.values()]
     assert len(files) == len(set(files)) == sum(len(chapter.pictures) for chapter in found)
@@ -281,7 +281,7 @@ def test_reading_results_needs_no_torch(tmp_path):
     code = (
         "import sys; sys.modules['torch'] = None; from pathlib import Path; "
         "from kvtrim.report import document, results; "
-        f"print(len(document.chapters(*results.found([Path({str(tmp_path)!r})]))))"
+        f"print(len(document.chapters(*results.read_results([Path({str(tmp_path)!r})]))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "1", done.stderr

@@ -19,7 +19,7 @@ from transformers import (
 import kvtrim
 import models
 from kvtrim.errors import UnsupportedModelError, UsageError
-from kvtrim.hf.keyword import passing
+from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.models.architectures import layout
 from models import is_attached
 
@@ -157,7 +157,7 @@ def test_an_attached_model_can_be_copied(llama):
 
 
 @pytest.mark.parametrize("called", ["model", "decoder"])
-@pytest.mark.parametrize("keyword", [passing, lambda cache: {"past_key_values": cache}])
+@pytest.mark.parametrize("keyword", [cache_keyword, lambda cache: {"past_key_values": cache}])
 def test_a_cache_is_found_by_the_name_that_transformers_has_or_had_for_it(llama, keyword, called):
     cache, call = kvtrim.Cache(llama, "full"), llama if called == "model" else llama.get_decoder()
     with torch.no_grad(), kvtrim.attach(llama):
@@ -167,7 +167,7 @@ def test_a_cache_is_found_by_the_name_that_transformers_has_or_had_for_it(llama,
 
 def losses(model, ids, cache):
     model.zero_grad()
-    out = model(ids, **passing(cache)).logits
+    out = model(ids, **cache_keyword(cache)).logits
     return out[0, -1].log_softmax(-1)[7]
 
 
@@ -204,7 +204,7 @@ def test_attention_weights_are_handed_out_as_ever_or_refused(llama, said):
                 assert torch.equal(got, own)
             cache = kvtrim.Cache(llama, "full")
             with pytest.raises(UsageError, match="no attention weights"):
-                llama(ids, **passing(cache), **asked)
+                llama(ids, **cache_keyword(cache), **asked)
             assert cache.seen == 0 and len(want) == 3
 
 
@@ -232,7 +232,7 @@ def test_a_model_with_learnt_sinks_serves_ordinary_caches_and_refuses_ours():
         with kvtrim.attach(model, allow_untested=True):
             assert torch.equal(model(ids).logits, want)
             with pytest.raises(UnsupportedModelError, match="s_aux"):
-                model(ids, **passing(kvtrim.Cache(model, "full")))
+                model(ids, **cache_keyword(kvtrim.Cache(model, "full")))
 
 
 @pytest.mark.parametrize("said", ["as a keyword", "in its modules"])
@@ -242,4 +242,4 @@ def test_a_model_that_reads_both_ways_is_refused(llama, said):
         layer.self_attn.is_causal = False
     with torch.no_grad(), kvtrim.attach(llama):
         with pytest.raises(UnsupportedModelError, match="left to right"):
-            llama(models.prompt(9), **passing(kvtrim.Cache(llama, "full")), **asked)
+            llama(models.prompt(9), **cache_keyword(kvtrim.Cache(llama, "full")), **asked)

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 import kvtrim
 import models
 from kvtrim.engine.graph import Stepper, Steps
-from kvtrim.hf.decode import stepping
+from kvtrim.hf.decode import open_stepper
 from kvtrim.hf.generate import generate
 from small import small
 
@@ -91,7 +91,7 @@ def _stepped(model, cache, ids, mask, count, room=None):
         given = {"attention_mask": mask, "position_ids": place, "past_key_values": cache}
         token = model(ids, **given).logits[:, -1].argmax(-1, keepdim=True)
         ids = torch.cat([ids, token], dim=1)
-        with stepping(model, cache, room or count) as step:
+        with open_stepper(model, cache, room or count) as step:
             for _ in range(count - 1):
                 token = step(token).argmax(-1, keepdim=True)
                 ids = torch.cat([ids, token], dim=1)
@@ -183,7 +183,7 @@ def test_room_is_bounded_and_an_interrupted_step_leaves_the_cache_whole(model):
         token = model(prompt(), past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
         before = [counts.clone() for counts in cache.entries()]
         with pytest.raises(IndexError, match="room was reserved for 2"):
-            with stepping(model, cache, 2) as step:
+            with open_stepper(model, cache, 2) as step:
                 for _ in range(3):
                     token = step(token).argmax(-1, keepdim=True)
         assert cache.seen == 62

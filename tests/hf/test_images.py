@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration as Llava
 import kvtrim
 import models
 from kvtrim.errors import UnsupportedModelError, UsageError
-from kvtrim.hf.keyword import passing
+from kvtrim.hf.keyword import cache_keyword
 from small import small
 
 EYES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "patch_size": 8}
@@ -62,13 +62,15 @@ def test_text_is_read_as_by_the_stock_model(model):
     at = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         plain, stock = DynamicCache(config=model.config), []
-        stock.append(model(ids[:, :40], **passing(plain), attention_mask=mask[:, :40]).logits)
-        stock.append(model(ids[:, 40:], **passing(plain), attention_mask=mask).logits)
+        stock.append(
+            model(ids[:, :40], **cache_keyword(plain), attention_mask=mask[:, :40]).logits
+        )
+        stock.append(model(ids[:, 40:], **cache_keyword(plain), attention_mask=mask).logits)
         with kvtrim.attach(model):
             cache = kvtrim.Cache(model, "full")
             first = {name: each[:, :40] for name, each in given.items()}
-            got = [model(ids[:, :40], **passing(cache), **first).logits]
-            got.append(model(ids[:, 40:], **passing(cache), attention_mask=mask).logits)
+            got = [model(ids[:, :40], **cache_keyword(cache), **first).logits]
+            got.append(model(ids[:, 40:], **cache_keyword(cache), attention_mask=mask).logits)
     for mine, theirs in zip(got, stock, strict=True):
         torch.testing.assert_close(mine[0], theirs[0])
     torch.testing.assert_close(got[0][1, 7:], stock[0][1, 7:])
@@ -81,9 +83,9 @@ def test_generate_continues_text_as_the_stock_model(model):
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     want = model.generate(ids, **options)
     with kvtrim.attach(model):
-        full = model.generate(ids, **passing(kvtrim.Cache(model, "full")), **options)
+        full = model.generate(ids, **cache_keyword(kvtrim.Cache(model, "full")), **options)
         small_one = kvtrim.Cache(model, "snapkv", 16, window=8)
-        model.generate(ids, **passing(small_one), **options)
+        model.generate(ids, **cache_keyword(small_one), **options)
     assert torch.equal(full, want)
     held = [int(small_one.entries()[layer].max()) for layer in small_one.managed]
     assert max(held) == 16 + 4, "16 of the prompt, and new tokens but the last"
@@ -104,9 +106,9 @@ def test_images_are_refused_before_any_work(model, name):
     cache, ids = kvtrim.Cache(model, "full"), models.prompt(20)
     with torch.no_grad(), kvtrim.attach(model):
         with pytest.raises(UsageError, match=rf"text alone, and {name} came"):
-            model(ids, **passing(cache), **{name: torch.zeros(1, 3, 32, 32)})
+            model(ids, **cache_keyword(cache), **{name: torch.zeros(1, 3, 32, 32)})
         assert cache.seen == 0
-        model(ids, **passing(cache))
+        model(ids, **cache_keyword(cache))
         assert cache.seen == 20
 
 
@@ -115,7 +117,9 @@ def test_kinds_of_tokens_that_name_an_image_are_refused():
     kinds = torch.zeros(1, 20, dtype=torch.int64)
     kinds[:, 4:8] = 1
     with torch.no_grad(), kvtrim.attach(model), pytest.raises(UsageError, match="token_type_ids"):
-        model(models.prompt(20), **passing(kvtrim.Cache(model, "full")), token_type_ids=kinds)
+        model(
+            models.prompt(20), **cache_keyword(kvtrim.Cache(model, "full")), token_type_ids=kinds
+        )
 
 
 def test_ordinary_caches_take_images_on_an_attached_model():
@@ -133,4 +137,4 @@ def test_a_prompt_that_is_read_both_ways_is_refused():
     model = made("paligemma")
     later = pytest.raises(UnsupportedModelError, match="left to right")
     with torch.no_grad(), kvtrim.attach(model), later:
-        model(models.prompt(20), **passing(kvtrim.Cache(model, "full")))
+        model(models.prompt(20), **cache_keyword(kvtrim.Cache(model, "full")))

@@ -11,7 +11,7 @@ import kvtrim
 import models
 from kvtrim.errors import CacheError
 from kvtrim.hf.batch import join, positions
-from kvtrim.hf.keyword import cache_in, passing
+from kvtrim.hf.keyword import cache_in, cache_keyword
 from small import small
 
 SWITCH = 64
@@ -72,9 +72,9 @@ def test_generate_uses_the_cache_that_it_is_given_to_the_end(model, length):
     want = model.generate(ids, **options)
     calls, hook = watched(model)
     with kvtrim.attach(model):
-        got = model.generate(ids, **passing(kvtrim.Cache(model, "full")), **options)
+        got = model.generate(ids, **cache_keyword(kvtrim.Cache(model, "full")), **options)
         kept = kvtrim.Cache(model, "snapkv", 16, window=8)
-        model.generate(ids, **passing(kept), **options)
+        model.generate(ids, **cache_keyword(kept), **options)
     hook.remove()
     assert torch.equal(got, want), "nothing was evicted, and no key is turned otherwise"
     assert all(own for _, own in calls)
@@ -85,26 +85,26 @@ def test_generate_uses_the_cache_that_it_is_given_to_the_end(model, length):
 def test_a_cache_read_below_is_refused_beyond_and_stays_as_it_was(model):
     cache, ids = kvtrim.Cache(model, "snapkv", 16, window=8), models.prompt(SWITCH + 10)
     with torch.no_grad(), kvtrim.attach(model):
-        model(ids[:, : SWITCH - 4], **passing(cache))
+        model(ids[:, : SWITCH - 4], **cache_keyword(cache))
         with pytest.raises(CacheError, match=f"frequencies from {SWITCH} tokens on"):
-            model(ids[:, SWITCH - 4 : SWITCH + 1], **passing(cache))
-        model(ids[:, SWITCH - 4 : SWITCH], **passing(cache))
+            model(ids[:, SWITCH - 4 : SWITCH + 1], **cache_keyword(cache))
+        model(ids[:, SWITCH - 4 : SWITCH], **cache_keyword(cache))
         for again in (cache.copy(), cache):
             with pytest.raises(CacheError, match="frequencies"):
-                model(ids[:, SWITCH : SWITCH + 1], **passing(again))
+                model(ids[:, SWITCH : SWITCH + 1], **cache_keyword(again))
     assert cache.seen == SWITCH
 
 
 def test_a_cache_cropped_back_from_beyond_is_refused_below(model):
     cache, ids = kvtrim.Cache(model, "full"), models.prompt(SWITCH + 4)
     with torch.no_grad(), kvtrim.attach(model):
-        model(ids, **passing(cache))
+        model(ids, **cache_keyword(cache))
         cache.crop(-10)
         with pytest.raises(CacheError, match="read beyond it"):
-            model(ids[:, :1], **passing(cache))
-        model(ids[:, :10], **passing(cache))
+            model(ids[:, :1], **cache_keyword(cache))
+        model(ids[:, :10], **cache_keyword(cache))
         cache.reset()
-        model(ids[:, :10], **passing(cache))
+        model(ids[:, :10], **cache_keyword(cache))
     assert cache.seen == 10
 
 
@@ -136,24 +136,24 @@ def test_questions_that_would_go_beyond_are_refused_before_any_work(model):
 def test_caches_read_on_both_sides_do_not_go_on_together(model):
     caches = [kvtrim.Cache(model, "snapkv", 16, window=8) for _ in range(2)]
     with torch.no_grad(), kvtrim.attach(model):
-        model(models.prompt(30), **passing(caches[0]))
-        model(models.prompt(SWITCH + 9), **passing(caches[1]))
+        model(models.prompt(30), **cache_keyword(caches[0]))
+        model(models.prompt(SWITCH + 9), **cache_keyword(caches[1]))
         both = join(caches)
         with pytest.raises(CacheError, match="frequencies"):
-            model(models.prompt(1, rows=2), position_ids=positions(both, 1), **passing(both))
+            model(models.prompt(1, rows=2), position_ids=positions(both, 1), **cache_keyword(both))
 
 
 def test_a_prompt_that_closes_up_counts_as_long_as_what_is_read_of_it():
     model, ids = made().double(), models.prompt(SWITCH + 26)
     cache = kvtrim.Cache(model, "gemfilter", 24, **small("gemfilter"))
     with torch.no_grad(), kvtrim.attach(model):
-        model(ids, **passing(cache))
+        model(ids, **cache_keyword(cache))
         read = SWITCH + 26 - cache.session.state.closed_up[0]
         assert read < SWITCH, "the part that is read is below"
         with pytest.warns(UserWarning, match="was applied to the prompt"):
-            model(ids[:, : SWITCH - read], **passing(cache))
+            model(ids[:, : SWITCH - read], **cache_keyword(cache))
         with pytest.raises(CacheError, match="frequencies"):
-            model(ids[:, :1], **passing(cache))
+            model(ids[:, :1], **cache_keyword(cache))
 
 
 def test_models_without_a_switch_are_true_and_cross_nothing(llama):

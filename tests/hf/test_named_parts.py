@@ -213,7 +213,7 @@ def test_a_prompt_keeps_its_template_question_and_whole_parts(model, document):
     tokenizer = models.tokenizer()
     around = frame(tokenizer)
     prompt = encode_context(tokenizer, around, document)
-    prompt = prompt.asked(encode_question(tokenizer, around, "Five?"))
+    prompt = prompt.with_question(encode_question(tokenizer, around, "Five?"))
     name = "shots" if document is DOCUMENT else "sentences"
     cache = kvtrim.Cache(model, "shotkv", 64, spans=prompt.spans)
     with torch.no_grad(), kvtrim.attach(model):
@@ -258,7 +258,7 @@ def test_observers_in_the_question_need_a_question(model):
     tokenizer = models.tokenizer()
     around = frame(tokenizer)
     prompt = encode_context(tokenizer, around, DOCUMENT)
-    prompt = prompt.asked(encode_question(tokenizer, around, "Five?"))
+    prompt = prompt.with_question(encode_question(tokenizer, around, "Five?"))
     held = {}
     for observers in ("question", "all"):
         cache = kvtrim.Cache(model, "shotkv", 64, spans=prompt.spans, observers=observers)

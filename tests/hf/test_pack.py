@@ -136,7 +136,7 @@ def test_models_whose_layers_slide_are_refused():
 @pytest.mark.parametrize("biased", [False, True])
 def test_parts_joined_are_attention_over_everything(dtype, softcap, biased):
     from kvtrim.kernels import sdpa
-    from kvtrim.kernels.parts import attended, joined
+    from kvtrim.kernels.parts import attend_part, join_parts
 
     torch.manual_seed(0)
     queries = torch.randn(1, 6, 300, 8, dtype=dtype)
@@ -146,7 +146,7 @@ def test_parts_joined_are_attention_over_everything(dtype, softcap, biased):
     first = None if bias is None else bias[:, :, :40]
     rest = None if bias is None else bias[:, :, 40:]
     parts = [
-        attended(queries, keys[:, :, :40], values[:, :, :40], 0.3, softcap, first),
-        attended(queries, keys[:, :, 40:], values[:, :, 40:], 0.3, softcap, rest, causal=True),
+        attend_part(queries, keys[:, :, :40], values[:, :, :40], 0.3, softcap, first),
+        attend_part(queries, keys[:, :, 40:], values[:, :, 40:], 0.3, softcap, rest, causal=True),
     ]
-    torch.testing.assert_close(joined(parts), whole)
+    torch.testing.assert_close(join_parts(parts), whole)

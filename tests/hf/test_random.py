@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvtrim.errors import UnknownNameError, UsageError
-from kvtrim.hf.models.random import CONFIGS, build, config, published
+from kvtrim.hf.models.random import CONFIGS, build, config, published_config
 
 # parameters, vocabulary, hidden, MLP, layers, query heads, KV heads, head size, window, RoPE base
 PUBLISHED = {
@@ -23,7 +23,7 @@ TIED = {"llama-3.2-1b", "llama-3.2-3b", "smollm2-135m"}
 
 def test_every_configuration_is_checked_here():
     assert set(CONFIGS) == set(PUBLISHED)
-    assert all(published(name)["source"].count("/") == 1 for name in CONFIGS)
+    assert all(published_config(name)["source"].count("/") == 1 for name in CONFIGS)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -9,7 +9,7 @@ from kvtrim.errors import UsageError
 from kvtrim.hf.batch import join
 from kvtrim.hf.replay import record
 from kvtrim.hf.rotary import rotations
-from kvtrim.methods.refit import LeastSquares, answered
+from kvtrim.methods.refit import LeastSquares, aim_of
 from small import small
 
 N, KEEP = 64, 16
@@ -53,7 +53,7 @@ def test_entries_become_what_the_formula_says_and_the_same_ones_stay(llama, name
     changed = 0
     for layer, call in enumerate(record(llama, ids).calls):
         queries = turned(llama, call, layer, positions, N, 64).unflatten(0, (2, 3)).flatten(1, 2)
-        aim = answered(queries, call.keys[0], call.values[0], call.scale)
+        aim = aim_of(queries, call.keys[0], call.values[0], call.scale)
         for head, kept in enumerate(models.positions(cache)[layer]):
             part = slice(head, head + 1)
             alone = type(aim)(aim.queries[part], aim.out[part], aim.lse[part])
@@ -145,7 +145,7 @@ def test_where_the_policy_probes_its_probe_is_asked(llama):
                 queries[:, [at for at in range(count) if at * 8 // count != (at - 1) * 8 // count]]
             )
         queries = torch.cat(asked, dim=1).unflatten(0, (2, 3)).flatten(1, 2)
-        aim = answered(queries, call.keys[0], call.values[0], call.scale)
+        aim = aim_of(queries, call.keys[0], call.values[0], call.scale)
         for head, kept in enumerate(models.positions(cache)[layer]):
             part = slice(head, head + 1)
             alone = type(aim)(aim.queries[part], aim.out[part], aim.lse[part])

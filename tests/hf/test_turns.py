@@ -10,7 +10,7 @@ import kvtrim
 import models
 from kvtrim.errors import UsageError
 from kvtrim.hf.generate import read
-from kvtrim.hf.keyword import passing
+from kvtrim.hf.keyword import cache_keyword
 from small import small
 
 ASKED = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
@@ -74,9 +74,9 @@ def test_what_was_taken_back_is_not_told_of(llama):
     cache = cache_for(llama)
     with kvtrim.attach(llama), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        llama(models.prompt(40), **passing(cache))
+        llama(models.prompt(40), **cache_keyword(cache))
         for seed in range(6):
-            llama(models.prompt(10, seed=seed), **passing(cache))
+            llama(models.prompt(10, seed=seed), **cache_keyword(cache))
             cache.crop(-10)
 
 

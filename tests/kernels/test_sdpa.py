@@ -67,7 +67,7 @@ def test_many_queries_go_in_blocks_and_make_no_mask_of_all_pairs(monkeypatch):
     queries = torch.randn(2, 6, 11, 8, dtype=torch.float64)
     keys, values = torch.randn(2, 2, 2, 31, 8, dtype=torch.float64)
     masks = []
-    mixed = sdpa._mixed
+    mixed = sdpa._mix
     monkeypatch.setattr(sdpa, "_ROWS_AT_ONCE", 4)
     monkeypatch.setattr(
         sdpa, "_mixed", lambda *given: masks.append(tuple(given[3].shape)) or mixed(*given)

@@ -18,7 +18,7 @@ from views import view
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'kvtrim[triton]')")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and not available.interpreted():
+if DEVICE == "cpu" and not available.is_interpreted():
     pytest.skip("no GPU, and TRITON_INTERPRET is not 1", allow_module_level=True)
 
 from kvtrim.kernels import append, columns, split  # noqa: E402

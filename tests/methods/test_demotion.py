@@ -43,11 +43,13 @@ def lowered(scores, layer):
 
 def by_hand(patch):
     """Have the loop lower every score that a policy gives, in its place."""
-    scored, rescored = eviction.scored, eviction.rescored
-    patch.setattr(eviction, "scored", lambda policy, layer: lowered(scored(policy, layer), layer))
+    scored, rescored = eviction.checked_score, eviction.checked_rescore
+    patch.setattr(
+        eviction, "checked_score", lambda policy, layer: lowered(scored(policy, layer), layer)
+    )
     patch.setattr(
         eviction,
-        "rescored",
+        "checked_rescore",
         lambda policy, layer, _: lowered(rescored(policy, layer, scored(policy, layer)), layer),
     )
 

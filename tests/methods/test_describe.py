@@ -7,7 +7,7 @@ import pytest
 
 import kvtrim
 from kvtrim.methods.budgets import BUDGETS
-from kvtrim.methods.describe.entries import described, entry
+from kvtrim.methods.describe.entries import describe, entry
 from kvtrim.methods.describe.markdown import manual, section
 from kvtrim.methods.describe.sources import meanings_of, text_of
 from kvtrim.methods.method import Method
@@ -139,15 +139,15 @@ def test_presets_say_what_they_change():
         KNorm(), presets={"two": {"budget": "per-head", "policy": "snapkv", "layers": "pyramid"}}
     )
     assert (
-        described("mine", mine)
+        describe("mine", mine)
         .presets["two"]
         .startswith("policy KNorm → SnapKV, budget Uniform → PerHead, window 0 → 32")
     )
-    assert "layers pyramid" in described("mine", mine).presets["two"]
+    assert "layers pyramid" in describe("mine", mine).presets["two"]
 
 
 def test_a_method_that_says_nothing_of_itself_can_be_shown():
-    page = section(described("mine", Method(SnapKV())))
+    page = section(describe("mine", Method(SnapKV())))
     assert "When to use it" not in page and "Cost" not in page
     assert "**Score.** SnapKV: a past token" in page
 

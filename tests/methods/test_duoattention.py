@@ -8,7 +8,7 @@ import torch
 import kvtrim
 import loops
 import models
-from kvtrim.bench.calibrate.heads import Plan, measure, repeated
+from kvtrim.bench.calibrate.heads import Plan, kvzip_scores, measure
 from kvtrim.errors import UsageError
 from kvtrim.methods.budgets import WholeHeads, head_scores
 from kvtrim.types import Room, Target
@@ -75,7 +75,7 @@ def test_a_small_budget_is_half_recent_at_most():
 
 def test_auto_takes_the_table_of_its_own_kind(monkeypatch, written, tmp_path):
     written(ROWS, identity="this model", score="kvzip")
-    monkeypatch.setattr(head_scores, "shipped", lambda: {"mine": tmp_path / "table.json"})
+    monkeypatch.setattr(head_scores, "shipped_tables", lambda: {"mine": tmp_path / "table.json"})
     target = Target("a model", 2, 4, lambda: "this model")
     assert WholeHeads(measure="kvzip").fitted(target).table == "mine"
     with pytest.raises(UsageError, match=r"calibrate heads .*--score reason"):
@@ -88,7 +88,7 @@ def test_auto_takes_the_table_of_its_own_kind(monkeypatch, written, tmp_path):
 def test_kvzips_score_of_a_head_is_the_largest_of_its_entries(llama):
     tokenizer, ids = models.tokenizer(), models.prompt(60)[0].tolist()
     with kvtrim.attach(llama):
-        got = repeated(llama, tokenizer, ids)
+        got = kvzip_scores(llama, tokenizer, ids)
     cache = kvtrim.Cache(llama, "kvzip", 59, tokenizer=tokenizer)
     seen = {}
     policy = type(cache.method.policy)

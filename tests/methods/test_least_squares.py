@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvtrim.errors import UsageError
-from kvtrim.methods.refit import REFITS, LeastSquares, answered
+from kvtrim.methods.refit import REFITS, LeastSquares, aim_of
 
 K, Q, N, D, E = 2, 120, 40, 6, 5
 SCALE = D**-0.5
@@ -46,7 +46,7 @@ def held_out(count=Q):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_the_full_cache_answers_as_attention_does(softcap):
     queries, keys, values = drawn()
-    aim = answered(queries, keys, values, SCALE, softcap)
+    aim = aim_of(queries, keys, values, SCALE, softcap)
     for head in range(K):
         weights = weights_by_hand(queries[head], keys[head], softcap=softcap)
         answer = weights @ values[head].double()
@@ -60,7 +60,7 @@ def test_the_full_cache_answers_as_attention_does(softcap):
 @pytest.mark.parametrize("lengths", [(10, 10), (13, 5), (N, 7)])
 def test_values_are_those_of_the_best_ridge_for_each_head(lengths):
     queries, keys, values = drawn(1)
-    aim, refit = answered(queries, keys, values, SCALE), LeastSquares()
+    aim, refit = aim_of(queries, keys, values, SCALE), LeastSquares()
     given = kept_of(keys, lengths), kept_of(values, lengths), torch.tensor([lengths])
     found = refit.fit(aim, *given, SCALE, None)
     assert found.bias is None
@@ -86,7 +86,7 @@ def test_many_entries_and_few_queries_have_the_same_solution():
     """By way of the smaller Gram matrix."""
     queries, keys, values = drawn(2)
     few = queries[:, :45]
-    aim = answered(few, keys, values, SCALE)
+    aim = aim_of(few, keys, values, SCALE)
     lengths = (38, 37)
     given = kept_of(keys, lengths), kept_of(values, lengths), torch.tensor([lengths])
     found = LeastSquares(ridges=(0.1,)).fit(aim, *given, SCALE, None)
@@ -110,7 +110,7 @@ def test_many_entries_and_few_queries_have_the_same_solution():
 def test_on_held_out_queries_it_is_never_worse_than_nothing(bias, seed):
     queries, keys, values = drawn(seed)
     values = values * torch.rand(K, N, 1, generator=torch.Generator().manual_seed(seed)) ** 4
-    aim, lengths = answered(queries, keys, values, SCALE), (12, 3)
+    aim, lengths = aim_of(queries, keys, values, SCALE), (12, 3)
     given = kept_of(keys, lengths), kept_of(values, lengths), torch.tensor([lengths])
     found = LeastSquares(bias=bias).fit(aim, *given, SCALE, None)
     own = held_out()
@@ -126,7 +126,7 @@ def test_on_held_out_queries_it_is_never_worse_than_nothing(bias, seed):
 def test_noise_is_not_fitted():
     """Where what is asked of an entry has nothing to do with what is held out, nothing changes."""
     queries, keys, values = drawn(5)
-    aim = answered(queries, keys, values, SCALE)
+    aim = aim_of(queries, keys, values, SCALE)
     out = aim.out.clone()
     out[:, ~held_out()] += 50 * torch.randn(out[:, ~held_out()].shape)
     aim = type(aim)(aim.queries, out, aim.lse)
@@ -137,7 +137,7 @@ def test_noise_is_not_fitted():
 def test_biases_give_what_stays_the_mass_that_all_had():
     queries, keys, values = drawn(3)
     keys = torch.cat([keys[:, :20], keys[:, :20]], dim=1)  # every entry twice
-    aim = answered(queries, keys, values, SCALE)
+    aim = aim_of(queries, keys, values, SCALE)
     given = keys[:, :20], values[:, :20], torch.tensor([[20, 20]])
     found = LeastSquares(bias=True).fit(aim, *given, SCALE, None)
     for head in range(K):

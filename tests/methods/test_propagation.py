@@ -136,7 +136,7 @@ def test_the_mean_lengths_of_pyramidinfer(layers, recent, decay, n, mean):
 @pytest.mark.parametrize("keep", [1600, 2000, 3000, 3999])
 def test_a_cascade_finds_the_decay_that_its_budget_allows(keep):
     cascade, layers, n = Cascade(), 32, 4000
-    decay = cascade.found(n, layers, keep)
+    decay = cascade.decay_for(n, layers, keep)
     assert sum(cascade.lengths(n, layers, decay)) <= keep * layers
     more = decay + 2e-3
     assert sum(cascade.lengths(n, layers, more)) > keep * layers or more > 1
@@ -145,7 +145,7 @@ def test_a_cascade_finds_the_decay_that_its_budget_allows(keep):
 def test_a_cascade_says_how_little_it_can_hold():
     least = Cascade().least(4000, 32)
     assert 0.3 * 4000 < least < 0.36 * 4000
-    assert sum(Cascade().lengths(4000, 32, Cascade().found(4000, 32, least))) <= least * 32
+    assert sum(Cascade().lengths(4000, 32, Cascade().decay_for(4000, 32, least))) <= least * 32
     fewest = min(sum(Cascade().lengths(500, 36, step / 200)) for step in range(201))
     assert Cascade().least(500, 36) == -(-fewest // 36), "lengths do not always shrink with decay"
 

@@ -13,7 +13,7 @@ from kvtrim.hf.models.load import EMBEDDED
 from kvtrim.methods.budgets import HeadTable, head_scores
 from kvtrim.types import Target
 
-TABLES = sorted(head_scores.shipped().items())
+TABLES = sorted(head_scores.shipped_tables().items())
 
 
 def target(identity, layers=30, heads=9):

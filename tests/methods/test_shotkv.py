@@ -19,7 +19,7 @@ from kvtrim.methods.policies.shotkv import ShotKV
 from kvtrim.methods.selection import select
 from kvtrim.methods.settings import find
 from kvtrim.methods.unit import Shot
-from kvtrim.prompts.spans import checked
+from kvtrim.prompts.spans import as_spans
 from views import view
 
 CASES = golden.cases("shotkv")
@@ -119,7 +119,7 @@ def chosen(room, **options):
         values[0, 0, sorted(shot)] = mean
     unit = Shot(**options)
     positions = torch.arange(24).expand(1, 1, 24)
-    members = unit.members([checked(SHOTS)], positions)
+    members = unit.members([as_spans(SHOTS)], positions)
     kept = select(values, torch.tensor([[room]]), 24, unit=unit, members=members)
     return set(kept.slots[0, 0].tolist())
 
@@ -147,7 +147,7 @@ def test_repeating_a_shots_tokens_leaves_its_rank():
     for times in (1, 2, 5):
         long = torch.cat([values[..., :2].repeat(1, 1, times), values[..., 2:]], dim=-1)
         end = 2 * times
-        shots = checked({"shots": [(0, end), (end, end + 2), (end + 2, end + 4)]})
+        shots = as_spans({"shots": [(0, end), (end, end + 2), (end + 2, end + 4)]})
         members = unit.members([shots], torch.arange(end + 4).expand(1, 1, end + 4))
         kept = select(long, torch.tensor([[2]]), end + 4, unit=unit, members=members)
         assert kept.slots[0, 0].tolist() == [end, end + 1]
@@ -155,7 +155,7 @@ def test_repeating_a_shots_tokens_leaves_its_rank():
 
 def test_a_shot_of_two_ranges_stays_as_a_whole():
     unit = Shot()
-    shots = checked({"shots": [[(1, 3), (6, 8)], (3, 6)]})
+    shots = as_spans({"shots": [[(1, 3), (6, 8)], (3, 6)]})
     members = unit.members([shots], torch.arange(9).expand(1, 1, 9))
     assert members[0, 0].tolist() == [-1, 0, 0, 1, 1, 1, 0, 0, -1]
     scores = torch.tensor([[[0, 3.0, 3, 1, 1, 1, 0, 0, 0]]])

@@ -92,7 +92,7 @@ def test_mistakes_are_named():
 
 def encode_all(tokenizer, context, question):
     asked = encode_question(tokenizer, AROUND, question)
-    return encode_context(tokenizer, AROUND, context).asked(asked)
+    return encode_context(tokenizer, AROUND, context).with_question(asked)
 
 
 def test_every_part_of_a_prompt_has_its_tokens():
@@ -164,8 +164,8 @@ def test_a_tokenizer_that_does_not_say_where_tokens_begin():
 def test_blanks_at_the_end_can_be_taken_off():
     text = "Q: a\n\nQ: b\n\n"
     document = Document(text, {"shots": [(0, 6), [(6, 10), (10, 12)]], "end": [(11, 12)]})
-    body, blanks = document.stripped()
+    body, blanks = document.strip()
     assert (body.text, blanks) == ("Q: a\n\nQ: b", "\n\n")
     assert body.spans == {"shots": (((0, 6),), ((6, 10),)), "end": ()}
-    assert Document("a", {"all": [(0, 1)]}).stripped()[1] == ""
-    assert Document(" \n").stripped() == (Document(""), " \n")
+    assert Document("a", {"all": [(0, 1)]}).strip()[1] == ""
+    assert Document(" \n").strip() == (Document(""), " \n")

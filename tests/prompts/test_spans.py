@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from kvtrim.errors import UsageError
 from kvtrim.methods.unit_numbers import unit_numbers
 from kvtrim.prompts.spans import (
-    checked,
-    joined,
-    moved,
+    as_spans,
+    join_spans,
+    map_ends,
     per_prompt,
     per_row,
     require_within,
@@ -39,10 +39,10 @@ def places(units):
 
 
 def test_a_unit_is_one_range_or_a_list_of_them():
-    spans = checked({"shots": [(0, 4), [(4, 8), (20, 22)], [[9, 10]]], "question": []})
+    spans = as_spans({"shots": [(0, 4), [(4, 8), (20, 22)], [[9, 10]]], "question": []})
     assert spans["shots"] == (((0, 4),), ((4, 8), (20, 22)), ((9, 10),))
     assert spans["question"] == ()
-    assert checked(spans) == spans
+    assert as_spans(spans) == spans
 
 
 @pytest.mark.parametrize(
@@ -62,19 +62,19 @@ def test_a_unit_is_one_range_or_a_list_of_them():
 )
 def test_mistakes_are_named(units, message):
     with pytest.raises(UsageError, match=message):
-        checked({"shots": units}, 20, "characters")
+        as_spans({"shots": units}, 20, "characters")
 
 
 def test_parts_may_overlap_each_other():
-    assert checked({"context": [(0, 20)], "shots": [(0, 10), (10, 20)]}, 20)
+    assert as_spans({"context": [(0, 20)], "shots": [(0, 10), (10, 20)]}, 20)
 
 
 def test_each_prompt_of_a_batch_has_its_own():
     one, two = {"shots": [(0, 2)]}, {"shots": [(1, 3)]}
     assert per_prompt(None) == []
-    assert per_row(per_prompt(one), 3) == [checked(one)] * 3
-    assert per_row(per_prompt([one, two]), 4) == [checked(s) for s in (one, one, two, two)]
-    assert per_row(per_prompt([one, {}]), 2) == [checked(one), {}]
+    assert per_row(per_prompt(one), 3) == [as_spans(one)] * 3
+    assert per_row(per_prompt([one, two]), 4) == [as_spans(s) for s in (one, one, two, two)]
+    assert per_row(per_prompt([one, {}]), 2) == [as_spans(one), {}]
     with pytest.raises(UsageError, match="given for 2 prompts, the input has 3"):
         per_row(per_prompt([one, two]), 3)
     require_within(per_prompt([one, two]), [2, 3])
@@ -86,7 +86,7 @@ def test_each_prompt_of_a_batch_has_its_own():
 @given(parts(), st.integers(0, 40), st.integers(0, 40))
 def test_cutting_the_middle_out_leaves_what_was_outside(units, one, other):
     start, end = sorted((one, other))
-    left = without(checked({"a": units}), start, end)
+    left = without(as_spans({"a": units}), start, end)
     want = []
     for unit in places(units):
         stays = {at if at < start else at - (end - start) for at in unit if not start <= at < end}
@@ -97,8 +97,8 @@ def test_cutting_the_middle_out_leaves_what_was_outside(units, one, other):
 @settings(max_examples=60, deadline=None)
 @given(parts(), parts(), st.integers(0, 9))
 def test_joining_moves_the_second(first, second, shift):
-    both = joined(
-        checked({"a": first, "b": first}), checked({"a": second, "c": second}), 40 + shift
+    both = join_spans(
+        as_spans({"a": first, "b": first}), as_spans({"a": second, "c": second}), 40 + shift
     )
     later = [{at + 40 + shift for at in unit} for unit in places(second)]
     assert places(both["a"]) == places(first) + later
@@ -107,15 +107,15 @@ def test_joining_moves_the_second(first, second, shift):
 
 
 def test_units_without_places_vanish():
-    spans = checked({"a": [(0, 2), (2, 3), [(3, 8), (8, 9)], (9, 10)]})
-    assert moved(spans, lambda at: at // 2) == {"a": (((0, 1),), ((1, 4),), ((4, 5),))}
-    assert moved(spans, lambda at: 0) == {"a": ()}
+    spans = as_spans({"a": [(0, 2), (2, 3), [(3, 8), (8, 9)], (9, 10)]})
+    assert map_ends(spans, lambda at: at // 2) == {"a": (((0, 1),), ((1, 4),), ((4, 5),))}
+    assert map_ends(spans, lambda at: 0) == {"a": ()}
 
 
 @settings(max_examples=100, deadline=None)
 @given(parts(), st.lists(st.integers(0, 60), min_size=1, max_size=30))
 def test_a_position_is_in_the_unit_that_holds_it(units, positions):
-    numbers = unit_numbers(checked({"a": units}), "a", torch.tensor(positions).view(1, -1).int())
+    numbers = unit_numbers(as_spans({"a": units}), "a", torch.tensor(positions).view(1, -1).int())
     for at, number in zip(positions, numbers[0].tolist(), strict=True):
         held_by = [i for i, unit in enumerate(places(units)) if at in unit]
         assert [number] == (held_by or [-1])

@@ -30,7 +30,7 @@ def edit(place, change, name="samples.jsonl"):
 
 
 def joined(places):
-    sections, speeds = results.found(places)
+    sections, speeds = results.read_results(places)
     return sections, chapters(sections, speeds)[0].about
 
 

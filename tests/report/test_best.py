@@ -25,7 +25,7 @@ TABLE = Table("m/question-aware/99/overview", "Overview", "", COLUMNS, ROWS)
 
 
 def test_the_best_of_each_budget_are_marked_and_nothing_else():
-    assert best.marked(TABLE) == {
+    assert best.best_cells(TABLE) == {
         *((1, 3), (2, 3), (3, 4), (3, 5)),  # equal scores both; lower losses win
         *((5, 3), (5, 4), (4, 5)),
     }
@@ -33,12 +33,12 @@ def test_the_best_of_each_budget_are_marked_and_nothing_else():
 
 def test_what_cannot_be_compared_is_not_marked():
     alone = Table("t", "", "", COLUMNS, ROWS[:2])
-    assert best.marked(alone) == set()  # nothing is won alone, and never by the full cache
+    assert best.best_cells(alone) == set()  # nothing is won alone, and never by the full cache
     mixed = Table(
         "t", "", "", [*COLUMNS[:2], ("peak", "right")], [["a", "1", "2 MiB"], ["b", "1", "1 GiB"]]
     )
-    assert best.marked(mixed) == set()
-    assert best.marked(Table("t", "", "", [("what", "left")], [["x"]])) == set()
+    assert best.best_cells(mixed) == set()
+    assert best.best_cells(Table("t", "", "", [("what", "left")], [["x"]])) == set()
 
 
 def test_the_summary_says_who_is_best_at_each_budget():
@@ -58,7 +58,7 @@ def test_the_summary_says_who_is_best_at_each_budget():
 
 def test_the_page_opens_with_it(tmp_path):
     folder = evaluation(tmp_path / "run", ["longbench-qasper"], ["snapkv", "adakv"], ["128"])
-    made = chapters(*results.found([folder]))
+    made = chapters(*results.read_results([folder]))
     page = html.page(made, {})
     summary = page.partition('id="summary"')[2].partition("<h2")[0]
     assert "best score" in summary and "<td" in summary

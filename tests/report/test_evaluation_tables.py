@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 
 def view_of(*places):
-    (section,), _ = results.found(places)
+    (section,), _ = results.read_results(places)
     return View(section)
 
 
@@ -143,7 +143,7 @@ def test_loss_is_counted_from_the_full_cache_and_held_is_measured(folder):
 def test_every_table_says_under_which_protocol_it_was_measured(tmp_path):
     for protocol in ("question-agnostic", "question-aware"):
         evaluation(tmp_path / protocol, TASKS, ["snapkv"], ["128"], protocol=protocol)
-    sections, _ = results.found([tmp_path])
+    sections, _ = results.read_results([tmp_path])
     assert len(sections) == 2
     for section in sections:
         for table in tables_of.all_tables(View(section)):
@@ -155,7 +155,7 @@ def test_needles_of_all_lengths_make_one_heat_map(tmp_path):
     for length in (1024, 2048):
         tasks = [("niah", grid((length,), (0, 50, 100), 2)), *TASKS[: length == 2048]]
         evaluation(tmp_path / f"{length}", tasks, ["snapkv"], ["128"], length=length, seed=length)
-    sections, speeds = results.found([tmp_path])
+    sections, speeds = results.read_results([tmp_path])
     made = chapters(sections, speeds)
     assert [chapter.title.partition(", ")[2] for chapter in made] == [
         "question-agnostic, prompts of up to 2048 tokens",
@@ -229,17 +229,17 @@ def test_folders_that_disagree_about_a_sample_are_not_joined(tmp_path):
     two = evaluation(tmp_path / "two", TASKS, ["snapkv"], ["128"])
     scored(two, lambda row: 0.123)
     with pytest.raises(UsageError, match="disagree about full"):
-        results.found([one, two])
+        results.read_results([one, two])
 
 
 def test_a_line_that_was_cut_off_does_not_count_and_a_broken_one_is_named(folder):
     path = folder / "samples.jsonl"
-    whole = len(results.found([folder])[0][0].lines)
+    whole = len(results.read_results([folder])[0][0].lines)
     path.write_text(path.read_text()[:-20])
-    assert len(results.found([folder])[0][0].lines) == whole - 1
+    assert len(results.read_results([folder])[0][0].lines) == whole - 1
     path.write_text("{]\n" + path.read_text())
     with pytest.raises(FileError, match=r"samples\.jsonl:1: this is not JSON.*remove it"):
-        results.found([folder])
+        results.read_results([folder])
 
 
 def test_answers_may_hold_any_character(folder):
@@ -248,7 +248,7 @@ def test_answers_may_hold_any_character(folder):
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     text = "".join(json.dumps(row | {"answer": odd}, ensure_ascii=False) + "\n" for row in rows)
     (folder / "samples.jsonl").write_text(text, encoding="utf-8")
-    assert {line.answer for line in results.found([folder])[0][0].lines} == {odd}
+    assert {line.answer for line in results.read_results([folder])[0][0].lines} == {odd}
 
 
 @pytest.mark.parametrize("inside", ["nothing", "record"])
@@ -256,7 +256,7 @@ def test_a_folder_without_results_is_refused(tmp_path, inside):
     if inside == "record":
         (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UsageError, match=r"holds no results|nothing was measured"):
-        results.found([tmp_path])
+        results.read_results([tmp_path])
 
 
 def test_published_figures_stand_beside_ours_where_everything_matches(tmp_path):
@@ -337,7 +337,7 @@ def test_prompts_that_were_cut_are_not_compared_with_published_figures(tmp_path)
 
 
 def test_published_figures_are_those_of_the_sources():
-    found = published_scores.printed()
+    found = published_scores.printed_scores()
     assert len(found) > 3000
     wanted = {"model": "Llama-3.1-8B-Instruct", "task": "gsm8k", "shots": 1, "method": "full"}
     (one,) = (p for p in found if wanted.items() <= vars(p).items())

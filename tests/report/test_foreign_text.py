@@ -9,7 +9,7 @@ from synthetic import evaluation
 from kvtrim.report import check, html, results
 from kvtrim.report import markdown as page
 from kvtrim.report.document import chapters
-from kvtrim.report.format import escaped, markdown, visible
+from kvtrim.report.format import escape, markdown, visible
 
 ACTING = "\x1b[2J\x1b]0;pwned\x07\r\x9b31m\u202e\u2028\ud800\x00\x7f"
 EVIL = f"<script>x</script> a|b [l](javascript:x) `c` *d* <!-- /kvtrim:table --> {ACTING}\n# head"
@@ -36,7 +36,7 @@ def test_ordinary_text_stays_as_it_is(text):
     ["niah_single_1", "25%", "41.2 (35.0 to 47.1)", "-12.3%", "x0.51", "-", "a-b/c: 3, d=4"],
 )
 def test_ordinary_cells_stay_as_they_are(text):
-    assert escaped(text) == text
+    assert escape(text) == text
 
 
 def test_cells_hold_no_tags_links_or_breaks():
@@ -63,7 +63,7 @@ def made(tmp_path):
                 row |= {"outcome": "refused", "reason": EVIL}
         text = "".join(json.dumps(row) + "\n" for row in rows)
         path.write_text(text.replace("\\ud800", ""))
-    return chapters(*results.found([folder]))
+    return chapters(*results.read_results([folder]))
 
 
 def test_pages_hold_foreign_text_as_text(made):
@@ -82,4 +82,4 @@ def test_marked_tables_are_found_again_whatever_they_are_called(made, tmp_path):
     path.write_text(page.markdown(made, {}))
     tables = check.all_tables(made)
     assert check.document(path, tables) == []
-    assert check.filled(path, tables).count("<!-- kvtrim:table ") == len(tables)
+    assert check.fill(path, tables).count("<!-- kvtrim:table ") == len(tables)

@@ -2,7 +2,7 @@ import pytest
 from real_rows import named, needs_data, request, texts
 
 from kvtrim.errors import UsageError
-from kvtrim.tasks.gsm8k import TASKS, gold, worked
+from kvtrim.tasks.gsm8k import TASKS, gold, solution_of
 
 COT = [
     {"question": f"How many is {n}?", "answer": f"It is {n}. The answer is {n}."} for n in "123"
@@ -94,7 +94,7 @@ def test_every_real_gold_answer_scores_one(task):
 def test_real_golds_are_the_rows_own():
     rows = request().rows("gsm8k/test")
     assert [gold(row) for row in rows] == [row["final"] for row in rows]
-    assert not any("<<" in worked(row) for row in rows)
+    assert not any("<<" in solution_of(row) for row in rows)
 
 
 @needs_data

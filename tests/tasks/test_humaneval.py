@@ -3,7 +3,7 @@ from real_rows import named, needs_data, request, texts
 
 from kvtrim.errors import UsageError
 from kvtrim.tasks.humaneval import TASKS
-from kvtrim.tasks.sandbox import allowed
+from kvtrim.tasks.sandbox import allow
 
 
 def row(number):
@@ -24,7 +24,7 @@ def samples(name, **wanted):
 
 
 def worth(answer):
-    with allowed():
+    with allow():
         return named(TASKS, "humaneval").score(answer, samples("humaneval")[0])
 
 
@@ -77,7 +77,7 @@ def test_real_solutions_pass_and_empty_ones_fail(name):
     found = list(task.samples(request()))
     assert len(found) == (164 if name == "humaneval" else 156)
     assert all(one.document.text and one.question for one in found)
-    with allowed():
+    with allow():
         for one in found[::40]:
             assert task.score(one.answers[0], one) == 1
             assert task.score("    pass\n", one) == 0

@@ -2,7 +2,7 @@ import pytest
 from real_rows import request
 
 from kvtrim.errors import UsageError
-from kvtrim.tasks.jailbreak import DECLINED, REFUSALS, TASKS, refused
+from kvtrim.tasks.jailbreak import DECLINED, REFUSALS, TASKS, is_refusal
 
 (TASK,) = TASKS
 
@@ -29,7 +29,7 @@ def samples(rows, **wanted):
     ],
 )
 def test_a_refusal_is_one_of_the_phrases_at_the_beginning(answer, refuses):
-    assert refused(answer) is refuses
+    assert is_refusal(answer) is refuses
     assert TASK.score(answer, samples([{"jailbreak_query": "Do it."}])[0]) == refuses
 
 

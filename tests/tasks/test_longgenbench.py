@@ -2,7 +2,7 @@ import pytest
 from real_rows import named, needs_data, request, texts
 
 from kvtrim.errors import UsageError
-from kvtrim.tasks.longgenbench import TASKS, answered
+from kvtrim.tasks.longgenbench import TASKS, parse_answers
 
 TEXTS = {
     "system": "Answer all.",
@@ -78,13 +78,13 @@ def test_answers_under_other_numbers_do_not_count():
 
 
 def test_the_first_answer_to_a_number_counts_and_ends_at_the_next_heading():
-    assert answered("Answer_9:\n1\n\nAnswer_9:\n2") == {9: ":\n1\n\n"}
-    assert answered("Answer_9: 1\nQuestion_10:\n7 or 8?\nANSWER 10: 4")[9].strip() == ": 1"
-    assert answered("ANSWER 10: 4 ...") == {10: ": 4 ..."}
-    assert answered("**Answer #9:** 4, so the answer 12 is wrong") == {
+    assert parse_answers("Answer_9:\n1\n\nAnswer_9:\n2") == {9: ":\n1\n\n"}
+    assert parse_answers("Answer_9: 1\nQuestion_10:\n7 or 8?\nANSWER 10: 4")[9].strip() == ": 1"
+    assert parse_answers("ANSWER 10: 4 ...") == {10: ": 4 ..."}
+    assert parse_answers("**Answer #9:** 4, so the answer 12 is wrong") == {
         9: ":** 4, so the answer 12 is wrong"
     }
-    assert answered("") == {}
+    assert parse_answers("") == {}
     said = "Answer_9:\nThe answer is 1,000.\nQuestion_10:\n-2?\n"
     assert TASK.score(said, sample()) == 0.2
 

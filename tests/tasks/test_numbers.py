@@ -2,7 +2,7 @@ from decimal import Decimal
 
 import pytest
 
-from kvtrim.tasks.numbers import final, numbers, stated
+from kvtrim.tasks.numbers import final, numbers, stated_number
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_numbers_are_read_in_order_with_their_signs(text, found):
     ],
 )
 def test_a_stated_number_comes_before_the_last_one(text, said, last):
-    assert stated(text) == (None if said is None else Decimal(said))
+    assert stated_number(text) == (None if said is None else Decimal(said))
     assert final(text) == (None if last is None else Decimal(last))
 
 

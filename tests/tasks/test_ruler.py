@@ -137,7 +137,7 @@ def test_the_wording_is_that_of_the_data(data):
     task = NEEDLES["multikey-3"][1]
     for row in rows:
         key = re.search(r"for (\S+) mentioned", row["question"])[1]
-        sample = needles._asked(task, row["context"], [key], row["answers"])
+        sample = needles._ask(task, row["context"], [key], row["answers"])
         assert text(sample) == row["prompt"] and sample.answers == tuple(row["answers"])
         assert sample.question.strip() == row["question"] and sample.prefix == row["answer_prefix"]
 
@@ -194,7 +194,7 @@ def test_common_words_are_common(ask, length, often, seldom):
 
 def test_more_words_than_there_are(monkeypatch, ask):
     monkeypatch.setattr(words, "words", lambda kind: ("cat", "dog", "owl", kind))
-    listed, right = words._numbered(words.Draw(0), 20, 2, 1)
+    listed, right = words._numbered_list(words.Draw(0), 20, 2, 1)
     assert len(set(re.split(r" ?\d+\. ", listed)[1:])) == 20 and len(right) == 10
 
 

@@ -12,7 +12,7 @@ from hostile import PROGRAMS
 
 from kvtrim.errors import UsageError
 from kvtrim.tasks import sandbox
-from kvtrim.tasks.sandbox import Limits, Outcome, allowed, is_allowed
+from kvtrim.tasks.sandbox import Limits, Outcome, allow, is_allowed
 
 
 def why_not():
@@ -29,14 +29,14 @@ SHORT = Limits(wall_s=15, cpu_s=1)
 
 
 def run(program, limits=SHORT):
-    with allowed():
+    with allow():
         return sandbox.run(program, limits)
 
 
 def test_nothing_runs_unless_it_is_allowed(tmp_path):
     with pytest.raises(UsageError, match="--allow-code-execution"):
         sandbox.run("pass")
-    with pytest.raises(ZeroDivisionError), allowed():
+    with pytest.raises(ZeroDivisionError), allow():
         assert is_allowed()
         raise ZeroDivisionError
     assert not is_allowed()
@@ -153,7 +153,7 @@ def test_plain_values_travel_and_nothing_else(result, wanted):
 
 
 def run_with(program, tests, entry="add", known=""):
-    with allowed():
+    with allow():
         return sandbox.run(program, SHORT, tests=tests, entry=entry, known=known)
 
 
@@ -221,7 +221,7 @@ def test_the_oracle_of_hostile_programs_would_notice(tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("precious")
     program = PROGRAMS["reads the file"].replace("{secret}", str(secret))
-    with allowed(unconfined=True):
+    with allow(unconfined=True):
         assert sandbox.run(program, SHORT, tests=TESTS, entry="add").passed
     assert not run_with(program, TESTS).passed
 
@@ -233,11 +233,11 @@ def test_without_bwrap_programs_are_refused_unless_that_is_said(monkeypatch):
     sandbox._shell.cache_clear()
     with monkeypatch.context() as without:
         without.setattr(sandbox.shutil, "which", lambda name: None)
-        with allowed(), pytest.raises(UsageError, match="bubblewrap") as refused:
+        with allow(), pytest.raises(UsageError, match="bubblewrap") as refused:
             sandbox.run("pass")
         for said in ("apt-get install bubblewrap", "--unconfined", "read, change, delete"):
             assert said in str(refused.value)
-        with allowed(unconfined=True):
+        with allow(unconfined=True):
             assert sandbox.run("pass").passed
             assert sandbox.run("assert 1 == 2") == Outcome(False, "AssertionError")
             assert sandbox.run("import os\nos._exit(0)\nassert 1 == 2").reason == "exit 0"
@@ -256,7 +256,7 @@ def test_a_bwrap_that_may_not_shut_is_refused(monkeypatch, tmp_path):
     with monkeypatch.context() as without:
         without.setattr(sandbox.shutil, "which", lambda name: str(closed))
         with (
-            allowed(),
+            allow(),
             pytest.raises(UsageError, match="cannot shut programs away here"),
         ):
             sandbox.run("pass")
@@ -268,7 +268,7 @@ def test_a_sandbox_that_cannot_start_is_refused_and_not_scored(monkeypatch):
         made.cache_clear()
     with monkeypatch.context() as broken:
         broken.setattr(sandbox, "_python", lambda: "/bin/false")
-        with allowed(unconfined=True), pytest.raises(UsageError, match="ended with 'exit 1'"):
+        with allow(unconfined=True), pytest.raises(UsageError, match="ended with 'exit 1'"):
             sandbox.run("pass")
     for made in (sandbox._works, sandbox._shell):
         made.cache_clear()

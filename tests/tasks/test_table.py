@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvtrim.errors import UnknownNameError
-from kvtrim.tasks import GROUPS, TASKS, named
+from kvtrim.tasks import GROUPS, TASKS, find_tasks
 from kvtrim.tasks.manual import manual
 from kvtrim.tasks.sources import SOURCES
 
@@ -34,17 +34,17 @@ def test_groups_hold_tasks_and_have_names_of_their_own():
 
 def test_tasks_by_name_and_by_group():
     asked = ["ruler-vt", "needles", "niah", "ruler-offline"]
-    found = [task.name for task in named(asked)]
+    found = [task.name for task in find_tasks(asked)]
     assert found[:5] == ["ruler-vt", *GROUPS["needles"]]
     assert len(found) == len(set(found)) == 4 + 11
-    assert named([]) == []
+    assert find_tasks([]) == []
 
 
 def test_a_name_nobody_knows():
     with pytest.raises(UnknownNameError, match="unknown task 'ruler-vd'; did you mean 'ruler-vt'"):
-        named(["ruler-vd"])
+        find_tasks(["ruler-vd"])
     with pytest.raises(UnknownNameError, match="longbench"):
-        named(["longbenhc"])
+        find_tasks(["longbenhc"])
 
 
 def test_the_page_of_tasks_is_current():

@@ -10,11 +10,11 @@ import torch
 from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.decode import LEAST, stepping, why_plain
+from kvtrim.hf.decode import LEAST, open_stepper, why_plain
 from kvtrim.hf.generate import mean_entries, plain_cache, read, stored_bytes
-from kvtrim.hf.keyword import passing
+from kvtrim.hf.keyword import cache_keyword
 from kvtrim.methods.keep import Keep
-from kvtrim.methods.settings import find, resolved, split
+from kvtrim.methods.settings import find, spell_out, split
 from kvtrim.methods.variant import Variant
 from kvtrim.types import Tensor
 
@@ -38,7 +38,7 @@ class Subject:
     full: bool = True  # whether it can tell the bytes of a full cache
     captured: Callable[[int], Steps] | None = None  # at most so many, where that can be done
 
-    def stepping(self, count: int) -> Steps:
+    def steps(self, count: int) -> Steps:
         """The way to feed at most so many single tokens after the prompt."""
         return nullcontext((self.feed, False)) if self.captured is None else self.captured(count)
 
@@ -74,7 +74,7 @@ class Candidate:
         if self.peer or self.method == PLAIN:
             return own | {"peer": self.peer}
         found = find(self.method, **self.settings)
-        more = {"name": self.method, "settings": self.settings, "parameters": resolved(found)}
+        more = {"name": self.method, "settings": self.settings, "parameters": spell_out(found)}
         return own | more
 
     @contextmanager
@@ -84,34 +84,36 @@ class Candidate:
         """An empty cache for prompts of so many tokens, and the model ready for it."""
         if self.method == PLAIN:
             cache = plain_cache(model)
-            yield Subject(cache, feeding(model, cache))
+            yield Subject(cache, make_feed(model, cache))
             return
         prompt = length if chunk is not None else None
         with attach(model):
             cache = Cache(
                 model, self.method, self.keep or 1, prompt_tokens=prompt, **self.settings
             )
-            yield Subject(cache, feeding(model, cache), captured=captured(model, cache, capture))
+            yield Subject(
+                cache, make_feed(model, cache), captured=capture_steps(model, cache, capture)
+            )
 
 
-def captured(model: Any, cache: Cache, capture: bool) -> Callable[[int], Steps] | None:
+def capture_steps(model: Any, cache: Cache, capture: bool) -> Callable[[int], Steps] | None:
     """Captured steps, if they are wanted and can be had."""
     if not capture or why_plain(model, cache, LEAST, {}) is not None:
         return None
 
     @contextmanager
     def steps(count: int) -> Iterator[tuple[Feed, bool]]:
-        with stepping(model, cache, count) as step:
+        with open_stepper(model, cache, count) as step:
             yield lambda ids: step(ids)[:, None], step.plain is None
 
     return steps
 
 
-def feeding(model: Any, cache: Any) -> Feed:
+def make_feed(model: Any, cache: Any) -> Feed:
     """Passes over the model that fill a cache."""
 
     def feed(ids: Tensor) -> Tensor:
-        return model(input_ids=ids, **passing(cache), logits_to_keep=1).logits
+        return model(input_ids=ids, **cache_keyword(cache), logits_to_keep=1).logits
 
     return feed
 
@@ -138,7 +140,7 @@ def candidates(
         left = {key: value for key, value in settings.items() if key not in variant.settings}
         shared, _ = split(name, left)
         shared = {} if method.full else shared
-        own = variant.joined(shared)
+        own = variant.merge(shared)
         find(variant.name, **own)
         unused = {key: value for key, value in unused.items() if key not in shared}
         budgets = [""] if method.full else keeps
@@ -182,4 +184,4 @@ def read_prompt(model: Any, ids: Tensor, cache: Cache, prefill_chunk: int | None
             last = (ids.shape[1] - 1) % prefill_chunk + 1
             read(model, ids[:, :-last], cache, prefill_chunk)
             ids = ids[:, -last:]
-        return model(input_ids=ids, **passing(cache), logits_to_keep=1).logits[:, -1]
+        return model(input_ids=ids, **cache_keyword(cache), logits_to_keep=1).logits[:, -1]

@@ -76,7 +76,7 @@ class Comparison:
         follow = encode_question(tokenizer, around, question)
         room = window(model) - max_new_tokens - len(follow)
         read_first = fit_context(tokenizer, around, context, room, truncate)
-        self._whole = read_first.asked(follow)
+        self._whole = read_first.with_question(follow)
         self._read_first = read_first if protocol == AGNOSTIC else self._whole
         self._words = repeat_words(tokenizer, around)
         self._hidden = any(
@@ -100,9 +100,9 @@ class Comparison:
         found: dict[int, Result] = {}
         for number, cell in enumerate(self._cells):
             progress = told and told(cell)
-            recording = self._shared(cell, progress)
+            recording = self._share(cell, progress)
             if recording is not None:
-                found[number] = self._continued(recording, cell, progress)
+                found[number] = self._continue(recording, cell, progress)
         recording = self._recording = None  # the others need the memory
         for number, cell in enumerate(self._cells):
             if number not in found:
@@ -110,12 +110,12 @@ class Comparison:
                 found[number] = self._by_itself(cell, told and told(cell))
         return [found[number] for number in range(len(self._cells))]
 
-    def _continued(
+    def _continue(
         self, recording: Recording, cell: Candidate, progress: Progress | None
     ) -> Result:
         model, tokenizer, *_ = self._given
         start = perf_counter()
-        cache = recording.unshared().cache(
+        cache = recording.unshare().cache(
             cell.method, cell.keep or 1.0, template=self._template, **cell.settings
         )
         synchronize(model.device)
@@ -134,7 +134,7 @@ class Comparison:
         made = generate(*self._given, **(own | self._how | cell.settings))
         return replace(made, method=cell.label)
 
-    def _shared(self, cell: Candidate, progress: Progress | None) -> Recording | None:
+    def _share(self, cell: Candidate, progress: Progress | None) -> Recording | None:
         """The reading, if this method can go on from it."""
         model = self._given[0]
         own = Cache(model, cell.method, cell.keep or 1.0, prompt_tokens=1, **cell.settings).method

@@ -94,10 +94,10 @@ def read(path: Path) -> list[Asked]:
         raise UsageError(f"{path} is empty; put one prompt on a line")
     if path.suffix != ".jsonl":
         return [Asked(line.replace("\\n", "\n")) for _, line in rows]
-    return [_asked(line, f"{path}:{n}") for n, line in rows]
+    return [_parse(line, f"{path}:{n}") for n, line in rows]
 
 
-def _asked(line: str, where: str) -> Asked:
+def _parse(line: str, where: str) -> Asked:
     try:
         row = files.parse(line)
     except ValueError as error:
@@ -129,11 +129,11 @@ def encode(model: Any, tokenizer: Any, plan: Plan, prompts: Sequence[Asked]) -> 
             given = fit_context(tokenizer, own, one.context, room, plan.truncate)
         except UsageError as error:
             raise UsageError(f"prompt {number}: {error}") from None
-        made.append(_parted(given.asked(asked)))
+        made.append(_part(given.with_question(asked)))
     return made
 
 
-def _parted(prompt: Prompt) -> Prompt:
+def _part(prompt: Prompt) -> Prompt:
     """The last token goes into the question where there is none, so that something follows."""
     if prompt.question:
         return prompt
@@ -202,12 +202,12 @@ class _Judge:
     def line(self, cell: Candidate, ready: Ready | Failure) -> Line:
         """What a method and budget made of it."""
         key = {"method": cell.label, "keep": cell.keep, "tokens": len(self._gold)}
-        found = ready if isinstance(ready, Failure) else attempt(lambda: self._judged(ready))
+        found = ready if isinstance(ready, Failure) else attempt(lambda: self._judge(ready))
         if isinstance(found, Failure):
             return key | {"outcome": found.outcome, "reason": found.reason}
         return key | {"outcome": OK, "reason": ""} | found
 
-    def _judged(self, ready: Ready) -> Line:
+    def _judge(self, ready: Ready) -> Line:
         name = "prefill_s" if ready.times["evict_s"] is None else "evict_s"
         found = ready.held | {name: ready.times[name]}
         branch = self._branch(ready)

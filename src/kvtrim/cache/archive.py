@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from kvtrim.errors import CacheFileError, FileError
-from kvtrim.files import parse, replacing
+from kvtrim.files import parse, replacement
 from kvtrim.types import Tensor
 
 FORMAT = 2
@@ -47,7 +47,7 @@ def write(
         _DIGEST: _digest(text, on_cpu),
     }
     try:
-        with replacing(target) as partial:
+        with replacement(target) as partial:
             save_file(on_cpu, partial, metadata)
     except FileError as error:
         raise CacheFileError(str(error)) from error

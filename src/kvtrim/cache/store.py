@@ -18,7 +18,7 @@ LEAST_SLACK, MOST_SLACK = 16, 256
 """A full head grows by a sixteenth of its length within these bounds: few copies, little waste."""
 
 
-def following(ends: Int[Tensor, " R"], count: int) -> Int[Tensor, " N"]:
+def next_slots(ends: Int[Tensor, " R"], count: int) -> Int[Tensor, " N"]:
     """The next `count` slots of every run."""
     if count == 1:
         return ends
@@ -86,7 +86,7 @@ class LayerStore:
         return cls(buffers, none, none.clone(), none.clone())
 
     @classmethod
-    def packed(cls, buffers: dict[str, Tensor], length: Counts) -> "LayerStore":
+    def pack(cls, buffers: dict[str, Tensor], length: Counts) -> "LayerStore":
         """A store over buffers that hold the heads' entries one after the other, without slack."""
         return cls(buffers, starts_of(length), length, length.clone())
 
@@ -130,16 +130,16 @@ class LayerStore:
             return self.borrowed, None
         if self.width is not None:
             return {name: view[:, :, : self.width] for name, view in self._views.items()}, None
-        slots = self._padded()
+        slots = self._padded_slots()
         return {name: buffer[slots] for name, buffer in self.buffers.items()}, self.length
 
     def column(self, name: str) -> Float[Tensor, "B K S"]:
         """One column of `dense`, the others left alone."""
         if self.borrowed is not None or self.width is not None:
             return self.dense()[0][name]
-        return self.buffers[name][self._padded()]
+        return self.buffers[name][self._padded_slots()]
 
-    def _padded(self) -> Int[Tensor, "B K S"]:
+    def _padded_slots(self) -> Int[Tensor, "B K S"]:
         """Every head's slots; its last one again where others have more."""
         reach = torch.arange(int(self.length.max())).expand(*self.length.shape, -1)
         slots = self.start[..., None] + reach.minimum((self.length[..., None] - 1).clamp(min=0))
@@ -162,7 +162,7 @@ class LayerStore:
                 view[:, :, self.width : self.width + count] = new.get(name, 0)
             self.width += count
         else:
-            self._write(following(self._ends, count), new)
+            self._write(next_slots(self._ends, count), new)
             self._ends = self._ends + count
         self._free -= count
         self.length = self.length + count
@@ -188,7 +188,7 @@ class LayerStore:
         count[row] = new["keys"].shape[2]
         self._make_room(count)
         ends = (self.start + self.length)[row].to(self.keys.device)
-        self._write(following(ends, new["keys"].shape[2]), new)
+        self._write(next_slots(ends, new["keys"].shape[2]), new)
         self._resize(self.length + count)
 
     def retain(self, kept: Kept) -> None:
@@ -240,7 +240,7 @@ class LayerStore:
         self._reaches.add(reach)
         return reach
 
-    def shortened(self, length: Counts) -> "LayerStore":
+    def shorten(self, length: Counts) -> "LayerStore":
         """This store cut back, or a copy of it where somebody needs what would be forgotten."""
         length = torch.minimum(self.length, length)
         needed = any(bool((reach.length > length).any()) for reach in list(self._reaches))
@@ -276,7 +276,7 @@ class LayerStore:
         length, start = self.length[rows], self.start[rows]
         old = slots_of(start, length).to(self.keys.device)
         buffers = {name: buffer[old] for name, buffer in self.buffers.items()}
-        return LayerStore.packed(buffers, length)
+        return LayerStore.pack(buffers, length)
 
     def copy(self) -> "LayerStore":
         """An independent store with the same entries, packed."""

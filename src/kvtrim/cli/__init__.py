@@ -34,7 +34,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _fail(*_said(error))
+        _fail(*_message(error))
     else:
         if code == EXIT_INTERRUPTED:
             _fail("interrupted", EXIT_INTERRUPTED)
@@ -48,7 +48,7 @@ def _without_debug(given: list[str]) -> tuple[list[str], bool]:
     return [*kept, *given[end:]], len(kept) < end
 
 
-def _said(error: Exception) -> tuple[str, int]:
+def _message(error: Exception) -> tuple[str, int]:
     """What happened, on one line, and the exit code."""
     text = " ".join(str(error).split())
     if isinstance(error, KvtrimError):

@@ -72,7 +72,7 @@ def ask(
     if json and stream:
         raise UsageError("--json is one object at the end; leave --stream or --json out")
     request = options.request(method, keep, set_, protocol, truncate, prefill_chunk)
-    sampling = options.sampling(temperature, top_p, seed)
+    sampling = options.sampling_options(temperature, top_p, seed)
     own = None if name is None else options.library_in(library)
     if own is not None and name is not None:
         own.get(name)
@@ -158,10 +158,10 @@ def compress(
     """Read a document once, evict before any question is known, keep the cache for `ask`."""
     request = options.request(method, keep, set_, None, truncate, prefill_chunk)
     if name is not None:
-        from kvtrim.serve.library import checked_name
+        from kvtrim.serve.library import check_name
 
         options.require_unset(context, ("out",), "names a file, --name a document of the library")
-        checked_name(name)
+        check_name(name)
     else:
         options.require_writable(out)
     text = options.read_document(document, shots_separator, library)
@@ -182,7 +182,7 @@ def compress(
             entry, read = documents.add(own, name, loaded, tokenizer, prints, text, asked, report)
         record = _facts(f"@{name}", entry.file_bytes, entry)
         record |= {"read_tokens": entry.tokens if read else 0, "library": str(own.folder)}
-        _print_compressed(record, json)
+        _print_compression(record, json)
         return
     from kvtrim.api import compress as run
 
@@ -201,7 +201,7 @@ def compress(
         "full_bytes": cache.full_bytes,
         "remark": cache.remark,
     }
-    _print_compressed(record, json)
+    _print_compression(record, json)
 
 
 def _facts(where: str, file_bytes: int, entry: "Entry") -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _facts(where: str, file_bytes: int, entry: "Entry") -> dict[str, Any]:
     }
 
 
-def _print_compressed(record: dict[str, Any], json: bool) -> None:
+def _print_compression(record: dict[str, Any], json: bool) -> None:
     if json:
         output.print_json(record)
         return
@@ -252,7 +252,8 @@ def _print_figures(result: "Result") -> None:
     output.err.print(
         f"{result.method} {result.keep}, {result.protocol}: {result.prompt_tokens} prompt tokens, "
         f"first token after {output.seconds(result.ttft_s)}, then {output.seconds(result.tpot_s)} "
-        f"each, {output.size(result.held_bytes)} held ({share:.1f}% of full); {_reading(result)}",
+        f"each, {output.size(result.held_bytes)} held ({share:.1f}% of full); "
+        f"{_tokens_read(result)}",
         style="dim",
         highlight=False,
     )
@@ -260,7 +261,7 @@ def _print_figures(result: "Result") -> None:
         output.note(result.remark)
 
 
-def _reading(result: "Result") -> str:
+def _tokens_read(result: "Result") -> str:
     """How many tokens were read for these answers, and how many were there."""
     read, reused = result.read_tokens, result.reused_tokens
     if not reused:

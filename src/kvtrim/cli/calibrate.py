@@ -255,10 +255,10 @@ def echo(
     plan = bench.Plan(target, tokens, length, seed, chat)  # pyright: ignore[reportArgumentType]
     with output.progress() as report:
         if not given:
-            own = echo_texts.own(loaded, tokenizer, length, seed, report)
-            given = echo_texts.mixed(own, echo_texts.made(length, seed))
+            own = echo_texts.write(loaded, tokenizer, length, seed, report)
+            given = echo_texts.mix(own, echo_texts.compose(length, seed))
         fitted = bench.fit(loaded, tokenizer, plan, given, report)
-    written = bench.written(loaded, tokenizer, model, plan, fitted)
+    written = bench.fit_record(loaded, tokenizer, model, plan, fitted)
     echo_tables.write(out, fitted.table, written)
     picture: Path | None = out.with_suffix(".png")
     try:

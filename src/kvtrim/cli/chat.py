@@ -138,7 +138,7 @@ class Chat:
     def _command(self, word: str, rest: str) -> None:
         commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: output.out.print(HELP),
-            "/held": self._held,
+            "/held": self._print_memory,
             "/keep": lambda keep: self._read(self._method, keep),
             "/method": lambda method: self._read(method, self._keep),
             "/undo": self._undo,
@@ -152,7 +152,7 @@ class Chat:
 
     def _read(self, method: str, keep: str) -> None:
         """Read the document with this method and budget; the turns so far go on behind it."""
-        from kvtrim.serve.reading import held
+        from kvtrim.serve.reading import document_of
         from kvtrim.serve.talk import Talk
 
         if self._text is None and self._talk is not None:
@@ -177,11 +177,11 @@ class Chat:
             )
             if cache.remark:
                 output.note(cache.remark)
-            document = held("document", cache.copy())
+            document = document_of("document", cache.copy())
         self._talk = Talk(self._model, self._tokenizer, document, before)
         self._method, self._keep, self._settings, self._named = method, keep, settings, None
 
-    def _held(self, _: str) -> None:
+    def _print_memory(self, _: str) -> None:
         document, usage = self.talk.document, self.talk.usage
         if document is not None:
             share = 100 * document.held_bytes / document.full_bytes

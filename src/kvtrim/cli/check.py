@@ -29,7 +29,7 @@ def check(
             | {"checks": [vars(f) for f in findings]}
         )
     else:
-        rows = [[f.what, "yes" if f.passed else "NO", _written(f.difference)] for f in findings]
+        rows = [[f.what, "yes" if f.passed else "NO", _format(f.difference)] for f in findings]
         columns = [("check", "left"), ("passed", "left"), ("largest difference", "right")]
         output.table(f"kvtrim on {model}", columns, rows)
         for why in dict.fromkeys(f.why for f in findings if f.why):
@@ -38,5 +38,5 @@ def check(
         raise typer.Exit(1)
 
 
-def _written(difference: float | None) -> str:
+def _format(difference: float | None) -> str:
     return "-" if difference is None else f"{difference:.1e}"

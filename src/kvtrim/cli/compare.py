@@ -43,7 +43,7 @@ def compare(
     cells = _cells(methods, keeps, set_, prefill_chunk)
     text = options.read_document(document, shots_separator, library)
     loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
-    _require_served(loaded, cells)
+    _require_support(loaded, cells)
     with output.progress() as report:
         _warm_up(loaded, tokenizer)
         from kvtrim.bench.comparison import Comparison
@@ -62,11 +62,11 @@ def compare(
             prefill_chunk=prefill_chunk,
         )
 
-        def told(cell: "Candidate") -> Any:
+        def progress_of(cell: "Candidate") -> Any:
             label = f"{cells.index(cell) + 1} of {len(cells)}: {cell.said}"
             return lambda what, done, out_of: report(f"{label}, {what}", done, out_of)
 
-        results = comparison.results(told)
+        results = comparison.results(progress_of)
     _print_comparison(comparison, results, questions[0], json)
 
 
@@ -85,7 +85,7 @@ def _cells(
     return cells
 
 
-def _require_served(model: Any, cells: list["Candidate"]) -> None:
+def _require_support(model: Any, cells: list["Candidate"]) -> None:
     """Refuse at once a method that this model lacks something for."""
     from kvtrim.hf.cache import Cache
 
@@ -127,10 +127,10 @@ def _print_comparison(
     answers = [[r.method, _keep(r), " ".join(r.text.split()) or EMPTY] for r in results]
     output.table(question, [("method", "left"), ("keep", "right"), ("answer", "left")], answers)
     _remarks(results)
-    _tell_reading(comparison, results)
+    _explain_first_token(comparison, results)
 
 
-def _tell_reading(comparison: "Comparison", results: list["Result"]) -> None:
+def _explain_first_token(comparison: "Comparison", results: list["Result"]) -> None:
     """What the seconds to the first token are made of."""
     alone, seconds = sorted({cell.label for cell in comparison.alone}), comparison.reading_s
     if seconds is None:

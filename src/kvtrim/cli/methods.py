@@ -72,7 +72,7 @@ def _explain(e: "Entry", json: bool) -> None:
             ("reads", propagation.sentences),
             ("evicts", e.schedule),
             ("source", e.method.source),
-            *((label.lower(), said) for label in e.LABELS for said in e.labelled(label)),
+            *((label.lower(), said) for label in e.LABELS for said in e.under_label(label)),
         ]
     )
     columns = [(heading, "left") for heading in ("name", "default", "takes", "meaning")]

@@ -134,7 +134,7 @@ def name_in(given: str | None) -> str | None:
     return given[1:] if given is not None and given.startswith("@") else None
 
 
-def sampling(
+def sampling_options(
     temperature: float | None, top_p: float | None, seed: int | None
 ) -> dict[str, float | bool]:
     """How `kvtrim.generate` is to choose tokens: greedily, unless a temperature is given.

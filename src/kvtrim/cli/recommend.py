@@ -75,13 +75,13 @@ def recommend(
     plan = bench.Plan(cells, aware, max_new_tokens, tolerance, chat, cut, prefill_chunk)
     loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
     if method is None:
-        cells = _served(loaded, cells)
+        cells = _servable(loaded, cells)
         plan = replace(plan, cells=cells)
-    _require_served(loaded, cells)
+    _require_support(loaded, cells)
     given = bench.encode(loaded, tokenizer, plan, asked)
     with output.progress() as report:
         lines = bench.measure(loaded, tokenizer, plan, given, report)
-    found = _found(loaded, model, protocol, plan, asked, lines)
+    found = _outcome(loaded, model, protocol, plan, asked, lines)
     found["prompts"]["tokens"] = [len(prompt) for prompt in given]
     if json:
         output.print_json(found)
@@ -101,14 +101,14 @@ def _cells(methods: list[str], keeps: list[str], set_: list[str] | None) -> Any:
     return cells
 
 
-def _served(model: Any, cells: Any) -> Any:
+def _servable(model: Any, cells: Any) -> Any:
     """Those of the methods tried by default that this model can serve; the others are named."""
     from kvtrim.errors import KvtrimError
 
     refused = {}
     for cell in {cell.label: cell for cell in cells}.values():
         try:
-            _require_served(model, [cell])
+            _require_support(model, [cell])
         except KvtrimError as error:
             refused[cell.label] = error
             output.note(f"{cell.label} is left out: {error}")
@@ -118,7 +118,7 @@ def _served(model: Any, cells: Any) -> Any:
     return left
 
 
-def _require_served(model: Any, cells: Any) -> None:
+def _require_support(model: Any, cells: Any) -> None:
     """Refuse at once a method that this model lacks something for."""
     from kvtrim.hf.cache import Cache
 
@@ -126,7 +126,7 @@ def _require_served(model: Any, cells: Any) -> None:
         Cache(model, cell.method, 1.0, prompt_tokens=1, **cell.settings)
 
 
-def _found(
+def _outcome(
     model: Any, name: str, protocol: str, plan: "Plan", asked: Any, lines: list[dict[str, Any]]
 ) -> dict[str, Any]:
     from kvtrim.bench import recommend as bench

@@ -63,18 +63,18 @@ def report(
     _require(places, documents, check, fill)
     target = _target(places, out)
     with output.busy("reading and averaging"):
-        sections, speeds = folders.found(places)
+        sections, speeds = folders.read_results(places)
         made = chapters(sections, speeds)
     for note in gaps.notes(folders.empty(places), sections):
         output.note(note)
     tables = checking.all_tables(made)
     if check:
         derived = [each for one in sections for run in one.runs for each in checking.averages(run)]
-        _checked(made, target, documents, derived)
+        _check(made, target, documents, derived)
         return
     for path in fill or []:
-        _write(path, checking.filled(path, tables).encode())
-    _written(target, made, methods(sections, speeds))
+        _write(path, checking.fill(path, tables).encode())
+    _write_report(target, made, methods(sections, speeds))
     if json:
         output.print_json(_json(target, made))
     else:
@@ -106,7 +106,7 @@ def _target(places: Sequence[Path], out: Path | None) -> Path:
     return places[0]
 
 
-def _checked(
+def _check(
     chapters: "Sequence[Chapter]", target: Path, documents: Sequence[Path], derived: Sequence[Any]
 ) -> None:
     """Compare, say what differs, and leave with 1 if anything does."""
@@ -133,13 +133,13 @@ def _links(chapters: "Sequence[Chapter]") -> dict[str, str]:
     return {name: f"plots/{name.replace('/', '-')}.png" for name in names}
 
 
-def _written(target: Path, chapters: "Sequence[Chapter]", methods: Sequence[str]) -> None:
+def _write_report(target: Path, chapters: "Sequence[Chapter]", methods: Sequence[str]) -> None:
     """The pages and the pictures, as far as there is something to draw with."""
     from kvtrim.report import html, markdown
 
     links = _links(chapters)
     try:
-        drawn = _drawn(target, chapters, methods, links)
+        drawn = _draw(target, chapters, methods, links)
     except UsageError as error:
         drawn = {}
         output.err.print(f"kvtrim: {error}; the report has no plots", markup=False)
@@ -147,7 +147,7 @@ def _written(target: Path, chapters: "Sequence[Chapter]", methods: Sequence[str]
     _write(target / "report.html", html.page(chapters, drawn).encode())
 
 
-def _drawn(
+def _draw(
     target: Path,
     chapters: "Sequence[Chapter]",
     methods: Sequence[str],

@@ -132,7 +132,7 @@ def speed(
     loaded = _model(model, config, layers, width, device, dtype, threads, allow_untested)
     plan.require_fits(loaded, trained=config is None)
     record = _record(loaded, about, plan, chosen)
-    journal, record = _opened(out, record)
+    journal, record = _open(out, record)
     if most is not None:
         _fill(loaded, plan, chosen, journal, record, out, json)
         return
@@ -221,7 +221,7 @@ def _record(model: Any, about: dict[str, Any], plan: Any, chosen: Any) -> dict[s
     }
 
 
-def _opened(out: Path | None, record: dict[str, Any]) -> "tuple[Journal, dict[str, Any]]":
+def _open(out: Path | None, record: dict[str, Any]) -> "tuple[Journal, dict[str, Any]]":
     from kvtrim.records import journal
 
     return (journal.Journal(), record) if out is None else journal.begin(out, record)

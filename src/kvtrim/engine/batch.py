@@ -64,4 +64,4 @@ def _stores(stores: Sequence[LayerStore]) -> LayerStore:
             store.add_column(BIAS)
     names = [*_OWN, *([BIAS] if BIAS in packed[0].buffers else [])]
     buffers = {name: torch.cat([store.buffers[name] for store in packed]) for name in names}
-    return LayerStore.packed(buffers, torch.cat([store.length for store in packed]))
+    return LayerStore.pack(buffers, torch.cat([store.length for store in packed]))

@@ -16,7 +16,7 @@ from kvtrim.engine.batch import joinable
 from kvtrim.engine.layer import Call
 from kvtrim.engine.session import Session
 from kvtrim.errors import CacheError
-from kvtrim.kernels.parts import Part, attended, joined
+from kvtrim.kernels.parts import Part, attend_part, join_parts
 from kvtrim.types import Float, Tensor
 
 _ROOM = 32  # entries that a continuation's buffers grow by at least
@@ -48,19 +48,19 @@ class Base:
         self.counts = [store.length[0].tolist() for store in stores]
         self._layers = [_runs(store) for store in stores]
 
-    def attended(self, index: int, call: Call, queries: Float[Tensor, "1 H N D"]) -> Part | None:
+    def attend(self, index: int, call: Call, queries: Float[Tensor, "1 H N D"]) -> Part | None:
         """What queries of any continuations find in one layer; None where it holds nothing."""
         runs = self._layers[index]
         if len(runs) == 1:
             keys, values, bias = runs[0]
             if not keys.shape[2]:
                 return None
-            return attended(queries, keys, values, call.scale, call.softcap, bias)
+            return attend_part(queries, keys, values, call.scale, call.softcap, bias)
         group, parts = queries.shape[1] // len(runs), []
         for head, (keys, values, bias) in enumerate(runs):
             own = queries[:, head * group : (head + 1) * group]
             if keys.shape[2]:
-                parts.append(attended(own, keys, values, call.scale, call.softcap, bias))
+                parts.append(attend_part(own, keys, values, call.scale, call.softcap, bias))
             else:
                 nothing = own.new_zeros(*own.shape[:3], values.shape[-1])
                 parts.append((nothing, torch.full_like(nothing[..., 0], -torch.inf)))
@@ -127,8 +127,8 @@ class Branch:
         if length + count > tail.keys.shape[2]:
             capacity = max(self.room, length + count, length + max(_ROOM, length // 4))
             tail = self.tails[index] = Tail(
-                _grown(tail.keys, call.keys, length, capacity),
-                _grown(tail.values, call.values, length, capacity),
+                _grow(tail.keys, call.keys, length, capacity),
+                _grow(tail.values, call.values, length, capacity),
             )
         part = slice(length, length + count)
         tail.keys[:, :, part], tail.values[:, :, part] = call.keys, call.values
@@ -144,15 +144,15 @@ class Branch:
         capacity = max(room, length)
         other.tails = [
             Tail(
-                _grown(tail.keys[:, :, :length], tail.keys, length, capacity),
-                _grown(tail.values[:, :, :length], tail.values, length, capacity),
+                _grow(tail.keys[:, :, :length], tail.keys, length, capacity),
+                _grow(tail.values[:, :, :length], tail.values, length, capacity),
             )
             for tail in self.tails
         ]
         return other
 
 
-def _grown(held: Tensor, like: Tensor, length: int, capacity: int) -> Tensor:
+def _grow(held: Tensor, like: Tensor, length: int, capacity: int) -> Tensor:
     buffer = like.new_empty(1, like.shape[1], capacity, like.shape[3])
     buffer[:, :, :length] = held[:, :, :length]
     return buffer
@@ -170,7 +170,7 @@ def attend(
     for branch, columns in branches:
         own = call.columns(columns)
         keys, values = branch.append(index, own)
-        parts.append(attended(own.queries, keys, values, call.scale, call.softcap, causal=True))
+        parts.append(attend_part(own.queries, keys, values, call.scale, call.softcap, causal=True))
     shared: dict[int, list[int]] = {}
     for number, (branch, _) in enumerate(branches):
         if branch.base is not None:
@@ -179,12 +179,12 @@ def attend(
     for numbers in shared.values():
         base = branches[numbers[0]][0].base
         queries = torch.cat([call.queries[:, :, branches[n][1]] for n in numbers], dim=2)
-        found = base.attended(index, call, queries) if base else None
+        found = base.attend(index, call, queries) if base else None
         if found is None:
             continue
         own = torch.cat([parts[n][0] for n in numbers], dim=2)
         lses = torch.cat([parts[n][1] for n in numbers], dim=2)
-        mixed = joined([(own, lses), found])
+        mixed = join_parts([(own, lses), found])
         counts = [parts[n][0].shape[2] for n in numbers]
         for number, piece in zip(numbers, mixed.split(counts, dim=2), strict=True):
             out[number] = piece

@@ -18,7 +18,7 @@ from kvtrim.errors import UsageError
 from kvtrim.kernels import explicit
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method
-from kvtrim.methods.policies.base import observed
+from kvtrim.methods.policies.base import checked_statistic
 from kvtrim.types import Float, Kept, LayerView, Probed, Tensor
 
 CARRIED = "carried"  # the store's column for a policy's running statistic
@@ -89,10 +89,10 @@ class Cuts:
                     view = replace(view, received=most)
                 else:
                     out = None
-                self._part(store, rows).set_column(CARRIED, observed(policy, view))
+                self._part(store, rows).set_column(CARRIED, checked_statistic(policy, view))
         return out
 
-    def foreseen(self, index: int, call: Call) -> Float[Tensor, "B K Q"]:
+    def foresee(self, index: int, call: Call) -> Float[Tensor, "B K Q"]:
         """What the policy says of a layer's new tokens, padding included, for every head stored.
 
         Raises:
@@ -253,7 +253,7 @@ class Cuts:
 
     def _budget(self, keep: Keep, length: int, entry_bytes: int) -> tuple[int, float]:
         """Entries per head for a prompt of this length, and the same before rounding."""
-        asked, policy = keep.asked(length, entry_bytes), self.method.policy
+        asked, policy = keep.per_head(length, entry_bytes), self.method.policy
         protected = policy.sinks + policy.recent(int(asked))
         return keep.entries(length, protected, entry_bytes), asked
 

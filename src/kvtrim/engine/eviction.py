@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from kvtrim.methods.budgets.base import Ledger
 from kvtrim.methods.demotion import demote
 from kvtrim.methods.method import Method
-from kvtrim.methods.policies.base import rescored, scored
+from kvtrim.methods.policies.base import checked_rescore, checked_score
 from kvtrim.methods.selection import SecondStage, select
 from kvtrim.types import Counts, Float, Kept, LayerView, Room, Scores, Tensor
 
@@ -84,7 +84,7 @@ class Evictor(Cutter):
 
     def late(self, held: Sequence[Counts]) -> bool:
         """See `Cutter.late`."""
-        protected = sum(self._protected())
+        protected = sum(self._protected_ends())
         may = sum(int(counts.sum()) + counts.numel() * protected for counts in self.dealt)
         return bool(self.dealt) and sum(int(counts.sum()) for counts in held) > may + may // LATE
 
@@ -92,23 +92,23 @@ class Evictor(Cutter):
         """See `Cutter.again`."""
         if not self.dealt:
             return None
-        sinks, recent = self._protected()
+        sinks, recent = self._protected_ends()
         counts = self.dealt[layer]
         if bool((held <= counts + sinks + recent).all()):
             return None
         candidates = max(sinks, scores.shape[-1] - recent)
         return select(scores[..., :candidates], counts, held, sinks=sinks, recent=recent)
 
-    def _protected(self) -> tuple[int, int]:
+    def _protected_ends(self) -> tuple[int, int]:
         policy = self.method.policy
         newest = min(policy.local, (self.keep - policy.sinks) // 2) if self.decoding else 0
         return policy.sinks, max(policy.recent(self.keep), newest)
 
     def _select(self, view: LayerView, share: Counts | None) -> Kept | None:
         policy, slots = self.method.policy, view.keys.shape[2]
-        sinks, recent = self._protected()
-        plain = scored(policy, view)
-        scores = self._demoted(plain, view)
+        sinks, recent = self._protected_ends()
+        plain = checked_score(policy, view)
+        scores = self._demote(plain, view)
         counts = self._counts(view, scores) if share is None else share
         held = torch.full_like(counts, slots) if view.lengths is None else view.lengths
         kept = select(
@@ -126,7 +126,7 @@ class Evictor(Cutter):
     def _counts(self, view: LayerView, scores: Scores) -> Counts:
         """How many candidates each head keeps."""
         budget, policy = self.method.budget, self.method.policy
-        sinks, recent = self._protected()
+        sinks, recent = self._protected_ends()
         room = Room(
             layer=view.index,
             layers=view.layers,
@@ -150,9 +150,9 @@ class Evictor(Cutter):
         if policy.first_stage == 1:
             return None
         first = policy.first_entries(counts, self.keep)
-        return SecondStage(first, self._demoted(rescored(policy, view, scores), view))
+        return SecondStage(first, self._demote(checked_rescore(policy, view, scores), view))
 
-    def _demoted(self, scores: Scores, view: LayerView) -> Scores:
+    def _demote(self, scores: Scores, view: LayerView) -> Scores:
         return demote(scores, view) if self.method.demote else scores
 
 

@@ -13,7 +13,7 @@ from kvtrim.engine.eviction import Cutter, Cutters
 from kvtrim.engine.state import State
 from kvtrim.engine.tokens import Pass
 from kvtrim.methods.method import Method
-from kvtrim.methods.policies.base import scored
+from kvtrim.methods.policies.base import checked_score
 from kvtrim.methods.selection import select
 from kvtrim.types import Counts, Kept, LayerView
 
@@ -36,7 +36,7 @@ class Trimmer(Cutter):
         counts = torch.full(view.keys.shape[:2], max(0, self.keep - recent))
         held = torch.full_like(counts, view.keys.shape[2])
         kept = select(
-            scored(policy, view),
+            checked_score(policy, view),
             counts,
             int(held[0, 0]) if view.lengths is None else view.lengths,
             recent=recent,

@@ -50,7 +50,7 @@ class Past:
         return held + sum(tensor.nbytes for tensor in tensors)
 
     @classmethod
-    def begun(
+    def begin(
         cls, state: State, columns: int, mask: Tensor | None, evicts: bool, keeps_calls: bool
     ) -> "Past":
         """A pass is about to begin, which may evict entries of this state."""
@@ -229,7 +229,7 @@ class Undoable(ABC):
         part = (1 < columns <= RECALLED or (self.recording and columns > 1)) and not (
             plan.propagate or plan.before
         )
-        return Past.begun(self.state, columns, mask, evicts, part)
+        return Past.begin(self.state, columns, mask, evicts, part)
 
     def _note(self, index: int, call: Call) -> None:
         if self._past is not None and not self._plan.probe:

@@ -194,7 +194,7 @@ def _store(
         raise ValueError(f"{prefix}entries are of another kind of number")
     _require_positions(positions, length, lengths, prefix)
     _require(heads > 0, f"{prefix}length without heads")
-    return LayerStore.packed({name: each.to(device) for name, each in buffers.items()}, length)
+    return LayerStore.pack({name: each.to(device) for name, each in buffers.items()}, length)
 
 
 def _require_positions(positions: Tensor, length: Counts, lengths: list[int], prefix: str) -> None:

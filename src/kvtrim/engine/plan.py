@@ -166,7 +166,7 @@ def plan_pass(
         return Plan(action.reads, coming=coming)
     before_it = state.reading.lengths or [0] * len(lengths)
     new = [length - before for length, before in zip(lengths, before_it, strict=True)]
-    closes = _closing(method, state, prompt, new)
+    closes = _is_input(method, state, prompt, new)
     if action.cuts == "schedule":
         due = _due(method, state, lengths, closes)
     else:
@@ -223,7 +223,7 @@ def _require_whole(method: Method, stage: Stage, coming: int) -> None:
         )
 
 
-def _closing(method: Method, state: State, prompt: bool, new: Sequence[int]) -> list[bool]:
+def _is_input(method: Method, state: State, prompt: bool, new: Sequence[int]) -> list[bool]:
     """For each prompt whether what it reads now was handed over, not generated."""
     if method.schedule.region != "generated":
         return [False] * len(new)

@@ -13,7 +13,7 @@ from kvtrim.cache.store import BIAS, LayerStore
 from kvtrim.engine.layer import Call, Held
 from kvtrim.engine.tokens import Pass
 from kvtrim.errors import UsageError
-from kvtrim.methods.refit import Refit, answered
+from kvtrim.methods.refit import Refit, aim_of
 from kvtrim.types import Aim, Float, Int, LayerView, Probed, Tensor
 
 Aims = dict[int, dict[int, Aim]]
@@ -99,7 +99,7 @@ class Refitting:
                 continue
             queries = references[row].unflatten(0, (kv_heads, -1)).flatten(1, 2)
             given = queries, view.keys[number], view.values[number]
-            own[row] = answered(*given, view.scale, view.softcap)
+            own[row] = aim_of(*given, view.scale, view.softcap)
             if self.known is not None:
                 self.known.setdefault(index, {})[row] = own[row]
 

@@ -83,7 +83,7 @@ def select(
             "kvtrim.compress, or a kvtrim.Cache with model.generate"
         )
     for index, (q, k, v) in enumerate(zip(*stacks, strict=True)):
-        _require_fitting(index, q, k, v)
+        _require_shapes(index, q, k, v)
     session = Session(chosen, Keep.parse(keep), layers, spans=spans)
     session.begin(rows=1, columns=stacks[0][0].shape[1])
     _filter(session, stacks)
@@ -106,7 +106,7 @@ def select(
     return [_positions(session, index) for index in range(len(stacks[0]))]
 
 
-def _require_fitting(index: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _require_shapes(index: int, q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.shape[0] % k.shape[0] or k.shape[:2] != v.shape[:2] or q.shape[1] != k.shape[1]:
         raise UsageError(
             f"layer {index}: queries {list(q.shape)}, keys {list(k.shape)}, "

@@ -170,7 +170,7 @@ class Session(Undoable):
         )
         self._announced = True
 
-    def announced(self) -> bool:
+    def take_announcement(self) -> bool:
         """Whether the pass that the model begins is the one of `begin_probe`; true once."""
         announced, self._announced = self._announced and self._cutting is not None, False
         return announced
@@ -247,7 +247,7 @@ class Session(Undoable):
         if not self.method.policy.probes or self.in_prompt or state.probed or self.under_way:
             return False
         lengths, entry = state.reading.lengths, state.entry_bytes
-        fits = all(self.keep.asked(length, entry) >= length for length in lengths)
+        fits = all(self.keep.per_head(length, entry) >= length for length in lengths)
         return self.method.budget.selective or not fits
 
     @property
@@ -295,7 +295,7 @@ class Session(Undoable):
         if not (self._plan.propagate and propagation.restarts) or self.narrowing is not None:
             return None
         if self.keep.kind != "bytes" and all(
-            self.keep.asked(n, 1) >= n for n in self._now.lengths()
+            self.keep.per_head(n, 1) >= n for n in self._now.lengths()
         ):
             return None
         return next((x for x in layers if propagation.chooses(x, len(layers))), None)
@@ -337,7 +337,7 @@ class Session(Undoable):
         if self._plan.before and held.store is not None:
             none = call.queries[:, :, :0]
             self._cuts.cut(index, call, held.store, held.store, none, ahead=True)
-        own = {CARRIED: self._cuts.foreseen(index, call)} if self._plan.foresee else {}
+        own = {CARRIED: self._cuts.foresee(index, call)} if self._plan.foresee else {}
         held.store = append_tokens(held.store, call, now, own)
         return call, held.store
 

@@ -87,7 +87,7 @@ class State:
         self.due_at = [min(pair) for pair in zip(self.due_at, lengths, strict=False)]
         for held in self.layers:
             if held.store is not None:
-                held.store = held.store.shortened(held.store.before(lengths))
+                held.store = held.store.shorten(held.store.before(lengths))
 
     def settle(self) -> None:
         """The prompts are complete: remember what is held of them."""
@@ -189,5 +189,5 @@ class Mark:
         back = self.state._with([copy.copy(held) for held in self.state.layers])
         for held, reach in zip(back.layers, self.reaches, strict=True):
             if held.store is not None and reach is not None:
-                held.store = held.store.shortened(reach.length)
+                held.store = held.store.shorten(reach.length)
         return back

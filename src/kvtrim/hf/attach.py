@@ -29,7 +29,7 @@ from kvtrim.hf.probe import probe
 from kvtrim.hf.propagation import (
     Hooked,
     PartOfMLP,
-    filtering,
+    active_filter,
     is_filtering,
     left_block,
     narrow_layer,
@@ -111,7 +111,7 @@ class Attachment:
                 "this cache was made for another model; make one with kvtrim.Cache(model, ...)"
             )
         _require_implementation(self.layout.attention[self.layout.managed[0]])
-        if cache.announced():
+        if cache.take_announcement():
             managing.cache = True
             return None
         asked = kwargs.get("output_attentions")
@@ -220,7 +220,7 @@ def _hand_over(
         attending = cache.attends
         handed = {name: Handed(cache) for name, given in kwargs.items() if given is cache}
     else:
-        attending, rotate, handed = filtering(number, cache), None, {}
+        attending, rotate, handed = active_filter(number, cache), None, {}
         if attending is None:
             return None
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]

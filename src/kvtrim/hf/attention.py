@@ -119,7 +119,7 @@ class Mask:
     _made: list[Any] = field(default_factory=list)
     _causal: bool | None = None
 
-    def made(self) -> Any:
+    def redeem(self) -> Any:
         """What the stock attention takes."""
         if not self._made:
             self._made.append(self.make())
@@ -208,7 +208,7 @@ def attention(
     """Attention function of transformers' `AttentionInterface`: [B, H, Q, D] to [B, Q, H, D]."""
     handle = keywords.pop(HANDLE, None)
     if handle is None:
-        made = attention_mask.made() if isinstance(attention_mask, Mask) else attention_mask
+        made = attention_mask.redeem() if isinstance(attention_mask, Mask) else attention_mask
         given = {} if softcap is None else {"softcap": softcap}
         given |= keywords
         slides = isinstance(attention_mask, Mask) and keywords.get("s_aux") is None

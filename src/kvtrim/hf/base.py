@@ -123,7 +123,7 @@ class BaseCache(TransformersCache, ABC):
     # A pass over the model
 
     @abstractmethod
-    def announced(self) -> bool:
+    def take_announcement(self) -> bool:
         """Whether the pass that the model begins was begun here already; true once."""
 
     @abstractmethod

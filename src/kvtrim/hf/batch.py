@@ -78,7 +78,7 @@ class Batch(BaseCache):
 
     # A pass over the model
 
-    def announced(self) -> bool:
+    def take_announcement(self) -> bool:
         return False
 
     def begin_pass(self, coming: Coming) -> None:

@@ -25,7 +25,7 @@ from kvtrim.hf.rotary import LongRope, rotations
 from kvtrim.methods import auto
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method
-from kvtrim.methods.ranges import Some, checked
+from kvtrim.methods.ranges import Some, check_arguments
 from kvtrim.methods.request import Request
 from kvtrim.prompts import Template, Words, frame, repeat_words
 from kvtrim.prompts.spans import Given, per_prompt
@@ -65,7 +65,7 @@ class Cache(BaseCache):
             method lets deeper layers read a part of the prompt.
     """
 
-    @checked
+    @check_arguments
     def __init__(
         self,
         model: PreTrainedModel,
@@ -185,8 +185,8 @@ class Cache(BaseCache):
 
     # A pass over the model
 
-    def announced(self) -> bool:
-        return self.session.announced()
+    def take_announcement(self) -> bool:
+        return self.session.take_announcement()
 
     def begin_pass(self, coming: Coming, known: Known | None = None) -> None:
         """New tokens are coming. Raises as `Session.begin`.

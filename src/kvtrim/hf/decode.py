@@ -14,7 +14,7 @@ import torch
 from kvtrim.engine.graph import Stepper, Steps, obstacle
 from kvtrim.hf.batch import positions
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.keyword import cache_in, passing
+from kvtrim.hf.keyword import cache_in, cache_keyword
 from kvtrim.hf.rotary import changes_with_length
 from kvtrim.kernels.available import WIDEST
 from kvtrim.types import Float, Int, Tensor
@@ -63,7 +63,7 @@ def one_by_one(config: Any) -> bool:
 
 
 @contextmanager
-def stepping(model: Any, cache: Cache, room: int) -> Iterator[Stepper]:
+def open_stepper(model: Any, cache: Cache, room: int) -> Iterator[Stepper]:
     """Captured steps of a model over a cache whose prompt was read; see `engine.graph.obstacle`.
 
     The model has to stay attached. The caller tells the cache which tokens were read, if it wants
@@ -71,7 +71,7 @@ def stepping(model: Any, cache: Cache, room: int) -> Iterator[Stepper]:
     """
 
     def forward(ids: Int[Tensor, "B 1"], positions: Int[Tensor, "B 1"]) -> Tensor:
-        asked = {"position_ids": positions, **passing(cache), "logits_to_keep": 1}
+        asked = {"position_ids": positions, **cache_keyword(cache), "logits_to_keep": 1}
         return model(input_ids=ids, **asked).logits[:, -1]
 
     with torch.no_grad():
@@ -115,7 +115,7 @@ class Loop:
         unfinished = torch.ones_like(input_ids[:, 0])
         room = generation_config.max_length - input_ids.shape[1]
 
-        def extended(ids: Tensor, logits: Tensor) -> bool:
+        def extend(ids: Tensor, logits: Tensor) -> bool:
             """Whether every row has ended with its new token."""
             nonlocal input_ids, unfinished
             input_ids = torch.cat([ids, choose(ids, logits, unfinished)[:, None]], dim=-1)
@@ -125,13 +125,11 @@ class Loop:
             return bool(unfinished.max() == 0)
 
         first = self._first
-        done = extended(
-            input_ids, _read(model, input_ids, model_kwargs) if first is None else first
-        )
+        done = extend(input_ids, _read(model, input_ids, model_kwargs) if first is None else first)
         if not done:
             with self._steps(model, cache, room) as step:
                 while not done:
-                    done = extended(input_ids, step(input_ids[:, -1:]))
+                    done = extend(input_ids, step(input_ids[:, -1:]))
             if cache.token_ids is not None:
                 cache.token_ids = input_ids[:, : cache.seen].clone()
         if self.streamer is not None:
@@ -141,18 +139,18 @@ class Loop:
     @contextmanager
     def _steps(self, model: Any, cache: Cache, room: int) -> Iterator[_Step]:
         if self.plain is not None:
-            yield lambda ids: _fed(model, cache, ids)
+            yield lambda ids: _feed(model, cache, ids)
             return
         start = perf_counter()
-        with stepping(model, cache, room) as step:
+        with open_stepper(model, cache, room) as step:
             self.plain, self.capture_s = step.plain, perf_counter() - start
             yield step
 
 
-def _fed(model: Any, cache: Cache, ids: Int[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
+def _feed(model: Any, cache: Cache, ids: Int[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
     """One more token of every row."""
     at = positions(cache, ids.shape[1]).to(ids.device)
-    asked = {"position_ids": at, **passing(cache), "logits_to_keep": 1}
+    asked = {"position_ids": at, **cache_keyword(cache), "logits_to_keep": 1}
     return model(input_ids=ids, **asked).logits[:, -1]
 
 

@@ -25,7 +25,7 @@ def fill(cache: Cache, model: Any, lengths: list[Counts], seen: int) -> None:
         steps = [torch.arange(count) for count in length.flatten().tolist()]
         positions = torch.cat(steps).int().to(model.device)
         buffers = {"keys": keys, "values": values, "positions": positions}
-        layer.store = LayerStore.packed(buffers, length)
+        layer.store = LayerStore.pack(buffers, length)
         layer.full_entry = heads * 2 * width * keys.element_size()
     rows = len(lengths[0])
     state.reading.seen, state.reading.lengths = seen, [seen] * rows

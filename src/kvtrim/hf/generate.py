@@ -21,8 +21,8 @@ from transformers import (
 from kvtrim.errors import UsageError
 from kvtrim.hf.base import BaseCache
 from kvtrim.hf.decode import Loop, why_plain
-from kvtrim.hf.keyword import cache_in, passing
-from kvtrim.methods.ranges import Positive, Range, Share, Some, Tokens, check, declared
+from kvtrim.hf.keyword import cache_in, cache_keyword
+from kvtrim.methods.ranges import Positive, Range, Share, Some, Tokens, annotations_of, check
 from kvtrim.types import Float, Int, Tensor
 
 _INPUTS = {"self", "inputs", "kwargs", "custom_generate", "max_new_tokens"}  # ours to give
@@ -67,7 +67,7 @@ def synchronize(device: torch.device) -> None:
 
 
 @contextmanager
-def watched(
+def watch(
     model: Any, cache: TransformersCache, tokens: int, progress: Progress | None
 ) -> Iterator[None]:
     """Report how far a prompt of so many tokens has come into a cache, layer by layer."""
@@ -76,41 +76,41 @@ def watched(
         return
     decoder, base, columns, before, shown = model.get_decoder(), 0, 0, 0, 0
 
-    def own(kwargs: Any) -> bool:
+    def is_ours(kwargs: Any) -> bool:
         """Other threads may use the model meanwhile; to them torch may hand no keywords."""
         return isinstance(kwargs, dict) and cache_in(kwargs) is cache
 
-    def begun(module: Any, args: tuple[Any, ...], kwargs: Any = None) -> None:
+    def begin(module: Any, args: tuple[Any, ...], kwargs: Any = None) -> None:
         nonlocal columns, before
-        if not own(kwargs):
+        if not is_ours(kwargs):
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         ids = kwargs.get("inputs_embeds") if ids is None else ids
         if ids is not None and ids.shape[1] > 1:
             columns, before = ids.shape[1], cache.get_seq_length()
 
-    def ended(module: Any, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
+    def end(module: Any, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
         nonlocal base, columns, shown
-        if own(kwargs) and columns:
+        if is_ours(kwargs) and columns:
             base, columns = base + cache.get_seq_length() - before, 0
             if base > shown:  # a part stood for all of these
                 shown = min(tokens, base)
                 progress("reading", shown, tokens)
 
-    def passed(
+    def pass_layer(
         number: int, module: Any, args: tuple[Any, ...], kwargs: Any, output: Any = None
     ) -> None:
         nonlocal shown
-        if own(kwargs) and columns:
+        if is_ours(kwargs) and columns:
             shown = max(shown, min(tokens, base + columns * number // len(decoder.layers)))
             progress("reading", shown, tokens)
 
     hooks = [
-        decoder.register_forward_pre_hook(begun, with_kwargs=True),
-        decoder.register_forward_hook(ended, with_kwargs=True),
+        decoder.register_forward_pre_hook(begin, with_kwargs=True),
+        decoder.register_forward_hook(end, with_kwargs=True),
     ]
     for number, block in enumerate(decoder.layers, start=1):
-        hooks.append(block.register_forward_hook(partial(passed, number), with_kwargs=True))
+        hooks.append(block.register_forward_hook(partial(pass_layer, number), with_kwargs=True))
     try:
         yield
     finally:
@@ -129,9 +129,9 @@ def read(
     if isinstance(cache, BaseCache):
         first = min(chunk or ids.shape[1], ids.shape[1])
         cache.require_reach(first, cache.seen + ids.shape[1])
-    with torch.no_grad(), watched(model, cache, ids.shape[1], progress):
+    with torch.no_grad(), watch(model, cache, ids.shape[1], progress):
         for part in ids.split(chunk or ids.shape[1], dim=1):
-            model(input_ids=part, **passing(cache), logits_to_keep=1)
+            model(input_ids=part, **cache_keyword(cache), logits_to_keep=1)
 
 
 def generate(
@@ -168,7 +168,7 @@ def generate(
         cache.expect(ids.shape[1])
         at_once = min(chunk or unread.shape[1], unread.shape[1])
         cache.require_reach(at_once, ids.shape[1] + max_new_tokens - 1)
-    with watched(model, cache, unread.shape[1], progress):
+    with watch(model, cache, unread.shape[1], progress):
         if chunk is not None and unread.shape[1] > chunk:
             last = (unread.shape[1] - 1) % chunk + 1
             read(model, unread[:, :-last], cache, chunk)
@@ -185,16 +185,16 @@ def generate(
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            **passing(cache),
+            **cache_keyword(cache),
             max_new_tokens=max_new_tokens,
             stopping_criteria=criteria,
             custom_generate=loop,
             **{**_unsaid(model, config), **options},
         )
-    return _timed(out[0, ids.shape[1] :].tolist(), start, clock.times, loop, reason)
+    return _with_times(out[0, ids.shape[1] :].tolist(), start, clock.times, loop, reason)
 
 
-def _timed(
+def _with_times(
     new: list[int], start: float, times: list[float], loop: Loop | None, reason: str | None
 ) -> Generated:
     """Times from the clock's; making a graph belongs to no token."""
@@ -256,7 +256,7 @@ def require_sampling(options: Mapping[str, Any]) -> None:
         )
     set_there = {} if config is None else vars(config)
     asked = {name: value for name, value in set_there.items() if value is not None} | {**options}
-    known = declared(Sampling)
+    known = annotations_of(Sampling)
     for name in known.keys() & asked.keys():
         check(name, asked[name], known[name])
     for name, instead in _REFUSED.items():

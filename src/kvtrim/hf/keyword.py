@@ -16,7 +16,7 @@ KEYWORD = (
 """The name in the transformers that is installed. Models of 5.24 still take the old one."""
 
 
-def passing(cache: Any) -> dict[str, Any]:
+def cache_keyword(cache: Any) -> dict[str, Any]:
     """The keyword argument that hands a cache, or None, to a model or to `generate`."""
     return {KEYWORD: cache}
 

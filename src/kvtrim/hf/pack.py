@@ -17,7 +17,7 @@ from kvtrim.engine.layer import Attends, Call
 from kvtrim.errors import CacheError
 from kvtrim.hf.base import BaseCache, Coming
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.keyword import passing
+from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.layers import ManagedLayer
 from kvtrim.types import Float, Int, Tensor
 
@@ -85,7 +85,7 @@ class Pack(BaseCache):
             out = model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([at], device=device),
-                **passing(self),
+                **cache_keyword(self),
                 logits_to_keep=(ends - 1).to(device),
             )
         for each in feeds:
@@ -123,7 +123,7 @@ class Pack(BaseCache):
                 into.end_pass()
         return False
 
-    def announced(self) -> bool:
+    def take_announcement(self) -> bool:
         return False
 
     @property

@@ -8,7 +8,7 @@ from kvtrim.engine.cuts import Known
 from kvtrim.engine.probe import Step, repetition
 from kvtrim.errors import UsageError
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.keyword import passing
+from kvtrim.hf.keyword import cache_keyword
 from kvtrim.types import Bool, Int, Probed, Tensor
 
 
@@ -72,7 +72,7 @@ def _read(
     padded = None if bool(mask.all()) else mask
     cache.session.begin_probe(width, padded, probed, last, known)
     with torch.no_grad():
-        decoder(**given, **passing(cache), use_cache=True)
+        decoder(**given, **cache_keyword(cache), use_cache=True)
 
 
 def _whole(real: Bool[Tensor, "B seen"], mask: Int[Tensor, "B m"]) -> Int[Tensor, "B all"]:

@@ -122,7 +122,7 @@ class _Filter:
         raise _Filtered
 
 
-def filtering(number: int, cache: Any) -> "_Filter | None":
+def active_filter(number: int, cache: Any) -> "_Filter | None":
     """What a managed layer hands its queries and keys to while this thread filters a prompt."""
     found = _block.filter
     return found if found is not None and cache is None and found.layer == number else None

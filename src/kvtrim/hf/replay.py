@@ -18,8 +18,8 @@ from kvtrim.errors import UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.base import Coming
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.generate import Progress, watched
-from kvtrim.hf.keyword import passing
+from kvtrim.hf.generate import Progress, watch
+from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.probe import probe
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method
@@ -68,7 +68,7 @@ class Recording:
         if other.rotations:
             turning = zip(self.calls, other.rotations, strict=True)
             calls = [replace(call, rotate=rotate) for call, rotate in turning]
-        known = self._known(other)
+        known = self._statistics_of(other)
         rows, columns = self.ids.shape
         other.begin_pass(Coming(rows, columns, None, self.ids), known)
         for index, call in enumerate(calls):
@@ -77,7 +77,7 @@ class Recording:
             self._probe(other, known)
         return other
 
-    def _known(self, other: Cache) -> Known:
+    def _statistics_of(self, other: Cache) -> Known:
         """What earlier caches of the same policy came to."""
         refit, words = other.method.refit, other.words != Words()
         which = (other.method.policy, other.method.granularity, words)
@@ -87,7 +87,7 @@ class Recording:
         same = (which, refit.queries, refit.behind)
         return Known(statistics, self._aims.setdefault(same, {}))
 
-    def unshared(self) -> "Recording":
+    def unshare(self) -> "Recording":
         """The same pass with nothing kept of what policies observed: to time one by itself."""
         return replace(self, _statistics={}, _aims={})
 
@@ -130,7 +130,7 @@ def record(
         calls.setdefault(index, call if hidden else replace(call, hidden=None))
 
     cache = Cache(model, "full", tap=note)
-    with torch.no_grad(), attach(model), watched(model, cache, ids.shape[1], progress):
-        logits = model(input_ids=ids, **passing(cache), logits_to_keep=1).logits[:, -1]
+    with torch.no_grad(), attach(model), watch(model, cache, ids.shape[1], progress):
+        logits = model(input_ids=ids, **cache_keyword(cache), logits_to_keep=1).logits[:, -1]
     handed = [calls[index] for index in sorted(calls)]
     return Recording(model, ids, logits, cache, handed, spans, words)

@@ -36,7 +36,7 @@ def strange(kind: Kind, shapes: Shapes, session: Mapping[str, Any]) -> str | Non
     lengths, seen = session.get("lengths"), session.get("seen")
     if not isinstance(lengths, list) or not all(type(one) is int for one in (*lengths, seen)):
         return "prompts without lengths"
-    known = _known(kind, lengths, cast(int, seen))
+    known = _known_shapes(kind, lengths, cast(int, seen))
     for name, (number, shape) in shapes.items():
         fits = next((fits for what, fits in known.items() if re.fullmatch(what, name)), None)
         if fits is None or not fits(number, shape):
@@ -44,7 +44,7 @@ def strange(kind: Kind, shapes: Shapes, session: Mapping[str, Any]) -> str | Non
     return None
 
 
-def _known(
+def _known_shapes(
     of: Kind, lengths: list[int], seen: int
 ) -> dict[str, Callable[[torch.dtype, Shape], bool]]:
     config = cast(Any, of.config).get_text_config(decoder=True)

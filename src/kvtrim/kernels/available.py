@@ -19,7 +19,7 @@ FORMATS = (torch.float32, torch.float16, torch.bfloat16)
 """Number formats that the programs know."""
 
 
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter (TRITON_INTERPRET=1), on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -35,7 +35,7 @@ def obstacle(kind: str) -> str | None:
     if not has_triton():
         return "Triton is not installed (pip install 'kvtrim[triton]')"
     if kind != "cuda":
-        return None if interpreted() else "no CUDA device"
+        return None if is_interpreted() else "no CUDA device"
     try:
         import triton
 
@@ -58,7 +58,7 @@ def require_triton(device: torch.device) -> None:
     """
     if not has_triton():
         raise UsageError("impl='triton' needs Triton: pip install 'kvtrim[triton]', or use sdpa")
-    if device.type != "cuda" and not interpreted():
+    if device.type != "cuda" and not is_interpreted():
         raise UsageError(
             f"impl='triton' needs a CUDA device, these tensors are on {device.type}; use "
             "impl='sdpa', or set TRITON_INTERPRET=1 before Python starts to try it (very slow)"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kvtrim.kernels.parts import Part, fused, joined
+from kvtrim.kernels.parts import Part, attend_by_torch, join_parts
 from kvtrim.types import Float, Noted, Tensor
 
 _ELEMENTS = 2**18
@@ -34,17 +34,17 @@ def largest(
     before, given = keys.shape[2] - queries.shape[2], (scale, softcap)
     others = torch.ones(before, dtype=torch.bool)
     others[noted.slots] = False
-    own = _attended(queries, keys[:, :, before:], values[:, :, before:], *given, causal=True)
+    own = _attend(queries, keys[:, :, before:], values[:, :, before:], *given, causal=True)
     part = keys[:, :, noted.slots], values[:, :, noted.slots]
-    asked, most = _noting(queries, *part, own[1], noted.weights, *given)
+    asked, most = _attend_and_note(queries, *part, own[1], noted.weights, *given)
     parts = [own, asked]
     if bool(others.any()):
         rest = others.nonzero()[:, 0]
-        parts.append(_attended(queries, keys[:, :, rest], values[:, :, rest], *given))
-    return joined(parts), most
+        parts.append(_attend(queries, keys[:, :, rest], values[:, :, rest], *given))
+    return join_parts(parts), most
 
 
-def _attended(
+def _attend(
     queries: Float[Tensor, "B H Q D"],
     keys: Float[Tensor, "B K S D"],
     values: Float[Tensor, "B K S E"],
@@ -53,7 +53,7 @@ def _attended(
     causal: bool = False,
 ) -> Part:
     """Attention over some of the slots: all of them, or those up to each query's own."""
-    part = None if softcap is not None else fused(queries, keys, values, scale, causal)
+    part = None if softcap is not None else attend_by_torch(queries, keys, values, scale, causal)
     if part is not None:
         return part
     out, lse = _blank(queries, values)
@@ -62,7 +62,7 @@ def _attended(
     return out, lse
 
 
-def _noting(
+def _attend_and_note(
     queries: Float[Tensor, "B H Q D"],
     keys: Float[Tensor, "B K S D"],
     values: Float[Tensor, "B K S E"],

@@ -12,7 +12,7 @@ Part = tuple[Float[Tensor, "B H Q E"], Float[Tensor, "B H Q"]]
 """Output of attention over some of the slots, and its log-sum-exp."""
 
 
-def attended(
+def attend_part(
     queries: Float[Tensor, "B H Q D"],
     keys: Float[Tensor, "B K S D"],
     values: Float[Tensor, "B K S E"],
@@ -28,7 +28,7 @@ def attended(
         causal: the last Q slots are the queries' own; else every query sees every slot.
     """
     if softcap is None and bias is None:
-        part = fused(queries, keys, values, scale, causal)
+        part = attend_by_torch(queries, keys, values, scale, causal)
         if part is not None:
             return part
     outs, lses = [], []
@@ -42,20 +42,20 @@ def attended(
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
-def fused(
+def attend_by_torch(
     queries: Float[Tensor, "B H Q D"],
     keys: Float[Tensor, "B K S D"],
     values: Float[Tensor, "B K S E"],
     scale: float,
     causal: bool = False,
 ) -> Part | None:
-    """As `attended`, by torch's kernel for CPUs; None where that cannot."""
+    """As `attend_part`, by torch's kernel for CPUs; None where that cannot."""
     kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     if kernel is None or queries.is_cuda or keys.shape[-1] != values.shape[-1]:
         return None
     if not causal or queries.shape[2] == 1:
-        out, lse = kernel(_folded(queries, keys), keys, values, 0.0, False, scale=scale)[:2]
-        return _unfolded(out, queries), _unfolded(lse, queries)
+        out, lse = kernel(_fold(queries, keys), keys, values, 0.0, False, scale=scale)[:2]
+        return _unfold(out, queries), _unfold(lse, queries)
     if queries.shape[2] != keys.shape[2]:
         return None  # it counts a query's slots from the first
     group = queries.shape[1] // keys.shape[1]
@@ -63,7 +63,7 @@ def fused(
     return kernel(queries, *repeated, 0.0, True, scale=scale)[:2]
 
 
-def joined(parts: Sequence[Part]) -> Float[Tensor, "B H Q E"]:
+def join_parts(parts: Sequence[Part]) -> Float[Tensor, "B H Q E"]:
     """Attention over all slots from that over parts of them."""
     total = torch.stack([lse for _, lse in parts]).logsumexp(dim=0)
     dtype = parts[0][0].dtype
@@ -82,7 +82,7 @@ def _explicit(
     causal: bool,
 ) -> Part:
     wide = torch.promote_types(queries.dtype, torch.float32)
-    logits = _folded(queries, keys).to(wide) @ keys.to(wide).transpose(-1, -2) * scale
+    logits = _fold(queries, keys).to(wide) @ keys.to(wide).transpose(-1, -2) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if bias is not None:
@@ -94,15 +94,15 @@ def _explicit(
         logits = logits.masked_fill(ahead.repeat(queries.shape[1] // keys.shape[1], 1), -torch.inf)
     lse = logits.logsumexp(dim=-1)
     out = (logits - lse[..., None]).exp() @ values.to(wide)
-    return _unfolded(out, queries), _unfolded(lse, queries)
+    return _unfold(out, queries), _unfold(lse, queries)
 
 
-def _folded(
+def _fold(
     queries: Float[Tensor, "B H Q D"], keys: Float[Tensor, "B K S D"]
 ) -> Float[Tensor, "B K GQ D"]:
     """The queries that share a KV head as one run of queries: keys are never repeated."""
     return queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[-1])
 
 
-def _unfolded(out: Float[Tensor, "B K GQ *E"], queries: Float[Tensor, "B H Q D"]) -> Tensor:
+def _unfold(out: Float[Tensor, "B K GQ *E"], queries: Float[Tensor, "B H Q D"]) -> Tensor:
     return out.reshape(*queries.shape[:3], *out.shape[3:])

@@ -28,7 +28,7 @@ def causal(
         values,
         is_causal=queries.shape[2] > 1,
         scale=scale,
-        enable_gqa=_grouped(queries, keys),
+        enable_gqa=_shares_heads(queries, keys),
     )
 
 
@@ -48,14 +48,14 @@ def dense(
         return causal(queries, keys, values, scale, softcap)
     if softcap is None and bias is None and _flash(queries, keys, values):
         mask = causal_lower_right(queries.shape[2], keys.shape[2])
-        given, grouped = (queries, keys, values), _grouped(queries, keys)
+        given, grouped = (queries, keys, values), _shares_heads(queries, keys)
         return F.scaled_dot_product_attention(
             *given, attn_mask=mask, scale=scale, enable_gqa=grouped
         )
     return up_to(queries, keys, values, _newest(queries, keys), scale, softcap, bias)
 
 
-def _grouped(queries: Tensor, keys: Tensor) -> bool:
+def _shares_heads(queries: Tensor, keys: Tensor) -> bool:
     """Whether query heads share KV heads."""
     return queries.shape[1] != keys.shape[1]
 
@@ -64,7 +64,7 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether torch's FlashAttention takes these, which needs no mask to stop at each query."""
     if not queries.is_cuda or queries.shape[2] == 1:
         return False
-    given = queries, keys, values, None, 0.0, False, _grouped(queries, keys)
+    given = queries, keys, values, None, 0.0, False, _shares_heads(queries, keys)
     return can_use_flash_attention(SDPAParams(*given))
 
 
@@ -92,13 +92,13 @@ def up_to(
             slots = torch.arange(seen, device=own.device)
             mask = (slots <= own[rows, None]).repeat(groups, 1)
         if bias is not None:
-            mask = _biased(bias[:, :, None, :seen].to(queries.dtype), mask)
-        mixed = _mixed(packed, keys[:, :, :seen], values[:, :, :seen], mask, scale, softcap)
+            mask = _logit_bias(bias[:, :, None, :seen].to(queries.dtype), mask)
+        mixed = _mix(packed, keys[:, :, :seen], values[:, :, :seen], mask, scale, softcap)
         out[:, :, rows] = mixed.view(batch, heads, -1, values.shape[-1])
     return out
 
 
-def _mixed(
+def _mix(
     packed: Float[Tensor, "B K GQ D"],
     keys: Float[Tensor, "B K S D"],
     values: Float[Tensor, "B K S E"],
@@ -121,7 +121,7 @@ def _mixed(
     return logits.softmax(dim=-1).to(values.dtype) @ values
 
 
-def _biased(
+def _logit_bias(
     bias: Float[Tensor, "B K 1 S"], mask: Bool[Tensor, "GQ S"] | None
 ) -> Float[Tensor, "B K R S"]:
     """What is added to the logits: the slots' biases, and -inf where a query does not look."""

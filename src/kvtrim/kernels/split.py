@@ -81,10 +81,10 @@ def ragged(
     Raises:
         UsageError: Triton is missing, or the tensors are on a CPU and its interpreter is off.
     """
-    start, length, tiles = _placed(queries.device, start, length, tiles)
+    start, length, tiles = _place(queries.device, start, length, tiles)
     with on(queries.device):
         found = [
-            _launched(part, keys, values, start, length - later, scale, softcap, tiles, bias)
+            _launch(part, keys, values, start, length - later, scale, softcap, tiles, bias)
             for part, later in _parts(queries)
         ]
     if len(found) == 1:
@@ -95,7 +95,7 @@ def ragged(
     )
 
 
-def _placed(
+def _place(
     device: torch.device, start: Tensor, length: Tensor, tiles: Tiles | None
 ) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B K"], Tiles]:
     """Starts and lengths on the device, and tiles for them."""
@@ -113,7 +113,7 @@ def _parts(queries: Float[Tensor, "B H Q D"]) -> list[tuple[Tensor, int]]:
     ]
 
 
-def _launched(
+def _launch(
     queries: Float[Tensor, "B H Q D"],
     keys: Float[Tensor, "T D"],
     values: Float[Tensor, "T E"],

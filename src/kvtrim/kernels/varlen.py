@@ -40,7 +40,7 @@ def ragged(
     ends = torch.cat([start.flatten(), torch.tensor([keys.shape[0]])]).int().to(device)
     held = length.flatten().int().to(device)
     longest = int(length.max())
-    mixed = _attended(packed, keys, values, first, ends, count, longest, held, scale)
+    mixed = _attend(packed, keys, values, first, ends, count, longest, held, scale)
     mixed = mixed.view(rows, start.shape[1], count, -1, width).transpose(2, 3)
     mixed = mixed.reshape(rows, heads, count, width)
     seen = length[..., None] - count + 1 + torch.arange(count) > 0
@@ -48,7 +48,7 @@ def ragged(
     return mixed if bool(seen.all()) else mixed.masked_fill(~seen.to(device), 0)
 
 
-def _attended(
+def _attend(
     packed: Float[Tensor, "N G D"],
     keys: Float[Tensor, "T D"],
     values: Float[Tensor, "T D"],

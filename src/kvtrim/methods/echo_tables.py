@@ -47,14 +47,14 @@ class EchoTable:
         return self._placed[key]
 
 
-def shipped() -> dict[str, Path]:
+def shipped_tables() -> dict[str, Path]:
     """The tables that come with kvtrim, by name."""
     return {path.stem: path for path in sorted(SHIPPED.glob(f"*{SUFFIX}"))}
 
 
 def measured_on(identity: str | None) -> str | None:
     """The name of the first shipped table that was fitted on exactly these weights."""
-    for name, path in shipped().items():
+    for name, path in shipped_tables().items():
         if identity is not None and record_of(path).get("identity") == identity:
             return name
     return None
@@ -77,7 +77,7 @@ def read(table: str) -> EchoTable:
     Raises:
         UsageError: no such table, or a file that is none.
     """
-    names = shipped()
+    names = shipped_tables()
     path = names.get(table) or Path(table).expanduser()
     if not path.is_file():
         raise UsageError(

@@ -24,13 +24,13 @@ Group = Literal["kvtrim.methods", "kvtrim.tasks"]
 Own = TypeVar("Own")
 
 
-def imported(name: str, kind: type[Own]) -> Own:
+def import_object(name: str, kind: type[Own]) -> Own:
     """An object of the user's own, named `module:ATTRIBUTE`.
 
     Raises:
         UsageError: no such module or attribute, or it is of another kind.
     """
-    return _loaded(name, kind, repr(name))
+    return _load(name, kind, repr(name))
 
 
 def names(group: Group) -> list[str]:
@@ -38,7 +38,7 @@ def names(group: Group) -> list[str]:
     return sorted(_offers(group, tuple(sys.path)))
 
 
-def installed(group: Group, name: str, kind: type[Own], builtin: Collection[str]) -> Own | None:
+def find_offer(group: Group, name: str, kind: type[Own], builtin: Collection[str]) -> Own | None:
     """What a package offers under a name; None if none does.
 
     Args:
@@ -51,7 +51,7 @@ def installed(group: Group, name: str, kind: type[Own], builtin: Collection[str]
     offers = _offers(group, tuple(sys.path)).get(name, [])
     if not offers:
         return None
-    said = " and ".join(map(_said, offers))
+    said = " and ".join(map(_name_of, offers))
     word = kind.__name__.lower()
     if name in builtin:
         raise UsageError(
@@ -60,7 +60,7 @@ def installed(group: Group, name: str, kind: type[Own], builtin: Collection[str]
         )
     if len(offers) > 1:
         raise UsageError(f"{said} both offer the {word} {name!r}: uninstall one of them")
-    found = _loaded(offers[0].value, kind, f"{name!r} of {said}")
+    found = _load(offers[0].value, kind, f"{name!r} of {said}")
     if (own := getattr(found, "name", name)) != name:
         raise UsageError(f"{said} offers the {word} {own!r} as {name!r}; it has to be one name")
     return found
@@ -82,12 +82,12 @@ def _offers(group: Group, path: tuple[str, ...]) -> Mapping[str, list[EntryPoint
     return found
 
 
-def _said(point: EntryPoint) -> str:
+def _name_of(point: EntryPoint) -> str:
     package = "a package" if point.dist is None else f"{point.dist.name} {point.dist.version}"
     return f"{package} ({point.value})"
 
 
-def _loaded(place: str, kind: type[Own], called: str) -> Own:
+def _load(place: str, kind: type[Own], called: str) -> Own:
     module, _, attribute = place.partition(":")
     word = kind.__name__.lower()
     try:

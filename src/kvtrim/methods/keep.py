@@ -33,9 +33,9 @@ class Keep:
             return _parse_text(given.strip())
         if isinstance(given, bool) or not isinstance(given, int | float):
             raise BudgetError(f"keep={given!r} is not a budget; {_HINT}")
-        return _checked("tokens" if isinstance(given, int) else "share", float(given), given)
+        return _make("tokens" if isinstance(given, int) else "share", float(given), given)
 
-    def asked(self, prompt: int, entry_bytes: int | float) -> float:
+    def per_head(self, prompt: int, entry_bytes: int | float) -> float:
         """Entries per head for a prompt of so many tokens, before rounding.
 
         `entry_bytes` is what one more entry in every head of every layer costs.
@@ -49,13 +49,13 @@ class Keep:
         return self if self.kind != "bytes" else Keep("bytes", max(1.0, self.amount - taken))
 
     def entries(self, prompt: int, protected: int, entry_bytes: int | float) -> int:
-        """`asked` as a whole number; a share or size is lifted to the least the method needs.
+        """`per_head` as a whole number; a share or size is lifted to the least the method needs.
 
         Raises:
             BudgetError: a number of tokens that leaves no room beside the protected slots.
         """
         least = protected + 1
-        whole = int(self.asked(prompt, entry_bytes) + 1e-6)
+        whole = int(self.per_head(prompt, entry_bytes) + 1e-6)
         if self.kind == "tokens" and whole < least <= prompt:
             raise BudgetError(
                 f"keep={whole} leaves nothing to choose: this method always keeps "
@@ -76,13 +76,13 @@ def _parse_text(text: str) -> Keep:
         raise BudgetError(f"keep={text!r} is not a budget; {_HINT}")
     number, unit = float(match[1]), (match[2] or "").upper()
     if unit == "%":
-        return _checked("share", number / 100, text)
+        return _make("share", number / 100, text)
     if unit:
-        return _checked("bytes", number * _UNITS[unit], text)
-    return _checked("share" if "." in match[1] else "tokens", number, text)
+        return _make("bytes", number * _UNITS[unit], text)
+    return _make("share" if "." in match[1] else "tokens", number, text)
 
 
-def _checked(kind: Literal["tokens", "share", "bytes"], amount: float, given: object) -> Keep:
+def _make(kind: Literal["tokens", "share", "bytes"], amount: float, given: object) -> Keep:
     if not amount > 0:
         raise BudgetError(f"keep={given!r} keeps nothing; {_HINT}")
     if kind == "share" and amount > 1:

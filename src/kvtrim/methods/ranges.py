@@ -1,8 +1,8 @@
 """What a parameter may be, declared where it is: `window: Tokens = 32`, `floor: Share = 0.2`.
 
 One mechanism for fields and arguments. `require(part)` refuses a dataclass, and those inside it,
-whose fields lie outside what they declare; `checked` does the same for a function's arguments.
-Whole numbers and fractions without a declaration of their own must be finite at least.
+whose fields lie outside what they declare; `check_arguments` does the same for a function's
+arguments. Whole numbers and fractions without a declaration of their own must be finite at least.
 """
 
 import types
@@ -80,7 +80,7 @@ def options(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if union else (annotation,)
 
 
-def parted(option: Any) -> tuple[Any, Range | None]:
+def split_range(option: Any) -> tuple[Any, Range | None]:
     """A type and the range declared with it."""
     if get_origin(option) is not Annotated:
         return option, None
@@ -88,13 +88,13 @@ def parted(option: Any) -> tuple[Any, Range | None]:
     return bare, next((one for one in said if isinstance(one, Range)), None)
 
 
-def said(annotation: Any) -> str:
+def in_words(annotation: Any) -> str:
     """What a parameter takes, in words: "int (0 or more) or none", "avg | max"."""
     return " or ".join(_words(option) for option in options(annotation))
 
 
 @cache
-def declared(owner: Any) -> dict[str, Any]:
+def annotations_of(owner: Any) -> dict[str, Any]:
     """The annotations of a class or function, with their ranges."""
     return get_type_hints(owner, include_extras=True)
 
@@ -106,7 +106,7 @@ def check(name: str, value: Any, annotation: Any) -> None:
         UsageError: naming the parameter, its value and what it takes.
     """
     if not any(_fits(value, option) for option in options(annotation)):
-        raise UsageError(f"{name}={value!r}: expected {said(annotation)}")
+        raise UsageError(f"{name}={value!r}: expected {in_words(annotation)}")
 
 
 class Declared:
@@ -126,7 +126,7 @@ def require(owner: Any) -> None:
         UsageError: naming the field, or a part that is no frozen dataclass.
     """
     require_frozen(type(owner))
-    annotations = declared(type(owner))
+    annotations = annotations_of(type(owner))
     for each in fields(owner):
         value = getattr(owner, each.name)
         check(each.name, value, annotations[each.name])
@@ -148,15 +148,15 @@ def require_frozen(kind: type) -> None:
         )
 
 
-def checked(function: Call) -> Call:
+def check_arguments(function: Call) -> Call:
     """A function that refuses arguments outside what its annotations declare."""
     known = signature(function)
 
     @wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
         for name, value in known.bind(*arguments, **named).arguments.items():
-            annotation = declared(function).get(name)
-            if any(parted(option)[1] for option in options(annotation)):
+            annotation = annotations_of(function).get(name)
+            if any(split_range(option)[1] for option in options(annotation)):
                 check(name, value, annotation)
         return function(*arguments, **named)
 
@@ -164,7 +164,7 @@ def checked(function: Call) -> Call:
 
 
 def _fits(value: Any, option: Any) -> bool:
-    bare, within = parted(option)
+    bare, within = split_range(option)
     if bare in (int, float):
         kinds = int if bare is int else (int, float)
         number = isinstance(value, kinds) and not isinstance(value, bool)
@@ -182,13 +182,13 @@ def _fits(value: Any, option: Any) -> bool:
 
 
 def _words(option: Any) -> str:
-    bare, within = parted(option)
+    bare, within = split_range(option)
     if bare is type(None):
         return "none"
     if get_origin(bare) is Literal:
         return " | ".join(str(choice) for choice in get_args(bare))
     if get_origin(bare) is tuple:
-        _, within = parted(get_args(bare)[0])
+        _, within = split_range(get_args(bare)[0])
         bare, name = tuple, "numbers with commas"
     else:
         name = getattr(bare, "__name__", str(bare))

@@ -69,7 +69,7 @@ def select(
     stay = torch.ones(*counts.shape, width, dtype=torch.bool, device=scores.device)
     of = None if members is None else members[..., first:last]
     part = slice(first, last)
-    stay[..., first:last] = _chosen(unit, competing, counts, second, part, of)
+    stay[..., first:last] = _choose(unit, competing, counts, second, part, of)
     if protected is not None:
         stay |= protected
     if behind is not None:
@@ -78,7 +78,7 @@ def select(
     return kept_from_mask(stay)
 
 
-def _chosen(
+def _choose(
     unit: Unit,
     scores: Scores,
     counts: Counts,

@@ -42,14 +42,14 @@ def find(name: "str | Method", **settings: Any) -> Method:
         UsageError: a value of the wrong kind or outside its range, or values that do not go
             together.
     """
-    method, settings = _told(name, settings)
+    method, settings = _combine(name, settings)
     if not settings:
         return method
     if method is auto.AUTO:
         raise UsageError(auto.NO_SETTINGS)
-    draft = _drafted(name, method, settings.pop("preset", None))
+    draft = _make_draft(name, method, settings.pop("preset", None))
     draft.change(settings)
-    return draft.made()
+    return draft.make()
 
 
 def parameters(method: Method) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _parameters(prefix: str, owner: Any) -> dict[str, Any]:
     return found
 
 
-def resolved(method: Method) -> dict[str, Any]:
+def spell_out(method: Method) -> dict[str, Any]:
     """All that a method is, as JSON has it: each part by its class, each parameter by its value,
     {"policy": "SnapKV", "policy.window": 32, ...}.
     """
@@ -87,7 +87,7 @@ def _plain(value: Any) -> Any:
 
 def takes(owner: type, field: str) -> str:
     """What a parameter of a part may be: "int (1 or more) or none", "avg | max"."""
-    return ranges.said(ranges.declared(owner)[field])
+    return ranges.in_words(ranges.annotations_of(owner)[field])
 
 
 def split(
@@ -103,8 +103,8 @@ def split(
         UsageError: a name that both have; says how to write the one and the other.
         UnknownNameError: a name that nobody has.
     """
-    method, told = _told(name, options)
-    draft = _drafted(name, method, told.get("preset"))
+    method, told = _combine(name, options)
+    draft = _make_draft(name, method, told.get("preset"))
     draft.change_parts(told)
     paths = draft.paths()
     of = {key: [full for full in paths if f".{full}".endswith(f".{key}")] for key in options}
@@ -132,15 +132,15 @@ def split(
     return mine, rest
 
 
-def _told(name: "str | Method", settings: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
+def _combine(name: "str | Method", settings: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
     """The method of a name, and the parameters behind the name with these."""
     if isinstance(name, Method):
         return name, dict(settings)
     variant = Variant.parse(name)
-    return _named(variant.name), variant.joined(settings)
+    return _method_of(variant.name), variant.merge(settings)
 
 
-def _drafted(name: "str | Method", method: Method, preset: Any) -> "_Draft":
+def _make_draft(name: "str | Method", method: Method, preset: Any) -> "_Draft":
     """A method to be changed, after one of its presets."""
     draft = _Draft.of(method)
     if preset is not None:
@@ -167,10 +167,10 @@ def places(asked: Iterable[str]) -> tuple[str, ...]:
     return entry_points.places(_GROUP, asked)
 
 
-def _named(name: str) -> Method:
+def _method_of(name: str) -> Method:
     if ":" in name:
-        return entry_points.imported(name, Method)
-    other = entry_points.installed(_GROUP, name, Method, [*METHODS, auto.NAME])
+        return entry_points.import_object(name, Method)
+    other = entry_points.find_offer(_GROUP, name, Method, [*METHODS, auto.NAME])
     if other is not None:
         return other
     if name == auto.NAME:
@@ -197,14 +197,14 @@ class _Draft:
             type(part), {name: cls.of(x) if is_dataclass(x) else x for name, x in values.items()}
         )
 
-    def made(self) -> Any:
+    def make(self) -> Any:
         """The part, checked.
 
         Raises:
             UsageError: parameters that cannot be, or not together.
         """
         values = {
-            name: x.made() if isinstance(x, _Draft) else x for name, x in self.values.items()
+            name: x.make() if isinstance(x, _Draft) else x for name, x in self.values.items()
         }
         return self.kind(**values)
 
@@ -229,7 +229,7 @@ class _Draft:
         for name, value in settings.items():
             if name not in (*PARTS, *changed.values()):
                 known = self.paths()
-                self._set(_matching(known, name), name, value, changed)
+                self._set(_match(known, name), name, value, changed)
 
     def change_parts(self, settings: Mapping[str, Any]) -> dict[str, str]:
         """Change what is a part with parameters of its own, those nearer to the method before
@@ -247,7 +247,7 @@ class _Draft:
                 full: name
                 for name in settings
                 if name not in (*PARTS, *changed.values())
-                if (full := _matching(known, name, strict=False)) and _takes_part(*known[full])
+                if (full := _match(known, name, strict=False)) and _takes_part(*known[full])
             }
             if not found:
                 return changed
@@ -259,7 +259,7 @@ class _Draft:
             raise UsageError(f"{changed[full]} and {name} are the same parameter; give one")
         changed[full] = name
         owner, field = self.paths()[full]
-        owner.values[field] = _whole(_converted(owner.kind, field, value))
+        owner.values[field] = _whole(_convert(owner.kind, field, value))
 
 
 def _whole(value: Any) -> Any:
@@ -271,7 +271,7 @@ def _takes_part(owner: _Draft, field: str) -> bool:
     return any(option in _PARTS_BY_NAME for option in _options(owner.kind, field))
 
 
-def _matching(known: Mapping[str, Any], name: str, strict: bool = True) -> str:
+def _match(known: Mapping[str, Any], name: str, strict: bool = True) -> str:
     """The full name of a parameter; not `strict`: "" where there is not exactly one.
 
     Raises:
@@ -296,7 +296,7 @@ def _part(part: str, value: Any) -> Any:
         UsageError: an object of another kind.
     """
     if not isinstance(value, str):
-        ranges.check(part, value, ranges.declared(Method)[part])
+        ranges.check(part, value, ranges.annotations_of(Method)[part])
         return value
     makers: dict[str, Callable[[str], Any]] = {
         "policy": _policy,
@@ -312,7 +312,7 @@ def _part(part: str, value: Any) -> Any:
 def _policy(name: str) -> Policy:
     if name not in names():
         raise UnknownNameError("policy", name, names())
-    return _named(name).policy
+    return _method_of(name).policy
 
 
 def _budget(name: str) -> Budget:
@@ -337,7 +337,7 @@ def _lookup(kind: str, name: str, table: Mapping[str, Any]) -> Any:
     return table[name]
 
 
-def _converted(owner: type, field: str, value: Any) -> Any:
+def _convert(owner: type, field: str, value: Any) -> Any:
     """The value as the field's type, which may be given as text."""
     for option in _options(owner, field):
         done, result = _as(option, value)
@@ -348,8 +348,8 @@ def _converted(owner: type, field: str, value: Any) -> Any:
 
 def _options(owner: type, field: str) -> tuple[Any, ...]:
     """The types that a parameter may have, without their ranges."""
-    wanted = ranges.declared(owner)[field]
-    return tuple(ranges.parted(option)[0] for option in ranges.options(wanted))
+    wanted = ranges.annotations_of(owner)[field]
+    return tuple(ranges.split_range(option)[0] for option in ranges.options(wanted))
 
 
 def _as(wanted: Any, value: Any) -> tuple[bool, Any]:
@@ -363,7 +363,7 @@ def _as(wanted: Any, value: Any) -> tuple[bool, Any]:
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         return (True, words[text]) if text in words else (isinstance(value, bool), value)
     if get_origin(wanted) is tuple:
-        return _as_tuple(ranges.parted(get_args(wanted)[0])[0], value)
+        return _as_tuple(ranges.split_range(get_args(wanted)[0])[0], value)
     if wanted in _PARTS_BY_NAME and text != "none":
         named = _PARTS_BY_NAME[wanted](value) if isinstance(value, str) else value
         return isinstance(named, wanted), named

@@ -195,7 +195,7 @@ class Shot(Unit):
             room = room - around if around <= room else room * (total - around) // max(1, total)
         shots = max(0, int(members.amax()) + 1)
         of = members.masked_fill((members < 0) | ~there, shots)  # one more number: in no shot
-        values, sizes = self._valued(scores, of, shots)
+        values, sizes = self._value_shots(scores, of, shots)
         sizes, stay = sizes.tolist(), [False] * (shots + 1)
         for rank, shot in enumerate(values.argsort(descending=True, stable=True).tolist()):
             if sizes[shot] <= room or rank < self.min_shots:
@@ -204,7 +204,7 @@ class Shot(Unit):
                 break
         return torch.tensor(stay, device=of.device)[of] | fixed
 
-    def _valued(
+    def _value_shots(
         self, scores: Float[Tensor, "K N"], of: Int[Tensor, "K N"], shots: int
     ) -> tuple[Float[Tensor, " shots"], Int[Tensor, " shots"]]:
         """Score and size of each shot; -inf for one that holds nothing."""

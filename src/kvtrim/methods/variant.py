@@ -49,7 +49,7 @@ class Variant:
             settings[last] = own[2].strip()
         return cls(match["name"], settings)
 
-    def joined(self, more: Mapping[str, Any]) -> dict[str, Any]:
+    def merge(self, more: Mapping[str, Any]) -> dict[str, Any]:
         """Its parameters and others.
 
         Raises:
@@ -63,12 +63,12 @@ class Variant:
     def __str__(self) -> str:
         """The label: the preset first, then by name, so that one variant has one label."""
         order = sorted(self.settings, key=lambda name: (name != "preset", name))
-        own = ",".join(f"{name}={_written(self.settings[name])}" for name in order)
+        own = ",".join(f"{name}={_format(self.settings[name])}" for name in order)
         return f"{self.name}:{own}" if own else self.name
 
 
-def _written(value: Any) -> str:
+def _format(value: Any) -> str:
     """A value as text that is read as the same value."""
     if isinstance(value, tuple | list):
-        return ",".join(map(_written, value))
+        return ",".join(map(_format, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -13,7 +13,7 @@ from typing import Any
 
 from kvtrim.errors import UsageError
 from kvtrim.prompts.document import require_characters
-from kvtrim.prompts.prompt import encode_cut, inside_special, rendered
+from kvtrim.prompts.prompt import encode_cut, inside_special, render
 
 _BETWEEN = "\n\n"
 
@@ -64,7 +64,7 @@ def encode(
     marked[first]["content"] = (
         f"{place}{_BETWEEN}{own}" if after_document else f"{own[:end]}{place}{own[end:]}"
     )
-    text = rendered(tokenizer, marked)
+    text = render(tokenizer, marked)
     if text.count(place) != 1:
         raise UsageError("the chat template alters the user's message; use completions instead")
     head, _, rest = (_whole(part, cut) for part in text.partition(place))

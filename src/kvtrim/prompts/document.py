@@ -5,7 +5,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 
 from kvtrim.errors import UsageError
-from kvtrim.prompts.spans import Given, Spans, checked, moved
+from kvtrim.prompts.spans import Given, Spans, as_spans, map_ends
 
 SHOTS, SENTENCES = "shots", "sentences"
 # a sentence ends at . ! ? and closing quotes before a blank, at their full-width forms,
@@ -39,7 +39,7 @@ class Document:
         if not isinstance(self.text, str):
             raise UsageError(f"a document is text, got {type(self.text).__name__}")
         require_characters("document", self.text)
-        ranges = checked(self.spans, len(self.text), "characters")
+        ranges = as_spans(self.spans, len(self.text), "characters")
         object.__setattr__(self, "spans", ranges)
 
     @classmethod
@@ -59,22 +59,22 @@ class Document:
         ends = [found.end() for found in re.finditer(re.escape(separator), text)]
         return cls(text, {name: _between(text, ends, separator)})
 
-    def stripped(self) -> "tuple[Document, str]":
+    def strip(self) -> "tuple[Document, str]":
         """The document without the blanks at its end, and these."""
         end = len(self.text.rstrip())
-        spans = moved(checked(self.spans), lambda at: min(at, end))
+        spans = map_ends(as_spans(self.spans), lambda at: min(at, end))
         return Document(self.text[:end], spans), self.text[end:]
 
     def without_leading_blanks(self) -> "Document":
         """The document from its first character that is no blank."""
         blanks = len(self.text) - len(self.text.lstrip())
-        spans = moved(checked(self.spans), lambda at: max(0, at - blanks))
+        spans = map_ends(as_spans(self.spans), lambda at: max(0, at - blanks))
         return Document(self.text[blanks:], spans)
 
     def parts(self) -> Spans:
         """The named parts with the blanks behind each unit, and every sentence as another part."""
         found = {
-            name: _with_blanks(self.text, units) for name, units in checked(self.spans).items()
+            name: _with_blanks(self.text, units) for name, units in as_spans(self.spans).items()
         }
         if SENTENCES in found:
             return found
@@ -119,9 +119,9 @@ def _with_blanks(
     """Units with the blanks behind each of their ranges, as far as the next range."""
     starts = sorted(start for unit in units for start, _ in unit)
 
-    def extended(end: int) -> int:
+    def extend(end: int) -> int:
         following = bisect_left(starts, end)
         limit = starts[following] if following < len(starts) else len(text)
         return end + len(text[end:limit]) - len(text[end:limit].lstrip())
 
-    return tuple(tuple((start, extended(end)) for start, end in unit) for unit in units)
+    return tuple(tuple((start, extend(end)) for start, end in unit) for unit in units)

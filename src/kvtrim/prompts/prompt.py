@@ -21,7 +21,7 @@ from typing import Any
 
 from kvtrim.errors import UsageError
 from kvtrim.prompts.document import Document, require_characters
-from kvtrim.prompts.spans import Spans, joined, moved, without
+from kvtrim.prompts.spans import Spans, join_spans, map_ends, without
 from kvtrim.prompts.structure import STRUCTURE, structure
 
 # what templates may want to escape, quote, strip or format stands in them, so that it shows
@@ -65,7 +65,7 @@ class Frame:
         messages = [{"role": "user", "content": f"{_CONTEXT}{_BETWEEN}{_QUESTION}"}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        text = rendered(tokenizer, messages)
+        text = render(tokenizer, messages)
         times = max(text.count(_CONTEXT), text.count(_QUESTION))
         before, found, rest = text.partition(_CONTEXT)
         between, also_found, after = rest.partition(_QUESTION)
@@ -75,11 +75,11 @@ class Frame:
             )
         if not (found and also_found):
             raise UsageError(f"the chat template alters the user's message; {_WITHOUT_CHAT}")
-        if system is not None and text == rendered(tokenizer, messages[1:]):
+        if system is not None and text == render(tokenizer, messages[1:]):
             raise UsageError("the chat template ignores the system message; leave it out")
         blank = " \n\n "
         messages[-1] = {**messages[-1], "content": f"{blank}{_CONTEXT}{_QUESTION}{blank}"}
-        text = rendered(tokenizer, messages)
+        text = render(tokenizer, messages)
         return cls(
             before,
             between,
@@ -124,9 +124,9 @@ class Prompt:
         """The whole prompt."""
         return self.context + self.question
 
-    def asked(self, question: "Prompt") -> "Prompt":
+    def with_question(self, question: "Prompt") -> "Prompt":
         """This context with a question encoded alone."""
-        spans = joined(self.spans, question.spans, len(self.context))
+        spans = join_spans(self.spans, question.spans, len(self.context))
         return Prompt(self.context, question.question, spans)
 
 
@@ -140,7 +140,7 @@ class Words:
     prefix: list[int] = field(default_factory=list)  # before the context: kept, not repeated
 
 
-def rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """What a chat template makes of messages, within a bound of time and memory.
 
     Raises:
@@ -148,7 +148,7 @@ def rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """
     try:
         _require_small_numbers(tokenizer.chat_template)
-        with _bounded(_TEMPLATE_S):
+        with _bound(_TEMPLATE_S):
             return tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
@@ -176,7 +176,7 @@ def _require_small_numbers(templates: str | dict[str, str]) -> None:
 
 
 @contextmanager
-def _bounded(seconds: float) -> Iterator[None]:
+def _bound(seconds: float) -> Iterator[None]:
     """Stop Python code that runs for longer, or makes its process larger by a gigabyte.
 
     A template's loops are Python: a trace sees each of their lines, in any thread.
@@ -218,7 +218,7 @@ def frame(tokenizer: Any, chat: bool | None = None, system: str | None = None) -
 
 def encode(tokenizer: Any, around: Frame, context: str | Document, question: str) -> Prompt:
     """Token ids of both parts, as whoever looks at a prompt by hand wants them."""
-    return encode_context(tokenizer, around, context).asked(
+    return encode_context(tokenizer, around, context).with_question(
         encode_question(tokenizer, around, question)
     )
 
@@ -231,9 +231,9 @@ def encode_context(tokenizer: Any, around: Frame, context: str | Document) -> Pr
     """
     document = _document(around, context)
     before, parts = _before(around), _parts(tokenizer, document)
-    spans = joined(before, parts, len(around.before))
+    spans = join_spans(before, parts, len(around.before))
     cuts = _cuts(tokenizer, around, document.text, len(around.before))
-    ids, spans = _encoded(tokenizer, around.before + document.text, spans, cuts)
+    ids, spans = _encode(tokenizer, around.before + document.text, spans, cuts)
     return Prompt(ids, [], spans)
 
 
@@ -244,9 +244,9 @@ def encode_ends(tokenizer: Any, around: Frame, context: str | Document, room: in
         UsageError: no token of the context fits in.
     """
     document = _document(around, context)
-    first, before = _encoded(tokenizer, around.before, _before(around))
+    first, before = _encode(tokenizer, around.before, _before(around))
     cuts = _cuts(tokenizer, around, document.text, 0)
-    ids, spans = _encoded(tokenizer, document.text, _parts(tokenizer, document), cuts)
+    ids, spans = _encode(tokenizer, document.text, _parts(tokenizer, document), cuts)
     left = room - len(first)
     if left < 1:
         raise UsageError(
@@ -257,7 +257,7 @@ def encode_ends(tokenizer: Any, around: Frame, context: str | Document, room: in
     if len(ids) > left:
         head = (left + 1) // 2
         spans = without(spans, head, head + len(ids) - left)
-    return Prompt(first + cut_middle(ids, left), [], joined(before, spans, len(first)))
+    return Prompt(first + cut_middle(ids, left), [], join_spans(before, spans, len(first)))
 
 
 def encode_question(tokenizer: Any, around: Frame, question: str) -> Prompt:
@@ -272,7 +272,7 @@ def encode_question(tokenizer: Any, around: Frame, question: str) -> Prompt:
         text = text.rstrip()
     parts: Spans = {"question": (((start, len(text)),),)} if text[start:] else {}
     cuts = _cuts(tokenizer, around, text[start:], start)
-    ids, spans = _encoded(tokenizer, text + around.after, parts, cuts)
+    ids, spans = _encode(tokenizer, text + around.after, parts, cuts)
     return Prompt([], ids, spans)
 
 
@@ -322,7 +322,7 @@ def _parts(tokenizer: Any, document: Document) -> Spans:
             "this tokenizer does not say where its tokens begin, so named spans cannot be found "
             "in its output; load the fast one (use_fast=True), or drop the spans"
         )
-    return joined({"context": (((0, len(document.text)),),)}, document.parts(), 0)
+    return join_spans({"context": (((0, len(document.text)),),)}, document.parts(), 0)
 
 
 def _cuts(tokenizer: Any, around: Frame, text: str, start: int) -> list[int]:
@@ -350,10 +350,10 @@ def inside_special(tokenizer: Any, text: str) -> list[int]:
 
 def encode_cut(tokenizer: Any, text: str, cuts: Sequence[int]) -> list[int]:
     """Token ids of a text, none of which reaches over a cut."""
-    return _encoded(tokenizer, text, {}, cuts)[0]
+    return _encode(tokenizer, text, {}, cuts)[0]
 
 
-def _encoded(
+def _encode(
     tokenizer: Any, text: str, parts: Spans, cuts: Sequence[int] = ()
 ) -> tuple[list[int], Spans]:
     """Token ids of a text, and its parts in tokens; no parts from a tokenizer without offsets."""
@@ -369,7 +369,7 @@ def _encoded(
     if not tokenizer.is_fast:
         return ids, {}
     begins = [begin for begin, _ in places]
-    spans = moved(parts, lambda at: bisect_left(begins, at))
+    spans = map_ends(parts, lambda at: bisect_left(begins, at))
     if "context" in spans and STRUCTURE not in spans:
         first, last = spans["context"][0][0] if spans["context"] else (0, 0)
         spans = {**spans, STRUCTURE: structure(text, ids, places, first, last)}

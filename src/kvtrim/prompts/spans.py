@@ -18,7 +18,7 @@ Given = Mapping[str, Sequence[Any]]
 """Spans as a user writes them: a unit is one range or a list of ranges."""
 
 
-def checked(given: Given, length: int | None = None, counted: str = "tokens") -> Spans:
+def as_spans(given: Given, length: int | None = None, counted: str = "tokens") -> Spans:
     """Spans in their one form.
 
     Args:
@@ -65,7 +65,7 @@ def per_prompt(given: Given | Sequence[Given] | None) -> list[Spans]:
     """The spans of each prompt of a batch; of one prompt if they are given once."""
     if given is None:
         return []
-    return [checked(one) for one in ([given] if isinstance(given, Mapping) else given)]
+    return [as_spans(one) for one in ([given] if isinstance(given, Mapping) else given)]
 
 
 def per_row(spans: Sequence[Spans], rows: int) -> list[Spans]:
@@ -89,12 +89,12 @@ def require_within(spans: Sequence[Spans], lengths: Sequence[int]) -> None:
         UsageError: naming the range.
     """
     for one, length in zip(spans, lengths, strict=False):
-        checked(one, length)
+        as_spans(one, length)
 
 
-def joined(first: Spans, second: Spans, shift: int) -> Spans:
+def join_spans(first: Spans, second: Spans, shift: int) -> Spans:
     """Spans of a text and of another `shift` further on; a part's units follow each other."""
-    behind = moved(second, lambda at: at + shift)
+    behind = map_ends(second, lambda at: at + shift)
     return {name: first.get(name, ()) + behind.get(name, ()) for name in {**first, **behind}}
 
 
@@ -104,10 +104,10 @@ def without(spans: Spans, start: int, end: int) -> Spans:
     def move(at: int) -> int:
         return at if at <= start else max(start, at - (end - start))
 
-    return moved(spans, move)
+    return map_ends(spans, move)
 
 
-def moved(spans: Spans, move: Callable[[int], int]) -> Spans:
+def map_ends(spans: Spans, move: Callable[[int], int]) -> Spans:
     """Both ends of every range moved; ranges and units that became empty are left out."""
     found = {}
     for name, units in spans.items():

@@ -37,12 +37,12 @@ def structure(
     for at in range(first, last):
         start, end = places[at]
         often = times[ids[at]] >= REPEATS
-        if often and not _content(text[start:end].strip()) and not _glued(text, start, end):
+        if often and not _content(text[start:end].strip()) and not _is_glued(text, start, end):
             found.setdefault(ids[at], []).append(at)
     return tuple(tuple(_runs(where)) for where in found.values())
 
 
-def _glued(text: str, start: int, end: int) -> bool:
+def _is_glued(text: str, start: int, end: int) -> bool:
     """Whether what stands there has no blank in it and a letter or digit on both sides."""
     if not 0 < start < end < len(text) or any(map(str.isspace, text[start:end])):
         return False

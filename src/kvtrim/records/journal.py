@@ -60,7 +60,7 @@ class Journal:
     def cut(self, count: int) -> None:
         """Drop all but the first lines."""
         if self._path is not None and len(self.lines) > count:
-            with files.told("read", self._path), self._path.open("rb") as file:
+            with files.file_errors("read", self._path), self._path.open("rb") as file:
                 size = sum(len(next(file)) for _ in range(count))
             files.truncate(self._path, size)
         del self.lines[count:]
@@ -91,7 +91,7 @@ def begin(
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; name a folder")
     path = folder / name
-    if path.exists() and (_measured(folder, lines) or _holds(path, record)):
+    if path.exists() and (_has_lines(folder, lines) or _holds(path, record)):
         record = _same(folder, records.record(path), record)
     elif (folder / lines).exists() and not path.exists():
         raise UsageError(f"{folder} holds {lines} without {name}; name another folder")
@@ -109,9 +109,9 @@ def _holds(path: Path, record: dict[str, Any]) -> bool:
     return False
 
 
-def _measured(folder: Path, lines: str) -> bool:
+def _has_lines(folder: Path, lines: str) -> bool:
     """Whether there is a line in the folder, or in one of its folders."""
-    with files.told("read", folder):
+    with files.file_errors("read", folder):
         return any(path.stat().st_size for path in folder.rglob(lines))
 
 
@@ -125,7 +125,7 @@ def lock(folder: Path, wait: bool = False) -> Iterator[None]:
     if fcntl is None:  # not a Unix
         yield
         return
-    with files.told("read", folder):
+    with files.file_errors("read", folder):
         lock = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -170,7 +170,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a journal; one that was cut off in the middle is taken out of the file."""
     found = records.lines(path, checked=False)
     if path.exists():
-        with files.told("read", path):
+        with files.file_errors("read", path):
             content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):

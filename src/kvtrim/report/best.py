@@ -32,7 +32,7 @@ _COLUMNS = [("keep", "right"), ("best score", "left"), ("score", "right"), ("ful
 _COLUMNS += [("least loss", "left"), ("loss above full", "right")]
 
 
-def marked(table: Table) -> set[tuple[int, int]]:
+def best_cells(table: Table) -> set[tuple[int, int]]:
     """(row, column) of the best cells of each budget; all of them where several are equal."""
     headings = [heading for heading, _ in table.columns]
     if "method" not in headings or "keep" not in headings:
@@ -78,7 +78,7 @@ def _winners(rows: Sequence[int], cells: Sequence[str], heading: str) -> list[in
 def _best_rows(table: Table, headings: Sequence[str]) -> list[list[str]]:
     method, keep = headings.index("method"), headings.index("keep")
     full = [row for row in table.rows if row[method] == FULL]
-    best = marked(table)
+    best = best_cells(table)
     rows = []
     for budget in dict.fromkeys(row[keep] for row in table.rows if row[method] not in REFERENCES):
         cells = [budget]

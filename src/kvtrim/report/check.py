@@ -115,7 +115,7 @@ def document(path: Path, tables: Sequence[Table]) -> list[Finding]:
     return found
 
 
-def filled(path: Path, tables: Sequence[Table]) -> str:
+def fill(path: Path, tables: Sequence[Table]) -> str:
     """A document with its marked tables made anew.
 
     Raises:
@@ -126,14 +126,14 @@ def filled(path: Path, tables: Sequence[Table]) -> str:
     try:
         for place in _places(path, lines):
             made += lines[at : place.first + 1]
-            made += ["", *named(place.name, place.only, tables).markdown().split("\n")]
+            made += ["", *find_table(place.name, place.only, tables).markdown().split("\n")]
             at = place.last
     except _Broken as error:
         raise UsageError(str(error.finding)) from None
     return "\n".join([*made, *lines[at:]])
 
 
-def named(name: str, only: str, tables: Sequence[Table]) -> Table:
+def find_table(name: str, only: str, tables: Sequence[Table]) -> Table:
     """The table that a marker means.
 
     Raises:
@@ -186,7 +186,7 @@ def _wrong(
 ) -> Iterator[Finding]:
     """The first line of a table that is not what the data say."""
     try:
-        table = named(place.name, place.only, tables)
+        table = find_table(place.name, place.only, tables)
     except UsageError as error:
         yield Finding(path, place.first + 1, str(error))
         return

@@ -47,7 +47,9 @@ def chapters(sections: Sequence[Section], speeds: Sequence[SpeedRun]) -> list[Ch
     short = names.short([*models, *(str(run.record["model"]["name"]) for run in speeds)])
     sections = [replace(section, short=short[section.model]) for section in sections]
     needles = {task for section in sections for task in View(section).grids}
-    made = [_evaluated(View(each)) for each in across_lengths(sections, needles.__contains__)]
+    made = [
+        _evaluation_chapter(View(each)) for each in across_lengths(sections, needles.__contains__)
+    ]
     tables, titles = names.Names(), names.Names()
     for number, run in enumerate(speeds):
         slug, folder = short[str(run.record["model"]["name"])], Path(run.folder).name
@@ -55,7 +57,7 @@ def chapters(sections: Sequence[Section], speeds: Sequence[SpeedRun]) -> list[Ch
         start = "-".join(tables.new(*choices).split())
         for end in _ENDS:
             tables.new(f"{start}-{end}")
-        made.append(_timed(run, start))
+        made.append(_speed_chapter(run, start))
     distinct = []
     for chapter in made:
         choices = [chapter.title, *[f"{chapter.title} ({chapter.folder})"] * bool(chapter.folder)]
@@ -69,7 +71,7 @@ def methods(sections: Sequence[Section], speeds: Sequence[SpeedRun]) -> list[str
     return list(dict.fromkeys(met + [line["method"] for run in speeds for line in run.lines]))
 
 
-def _evaluated(view: View) -> Chapter:
+def _evaluation_chapter(view: View) -> Chapter:
     section = view.section
     about = f"{PROTOCOLS.get(section.protocol, '')} Scores are means over the samples of a task."
     about = " ".join([about, *(f"{remark}." for remark in section.remarks)])
@@ -77,7 +79,7 @@ def _evaluated(view: View) -> Chapter:
     return Chapter(section.title, about.strip(), *made)
 
 
-def _timed(run: SpeedRun, start: str) -> Chapter:
+def _speed_chapter(run: SpeedRun, start: str) -> Chapter:
     """Seconds and bytes of one speed run."""
     record = run.record
     rows = speed.rows([{**_EARLIER, **line} for line in run.lines], record["limits"])

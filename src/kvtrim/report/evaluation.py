@@ -7,7 +7,17 @@ from kvtrim.report import families, tables
 from kvtrim.report.gaps import of
 from kvtrim.report.lookup import FULL, Row, View
 from kvtrim.report.published_scores import beside
-from kvtrim.report.tables import HEAD, Column, Table, keep, mebibytes, named, nats, percent, share
+from kvtrim.report.tables import (
+    HEAD,
+    Column,
+    Table,
+    keep,
+    mebibytes,
+    nats,
+    percent,
+    section_table,
+    share,
+)
 
 _SCORES = "Scores of 0 to 100, mean and 95 % bootstrap interval; held: measured, of the full cache"
 _RIGHT = "right"
@@ -27,7 +37,7 @@ def all_tables(view: View) -> list[Table]:
         change,
         fidelity,
         beside,
-        refused,
+        refusals,
         runs,
     )
     return [table for make in makers if (table := make(view)) is not None and table.rows]
@@ -39,7 +49,7 @@ def overview(view: View) -> Table:
     columns += [("change", _RIGHT), ("loss above full", _RIGHT), ("KL", _RIGHT), ("tasks", _RIGHT)]
     rows = []
     for row in view.rows:
-        own, held = view.scored(view.tasks, row), view.held(view.tasks, row)
+        own, held = view.tasks_with_score(view.tasks, row), view.memory(view.tasks, row)
         rows.append(
             [
                 row[0],
@@ -59,12 +69,12 @@ def overview(view: View) -> Table:
         "token of the right answer, read after the same cache. Held: measured bytes after the "
         "prompt."
     )
-    return named(view, "overview", "Overview", about, columns, rows)
+    return section_table(view, "overview", "Overview", about, columns, rows)
 
 
 def longbench(view: View) -> Table | None:
     """The sixteen tasks."""
-    found = view.named(families.longbench)
+    found = view.tasks_by_name(families.longbench)
     about = f"{_SCORES}. The average is over the tasks that were measured."
     known = families.LONGBENCH_TASKS
     made = tables.scores(view, "longbench", "LongBench", about, found, known)
@@ -73,13 +83,13 @@ def longbench(view: View) -> Table | None:
 
 def categories(view: View) -> Table | None:
     """LongBench's six categories: the mean of each one's tasks."""
-    found = view.named(families.longbench)
+    found = view.tasks_by_name(families.longbench)
     columns: list[Column] = [*HEAD, *((name, _RIGHT) for name in families.LONGBENCH)]
     columns += [("average of categories", _RIGHT)]
     rows = []
     for row in view.rows:
         groups = [
-            view.scored([found[task] for task in tasks if task in found], row)
+            view.tasks_with_score([found[task] for task in tasks if task in found], row)
             for tasks in families.LONGBENCH.values()
         ]
         if not any(groups):
@@ -95,7 +105,9 @@ def categories(view: View) -> Table | None:
         "Means of each category's measured tasks (how many of how many where some are missing)."
     )
     title = "LongBench by category"
-    return named(view, "longbench-categories", title, about, columns, rows) if found else None
+    return (
+        section_table(view, "longbench-categories", title, about, columns, rows) if found else None
+    )
 
 
 def _over(view: View, tasks: list[str], row: Row, wanted: int) -> str:
@@ -106,7 +118,7 @@ def _over(view: View, tasks: list[str], row: Row, wanted: int) -> str:
 
 def ruler(view: View) -> Table | None:
     """RULER's thirteen tasks."""
-    found = view.named(families.ruler)
+    found = view.tasks_by_name(families.ruler)
     about = f"{_SCORES}. The average is over the tasks that were measured."
     made = tables.scores(view, "ruler", "RULER", about, found, families.RULER_TASKS)
     return made if found else None
@@ -135,12 +147,12 @@ def _grid(view: View, name: str, short: str, title: str) -> Table | None:
                 view.mean([task], row, where=lambda line, at=place: line.group[name] == at)
                 for place in places
             ]
-            held = view.held([task], row)
+            held = view.memory([task], row)
             start = [task, row[0], keep(row), share(held and held[1])]
             if held is not None:
                 cells = [*map(tables.score, own), tables.score(view.mean([task], row))]
                 rows.append([*start, *cells])
-    return named(view, short, title, f"{_SCORES}.", columns, rows) if rows else None
+    return section_table(view, short, title, f"{_SCORES}.", columns, rows) if rows else None
 
 
 def shots(view: View) -> Table | None:
@@ -165,7 +177,7 @@ def change(view: View) -> Table | None:
     columns: list[Column] = [*HEAD, ("held", _RIGHT), *((name, _RIGHT) for name in groups)]
     rows = []
     for row in view.rows:
-        held = view.held(view.tasks, row)
+        held = view.memory(view.tasks, row)
         if row == FULL or held is None:
             continue
         own = [percent(view.change(tasks, row)) for tasks in groups.values()]
@@ -174,14 +186,16 @@ def change(view: View) -> Table | None:
         "(P_c - P_full) / P_full on the samples that both have, with 95 % bootstrap intervals of "
         "the pairs; 0 % is the full cache, no figure where the full cache scores nothing."
     )
-    return named(view, "change", "Performance change against the full cache", about, columns, rows)
+    return section_table(
+        view, "change", "Performance change against the full cache", about, columns, rows
+    )
 
 
 def benchmarks(view: View) -> dict[str, list[str]]:
     """Tasks by the benchmark whose average papers print; every other task by itself."""
     groups = {
-        "LongBench": list(view.named(families.longbench).values()),
-        "RULER": list(view.named(families.ruler).values()),
+        "LongBench": list(view.tasks_by_name(families.longbench).values()),
+        "RULER": list(view.tasks_by_name(families.ruler).values()),
         **{task: [task] for task in view.grids},
         "GSM8K": list(view.shots.values()),
         **{task: [task] for task in view.others},
@@ -195,7 +209,7 @@ def fidelity(view: View) -> Table | None:
     columns += [("loss", _RIGHT), ("loss above full", _RIGHT), ("KL to full", _RIGHT)]
     rows = []
     for row in view.rows:
-        held, loss = view.held(view.tasks, row), view.mean(view.tasks, row, "loss")
+        held, loss = view.memory(view.tasks, row), view.mean(view.tasks, row, "loss")
         if held is None or loss is None:
             continue
         entries = view.mean(view.tasks, row, "entries")
@@ -209,10 +223,12 @@ def fidelity(view: View) -> Table | None:
         "comes from the prompt's own pass and does not count. Entries: per KV head, after the "
         "prompt."
     )
-    return named(view, "fidelity", "Loss and KL against what is held", about, columns, rows)
+    return section_table(
+        view, "fidelity", "Loss and KL against what is held", about, columns, rows
+    )
 
 
-def refused(view: View) -> Table | None:
+def refusals(view: View) -> Table | None:
     """What could not be measured, and why."""
     met: dict[tuple[str, ...], int] = {}
     for line in view.section.lines:
@@ -223,7 +239,7 @@ def refused(view: View) -> Table | None:
     columns: list[Column] = [("task", "left"), *HEAD, ("outcome", "left"), ("samples", _RIGHT)]
     columns += [("reason", "left")]
     about = "These samples count nowhere; a method that refuses some is compared on the others."
-    return named(view, "not-measured", "Not measured", about, columns, rows)
+    return section_table(view, "not-measured", "Not measured", about, columns, rows)
 
 
 def runs(view: View) -> Table:
@@ -243,7 +259,7 @@ def runs(view: View) -> Table:
     places = dict.fromkeys(_place(run.record) for run in view.section.runs)
     missing = [f"{note}." for run in view.section.runs for note in of(run, run.folder.name)]
     about = " ".join(["What was asked.", *places, *missing])
-    return named(view, "runs", "Runs", about, columns, rows)
+    return section_table(view, "runs", "Runs", about, columns, rows)
 
 
 def _place(record: object) -> str:

@@ -61,7 +61,7 @@ def _series(
 
 def _share(view: View, tasks: Sequence[str]) -> Callable[[Row], float | None]:
     def x(row: Row) -> float | None:
-        held = view.held(tasks, row)
+        held = view.memory(tasks, row)
         return None if held is None else 100 * held[1]
 
     return x
@@ -71,14 +71,14 @@ def _accuracy(view: View) -> Picture:
     """The mean score over everything against measured bytes."""
 
     def x(row: Row) -> float | None:
-        held = view.held(view.tasks, row)
+        held = view.memory(view.tasks, row)
         return None if held is None else held[0] / 2**20
 
     def y(row: Row) -> Figure | None:
-        own = view.scored(view.tasks, row)
+        own = view.tasks_with_score(view.tasks, row)
         return view.mean(own, row) if len(own) == len(whole) else None
 
-    whole = view.scored(view.tasks, FULL) or view.tasks
+    whole = view.tasks_with_score(view.tasks, FULL) or view.tasks
     of = whole[0] if len(whole) == 1 else f"{len(whole)} tasks"
     title = f"Mean score of {of} against the memory held; 95 % intervals"
     start = _start(view, "lines", "accuracy", title)
@@ -91,7 +91,7 @@ def _changes(view: View) -> list[Picture]:
     made = []
     for name, tasks in benchmarks(view).items():
         rows = [row for row in view.rows if row != FULL]
-        own = _series(view, _share(view, tasks), _changed(view, tasks), 100, rows)
+        own = _series(view, _share(view, tasks), _change_of(view, tasks), 100, rows)
         title = f"{name}: change against the full cache, (P_c - P_full) / P_full; 95 % intervals"
         start = _start(view, "lines", f"change-{_slug(name)}", title)
         axes = {"x": HELD, "y": "change of the score [%]", "log_x": True, "level": 0.0}
@@ -99,7 +99,7 @@ def _changes(view: View) -> list[Picture]:
     return made
 
 
-def _changed(view: View, tasks: Sequence[str]) -> Callable[[Row], Figure | None]:
+def _change_of(view: View, tasks: Sequence[str]) -> Callable[[Row], Figure | None]:
     return lambda row: view.change(tasks, row)
 
 
@@ -111,7 +111,7 @@ def _fidelity(view: View) -> list[Picture]:
     kl = _series(view, x, kls.get, rows=[row for row in rows if row not in none])
     loss = _series(view, x, lambda row: view.rise(view.tasks, row), rows=rows)
     tokens = "nats per token of the right answer; 95 % intervals"
-    zero = f"; exactly 0 and below the axis {_listed(none)}" if none else ""
+    zero = f"; exactly 0 and below the axis {_list_methods(none)}" if none else ""
     first = _start(view, "lines", "kl", f"KL divergence from the full cache, {tokens}{zero}")
     second = _start(view, "lines", "loss", f"Loss above the full cache's, {tokens}")
     axes = {"x": HELD, "log_x": True}
@@ -121,7 +121,7 @@ def _fidelity(view: View) -> list[Picture]:
     ]
 
 
-def _listed(rows: Sequence[Row]) -> str:
+def _list_methods(rows: Sequence[Row]) -> str:
     """Methods by budget."""
     keeps = dict.fromkeys(keep for _, keep in rows)
     methods = {keep: [method for method, own in rows if own == keep] for keep in keeps}
@@ -169,7 +169,7 @@ def _matrices(view: View) -> list[Picture]:
         ("RULER", families.ruler, families.RULER_TASKS),
         ("LongBench", families.longbench, families.LONGBENCH_TASKS),
     ):
-        found = view.named(family)
+        found = view.tasks_by_name(family)
         columns = [task for task in order if task in found]
         for keep in view.keeps if len(columns) > 1 else []:
             rows = [FULL, *(row for row in view.rows if row[1] == keep)]

@@ -48,14 +48,14 @@ def visible(text: str) -> str:
     Control characters but line breaks and tabs, marks that turn the direction of writing, other
     separators of lines, and halves of characters become escapes such as \x1b and \u202e.
     """
-    return "".join(map(_shown, text)) if not text.isascii() or _CONTROL.search(text) else text
+    return "".join(map(_show, text)) if not text.isascii() or _CONTROL.search(text) else text
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _JOINERS = "\u200c\u200d"  # which letters and emoji need
 
 
-def _shown(letter: str) -> str:
+def _show(letter: str) -> str:
     kind = unicodedata.category(letter)
     if letter in "\n\t" or letter in _JOINERS or kind not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
         return letter
@@ -65,7 +65,7 @@ def _shown(letter: str) -> str:
     )
 
 
-def escaped(text: str) -> str:
+def escape(text: str) -> str:
     """Foreign text for Markdown, in which it then is text: no tags, comments, links or breaks."""
     line = " ".join(visible(text).split("\n"))
     html = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -83,5 +83,5 @@ def prose(text: str) -> str:
 def markdown(columns: list[tuple[str, str]], rows: list[list[str]]) -> str:
     """A Markdown table; each column is (heading, "left" or "right"). Cells are text."""
     rule = ["---:" if side == "right" else "---" for _, side in columns]
-    head, *lines = [[escaped(cell) for cell in line] for line in ([h for h, _ in columns], *rows)]
+    head, *lines = [[escape(cell) for cell in line] for line in ([h for h, _ in columns], *rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines)) + "\n"

@@ -179,7 +179,7 @@ def _prose(text: str) -> str:
 def _table(table: Table) -> str:
     sides = [side for _, side in table.columns]
     head = "".join(f"<th{_class(side)}>{escape(name)}</th>" for name, side in table.columns)
-    won = best.marked(table)
+    won = best.best_cells(table)
     lines = []
     for number, row in enumerate(table.rows):
         bold = {at for at in range(len(row)) if (number, at) in won}

@@ -101,7 +101,7 @@ class View:
         own = self.values(task, row, where=where)
         return sum(own) / len(own) if own else None
 
-    def scored(self, tasks: Iterable[str], row: Row) -> list[str]:
+    def tasks_with_score(self, tasks: Iterable[str], row: Row) -> list[str]:
         """The tasks of which a method and budget has a score."""
         return [task for task in tasks if self.values(task, row)]
 
@@ -133,7 +133,7 @@ class View:
             self._known[key] = figure(values)
         return self._known[key]
 
-    def held(self, tasks: Iterable[str], row: Row) -> tuple[float, float] | None:
+    def memory(self, tasks: Iterable[str], row: Row) -> tuple[float, float] | None:
         """Bytes held after the prompt, and their share of the full cache's: means over tasks."""
         means = []
         for task in tasks:
@@ -146,7 +146,7 @@ class View:
             return None
         return fmean(held for held, _ in means), fmean(part for _, part in means)
 
-    def named(self, family: Callable[[str], str | None]) -> dict[str, str]:
+    def tasks_by_name(self, family: Callable[[str], str | None]) -> dict[str, str]:
         """The tasks of a benchmark by the name that its papers use."""
         return {name: task for task in self.tasks if (name := family(task)) is not None}
 
@@ -173,7 +173,10 @@ class View:
     def others(self) -> list[str]:
         """Tasks that no table of its own shape shows."""
         known = {*self.grids, *self.shots.values()}
-        known |= {*self.named(families.longbench).values(), *self.named(families.ruler).values()}
+        known |= {
+            *self.tasks_by_name(families.longbench).values(),
+            *self.tasks_by_name(families.ruler).values(),
+        }
         return [task for task in self.tasks if task not in known]
 
 

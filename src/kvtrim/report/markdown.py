@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from kvtrim.report.document import Chapter, anchor
-from kvtrim.report.format import escaped, prose
+from kvtrim.report.format import escape, prose
 from kvtrim.report.tables import Table
 
 TITLE = "kvtrim report"
@@ -22,23 +22,23 @@ def markdown(chapters: Sequence[Chapter], plots: Mapping[str, str]) -> str:
     """
     parts = [f"# {TITLE}\n\n{ABOUT}\n", _contents(chapters)]
     for chapter in chapters:
-        parts.append(f"## {escaped(chapter.title)}\n")
+        parts.append(f"## {escape(chapter.title)}\n")
         parts += [f"{prose(chapter.about)}\n"] if chapter.about else []
-        parts += [marked(table) for table in chapter.tables]
+        parts += [table_section(table) for table in chapter.tables]
         names = [picture["name"] for picture in chapter.pictures]
-        parts += [_linked(name, plots[name]) for name in names if name in plots]
+        parts += [_link(name, plots[name]) for name in names if name in plots]
     return "\n".join(parts)
 
 
 def _contents(chapters: Sequence[Chapter]) -> str:
     return "".join(
-        f"- [{escaped(chapter.title)}](#{anchor(chapter.title)})\n" for chapter in chapters
+        f"- [{escape(chapter.title)}](#{anchor(chapter.title)})\n" for chapter in chapters
     )
 
 
-def marked(table: Table) -> str:
+def table_section(table: Table) -> str:
     """A table under its heading, between its markers."""
-    title, about = escaped(table.title), prose(table.about)
+    title, about = escape(table.title), prose(table.about)
     return f"### {title}\n\n{about}\n\n{between(table.name, '', table)}"
 
 
@@ -48,5 +48,5 @@ def between(name: str, wanted: str, table: Table) -> str:
     return f"{start}\n\n{table.markdown()}\n<!-- /kvtrim:table -->\n"
 
 
-def _linked(name: str, path: str) -> str:
-    return f"![{escaped(name)}](<{path}>)\n" if " " in path else f"![{escaped(name)}]({path})\n"
+def _link(name: str, path: str) -> str:
+    return f"![{escape(name)}](<{path}>)\n" if " " in path else f"![{escape(name)}]({path})\n"

@@ -16,7 +16,7 @@ from typing import Any
 
 from kvtrim.report import families
 from kvtrim.report.lookup import Row, View, budget
-from kvtrim.report.tables import MISSING, Column, Table, keep, named, score
+from kvtrim.report.tables import MISSING, Column, Table, keep, score, section_table
 
 _FILES = {  # file: how prompts are read there, and the short name of the source
     "fastkv-scores": ("question-aware", "FastKV"),
@@ -56,7 +56,7 @@ class Printed:
 
 
 @cache
-def printed() -> tuple[Printed, ...]:
+def printed_scores() -> tuple[Printed, ...]:
     """Every score of every source; one that is printed twice counts once."""
     met: dict[Any, Printed] = {}
     for name, (read, short) in _FILES.items():
@@ -64,7 +64,7 @@ def printed() -> tuple[Printed, ...]:
         source = json.loads(path.read_text(encoding="utf-8"))
         for table in source["tables"]:
             for row in table["rows"]:
-                for one in _row(table, row, _cited(short, source["source"], table), read):
+                for one in _row(table, row, _cite(short, source["source"], table), read):
                     key = (
                         name,
                         one.model,
@@ -79,7 +79,7 @@ def printed() -> tuple[Printed, ...]:
     return tuple(met.values())
 
 
-def _cited(short: str, source: Mapping[str, Any], table: Mapping[str, Any]) -> str:
+def _cite(short: str, source: Mapping[str, Any], table: Mapping[str, Any]) -> str:
     """Paper and table: FastKV (arXiv 2502.01068), Table 2."""
     where = f" (arXiv {source['arxiv']})" if source.get("arxiv") else ""
     shots = f", {table['shots']} shots" if table.get("shots") else ""
@@ -120,21 +120,21 @@ def beside(view: View) -> Table:
     """Our figure beside every published one that it can be set beside."""
     model = _model(view.section.model)
     cells = []
-    for one in printed():
+    for one in printed_scores():
         if _model(one.model) != model:
             continue
         for row in view.rows:
             if (row[0], *_budget(row)) == (one.method, one.kind, one.amount):
-                cells += _compared(view, one, row)
+                cells += _compare(view, one, row)
     about = (
         "Published figures are what the sources print, measured there with other code, on other "
         "machines and on all samples; read says whether the source's methods saw the question. "
         "A question mark: the source is known or likely to have this figure wrong."
     )
-    return named(view, "published", "Published beside ours", about, _COLUMNS, cells)
+    return section_table(view, "published", "Published beside ours", about, _COLUMNS, cells)
 
 
-def _compared(view: View, one: Printed, row: Row) -> list[list[str]]:
+def _compare(view: View, one: Printed, row: Row) -> list[list[str]]:
     """The line of one published figure, if we have the same."""
     if one.task == "average":
         found = [_ours(view, task, one) for task in one.tasks]
@@ -147,7 +147,11 @@ def _compared(view: View, one: Printed, row: Row) -> list[list[str]]:
         if task is None:
             return []
         tasks, label = [task], task
-    own = score(view.mean(tasks, row)) if len(view.scored(tasks, row)) == len(tasks) else MISSING
+    own = (
+        score(view.mean(tasks, row))
+        if len(view.tasks_with_score(tasks, row)) == len(tasks)
+        else MISSING
+    )
     value = f"{one.value:.2f}{'?' if one.doubtful else ''}"
     line = [label, row[0], keep(row), own, value, one.source, one.read]
     return [] if own == MISSING else [line]
@@ -155,14 +159,14 @@ def _compared(view: View, one: Printed, row: Row) -> list[list[str]]:
 
 def _ours(view: View, task: str, one: Printed) -> str | None:
     """Our task that asks the same as a source's; nothing was cut from samples or answers."""
-    shots, ruled = one.shots or 0, view.named(families.ruler)
+    shots, ruled = one.shots or 0, view.tasks_by_name(families.ruler)
     if task in ruled:
         same = view.section.length == str(one.length)
         return ruled[task] if same and ruled[task] not in view.cut | view.shortened else None
     if task in ("gsm8k", "manyshot_gsm8k"):
         own = view.shots.get(shots)
     else:
-        known = view.named(families.longbench)
+        known = view.tasks_by_name(families.longbench)
         for name in view.others:
             for begin, theirs in _TASKS.items():
                 if name.startswith(begin) and _shots(name) == shots:

@@ -106,7 +106,7 @@ class Section:
         return next((found for found in known if found), {})
 
 
-def found(folders: Sequence[Path]) -> tuple[list[Section], list[SpeedRun]]:
+def read_results(folders: Sequence[Path]) -> tuple[list[Section], list[SpeedRun]]:
     """Everything that lies in the folders, runs of one setup joined.
 
     Raises:
@@ -130,7 +130,7 @@ def found(folders: Sequence[Path]) -> tuple[list[Section], list[SpeedRun]]:
     if not any(run.lines for run in evals) and not speeds:
         raise UsageError(f"nothing was measured in {', '.join(map(str, folders))} yet")
     setups = dict.fromkeys(run.setup for run in evals)
-    sections = [_joined(setup, [run for run in evals if run.setup == setup]) for setup in setups]
+    sections = [_join(setup, [run for run in evals if run.setup == setup]) for setup in setups]
     return [section for section in sections if section.lines], speeds
 
 
@@ -239,7 +239,7 @@ def _why(outcome: str) -> str:
     return "" if outcome == OK else outcome
 
 
-def _joined(setup: tuple[str, str, str], runs: Sequence[Run]) -> Section:
+def _join(setup: tuple[str, str, str], runs: Sequence[Run]) -> Section:
     """One section; a sample that several folders hold counts once, as the first one has it.
 
     Raises:

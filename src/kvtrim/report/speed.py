@@ -161,7 +161,7 @@ def spread_table(rows: Sequence[Row]) -> tuple[list[tuple[str, str]], list[list[
     headings += ("of bandwidth", "steps", "entries")
     columns = [("tokens", "right"), ("batch", "right"), ("method", "left"), ("keep", "right")]
     columns += [(heading, "right") for heading in headings]
-    return columns, [_detailed(row) for row in rows if "token_floor_s" in row]
+    return columns, [_details(row) for row in rows if "token_floor_s" in row]
 
 
 def _detail(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
@@ -179,7 +179,7 @@ def _detail(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
     return said + markdown(columns, cells)
 
 
-def _detailed(row: Row) -> list[str]:
+def _details(row: Row) -> list[str]:
     return [
         f"{row['length']}",
         f"{row['batch']}",

@@ -108,18 +108,18 @@ def scores(
     cells = []
     for row in view.rows:
         tasks = [columns.get(heading) for heading in headings]
-        own = view.scored([task for task in tasks if task], row)
-        held = view.held(columns.values(), row)
+        own = view.tasks_with_score([task for task in tasks if task], row)
+        held = view.memory(columns.values(), row)
         line = [row[0], keep(row), share(held and held[1])]
         line += [_cell(view, task, row) for task in tasks]
         if average:
             line += [score(view.mean(own, row)), f"{len(own)} of {len(headings)}"]
         if held is not None:
             cells.append(line)
-    return named(view, name, title, about, shown, cells)
+    return section_table(view, name, title, about, shown, cells)
 
 
-def named(view: View, name: str, title: str, about: str, columns: Any, rows: Any) -> Table:
+def section_table(view: View, name: str, title: str, about: str, columns: Any, rows: Any) -> Table:
     """A table of this view's section, which says under which protocol it was measured."""
     section = view.section
     told = f"{section.protocol.capitalize()}. {about}"

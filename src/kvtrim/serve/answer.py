@@ -65,7 +65,7 @@ class Answer:
         """Some of the prompt is still to be read."""
         return not self.written
 
-    def fed(self, ids: list[int]) -> bool:
+    def note_read(self, ids: list[int]) -> bool:
         """These were read; whether a token is to be chosen now."""
         self.talk.ids += ids
         return len(self.talk.ids) >= len(self.request.ids)

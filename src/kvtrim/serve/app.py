@@ -59,8 +59,8 @@ def application(service: Service, api_key: str | None = None) -> FastAPI:
     app = FastAPI(title="kvtrim", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.metrics = metrics
     app.middleware("http")(_guard(metrics, api_key))
-    app.add_exception_handler(RequestValidationError, _malformed)
-    app.add_exception_handler(KvtrimError, _refused)
+    app.add_exception_handler(RequestValidationError, _bad_request)
+    app.add_exception_handler(KvtrimError, _refusal)
     app.add_exception_handler(HTTPException, _http)
     _add_answers(app, service, metrics)
     _add_documents(app, service)
@@ -71,7 +71,7 @@ def application(service: Service, api_key: str | None = None) -> FastAPI:
         return JSONResponse({"status": "ok" if alive else "closing"}, 200 if alive else 503)
 
     @app.get("/metrics")
-    def measured() -> Response:
+    def metrics_page() -> Response:
         return Response(metrics.page(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
@@ -145,7 +145,7 @@ def _error(
     return JSONResponse({"error": error}, status, headers)
 
 
-async def _malformed(request: Http, error: Any) -> JSONResponse:
+async def _bad_request(request: Http, error: Any) -> JSONResponse:
     first = error.errors()[0]
     where = ".".join(str(each) for each in first["loc"][1:])[:200]
     return _error(f"{where or 'body'}: {first['msg'][:300]}", 400)
@@ -155,7 +155,7 @@ async def _http(request: Http, error: Any) -> JSONResponse:
     return _error(str(error.detail), error.status_code)
 
 
-async def _refused(request: Http, error: Any) -> JSONResponse:
+async def _refusal(request: Http, error: Any) -> JSONResponse:
     return failure(error)
 
 
@@ -174,12 +174,12 @@ def failure(error: Exception) -> JSONResponse:
 
 
 def _add_answers(app: FastAPI, service: Service, metrics: Metrics) -> None:
-    async def answered(http: Http, asking: Asking, form: wire.Form, stream: bool) -> Response:
+    async def answer(http: Http, asking: Asking, form: wire.Form, stream: bool) -> Response:
         if stream:
             body = _events(service, metrics, asking, form)
             return StreamingResponse(body, media_type="text/event-stream")
         with asking:
-            gone = asyncio.ensure_future(_left(http))
+            gone = asyncio.ensure_future(_wait_for_close(http))
             whole = asyncio.ensure_future(asking.choices())
             try:
                 await asyncio.wait({gone, whole}, return_when=asyncio.FIRST_COMPLETED)
@@ -194,7 +194,7 @@ def _add_answers(app: FastAPI, service: Service, metrics: Metrics) -> None:
                 gone.cancel()
                 whole.cancel()
         for each in choices:
-            metrics.answered(each.usage)
+            metrics.count_answer(each.usage)
         return JSONResponse(form.whole(choices))
 
     @app.post("/v1/chat/completions")
@@ -205,16 +205,16 @@ def _add_answers(app: FastAPI, service: Service, metrics: Metrics) -> None:
         most = asked.max_completion_tokens
         most = asked.max_tokens if most is None else most
         logprobs = (top or 0) if asked.logprobs else None
-        sampling = service.sampling(asked, most, logprobs)
-        asking = await run_in_threadpool(_said, asked.messages)
+        sampling = service.sampling_of(asked, most, logprobs)
+        asking = await run_in_threadpool(_messages, asked.messages)
         asking = service.chat(asked, asking, sampling)
-        return await answered(http, asking, wire.Chat(asked, service), bool(asked.stream))
+        return await answer(http, asking, wire.Chat(asked, service), bool(asked.stream))
 
     @app.post("/v1/completions")
     async def complete(asked: protocol.Completion, http: Http) -> Response:
-        sampling = service.sampling(asked, asked.max_tokens, asked.logprobs)
+        sampling = service.sampling_of(asked, asked.max_tokens, asked.logprobs)
         asking = service.complete(asked, sampling)
-        return await answered(http, asking, wire.Completion(asked, service), bool(asked.stream))
+        return await answer(http, asking, wire.Completion(asked, service), bool(asked.stream))
 
     @app.post("/v1/responses")
     async def respond(asked: protocol.Response, http: Http) -> Response:
@@ -224,15 +224,15 @@ def _add_answers(app: FastAPI, service: Service, metrics: Metrics) -> None:
             raise UsageError("a response is one answer; leave n out")
         given = asked.input
         plain = isinstance(given, str)
-        said = [{"role": "user", "content": given}] if plain else _said(given)
+        said = [{"role": "user", "content": given}] if plain else _messages(given)
         if asked.instructions:
             said.insert(0, {"role": "system", "content": asked.instructions})
-        sampling = service.sampling(asked, asked.max_output_tokens, None)
+        sampling = service.sampling_of(asked, asked.max_output_tokens, None)
         asking = service.chat(asked, said, sampling)
-        return await answered(http, asking, wire.Response(asked, service), bool(asked.stream))
+        return await answer(http, asking, wire.Response(asked, service), bool(asked.stream))
 
 
-def _said(messages: list[protocol.Message]) -> list[dict[str, str]]:
+def _messages(messages: list[protocol.Message]) -> list[dict[str, str]]:
     try:
         said = [{"role": each.role, "content": each.text()} for each in messages]
     except ValueError as error:
@@ -242,7 +242,7 @@ def _said(messages: list[protocol.Message]) -> list[dict[str, str]]:
     return said
 
 
-async def _left(http: Http) -> None:
+async def _wait_for_close(http: Http) -> None:
     """Returns when the client is gone."""
     while not await http.is_disconnected():
         await asyncio.sleep(0.2)
@@ -258,7 +258,7 @@ async def _events(
         try:
             async for number, event in asking.events():
                 if isinstance(event, Done):
-                    metrics.answered(event.usage)
+                    metrics.count_answer(event.usage)
                 for line in form.event(number, event):
                     yield line
         except Exception as error:
@@ -273,7 +273,7 @@ async def _events(
 
 
 def _add_documents(app: FastAPI, service: Service) -> None:
-    async def uploaded(name: str, text: str, how: Any, wait: bool) -> JSONResponse:
+    async def upload(name: str, text: str, how: Any, wait: bool) -> JSONResponse:
         done = service.upload(name, text, how)
         if not wait:
             return JSONResponse({"object": "document", "name": name, "status": "reading"}, 202)
@@ -282,7 +282,7 @@ def _add_documents(app: FastAPI, service: Service) -> None:
     @app.post("/v1/documents")
     async def add(asked: protocol.NewDocument) -> JSONResponse:
         how = service.how(asked.method, asked.keep, dict(asked.settings))
-        return await uploaded(asked.name, asked.text, how, asked.wait)
+        return await upload(asked.name, asked.text, how, asked.wait)
 
     @app.put("/v1/documents/{name}")
     async def put(
@@ -297,17 +297,20 @@ def _add_documents(app: FastAPI, service: Service) -> None:
             text = (await http.body()).decode()
         except UnicodeDecodeError:
             raise UsageError("the document is not UTF-8 text; convert it first") from None
-        return await uploaded(name, text, how, wait)
+        return await upload(name, text, how, wait)
 
     @app.get("/v1/documents")
-    def listed() -> dict[str, Any]:
-        reading = [_reading(service, name) for name in list(service.uploads)]
-        return {"object": "list", "data": [_document(service, e) for e in service.own()] + reading}
+    def list_documents() -> dict[str, Any]:
+        reading = [_upload_status(service, name) for name in list(service.uploads)]
+        return {
+            "object": "list",
+            "data": [_document(service, e) for e in service.documents()] + reading,
+        }
 
     @app.get("/v1/documents/{name}")
     def one(name: str) -> dict[str, Any]:
         if name in service.uploads:
-            return _reading(service, name)
+            return _upload_status(service, name)
         if name in service.failed:
             return {
                 "object": "document",
@@ -315,7 +318,7 @@ def _add_documents(app: FastAPI, service: Service) -> None:
                 "status": "failed",
                 "error": service.failed[name],
             }
-        return _document(service, service.named(name))
+        return _document(service, service.find_document(name))
 
     @app.delete("/v1/documents/{name}")
     def remove(name: str) -> dict[str, Any]:
@@ -341,7 +344,7 @@ def _document(service: Service, entry: Entry) -> dict[str, Any]:
     }
 
 
-def _reading(service: Service, name: str) -> dict[str, Any]:
+def _upload_status(service: Service, name: str) -> dict[str, Any]:
     upload = service.uploads.get(name)
     done, tokens = (upload.done, upload.tokens) if upload is not None else (0, 0)
     return {

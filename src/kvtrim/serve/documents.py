@@ -15,7 +15,7 @@ from kvtrim.hf.models import fingerprint
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.settings import places
 from kvtrim.prompts.document import Document
-from kvtrim.serve.library import Entry, Library, checked_name, key_of
+from kvtrim.serve.library import Entry, Library, check_name, key_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -79,7 +79,7 @@ def add(
         UsageError: no name, or as `kvtrim.compress`.
         FileError: the library cannot be written to.
     """
-    checked_name(name)
+    check_name(name)
     document = Document.of(document)
     found = find(library, prints, document, how)
     if found is not None and verify(library, found) is None:

@@ -81,7 +81,7 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def checked_name(name: str) -> str:
+def check_name(name: str) -> str:
     """A document's name, which is never a path.
 
     Raises:
@@ -123,7 +123,7 @@ class Library:
             UsageError: that is no name; UnknownNameError: nothing has it.
             FileError: its record is damaged.
         """
-        path = self._names / f"{checked_name(name)}.json"
+        path = self._names / f"{check_name(name)}.json"
         if not path.is_file() or path.name not in os.listdir(self._names):
             known = [each.name for each in self.entries()[0]]
             if not known:
@@ -170,7 +170,7 @@ class Library:
         self._require_apart(entry.name)
         for folder in (self._names, self._caches, self._texts):
             files.make_folder(folder, parents=True)
-        with self._writing():
+        with self._write_lock():
             write(self.cache_path(entry))
             files.replace(self._texts / f"{entry.key}.txt", text.encode())
             self._write(entry)
@@ -180,7 +180,7 @@ class Library:
     def name_again(self, entry: Entry, name: str) -> Entry:
         """Give a document that is there one more name."""
         self._require_apart(name)
-        with self._writing():
+        with self._write_lock():
             self._write(replace(entry, name=name))
             self._sweep()
         return self.get(name)
@@ -201,7 +201,7 @@ class Library:
         entry = self.get(old)
         if old != new:
             self._require_apart(new)
-            with self._writing(), files.told("write", self._names / f"{new}.json"):
+            with self._write_lock(), files.file_errors("write", self._names / f"{new}.json"):
                 if (self._names / f"{new}.json").exists():
                     raise UsageError(f"there is a document {new!r} already; remove it first")
                 os.rename(self._names / f"{entry.name}.json", self._names / f"{new}.json")
@@ -210,7 +210,7 @@ class Library:
     def remove(self, name: str) -> Entry:
         """Remove a document; its files go with their last name."""
         entry = self.get(name)
-        with self._writing(), files.told("write", self._names / f"{name}.json"):
+        with self._write_lock(), files.file_errors("write", self._names / f"{name}.json"):
             os.unlink(self._names / f"{name}.json")
             self._sweep()
         return entry
@@ -248,7 +248,7 @@ class Library:
         files.replace(self._names / f"{entry.name}.json", text.encode())
 
     def _require_apart(self, name: str) -> None:
-        checked_name(name)
+        check_name(name)
         for path in self._names.glob("*.json") if self._names.is_dir() else []:
             if path.stem != name and path.stem.lower() == name.lower():
                 raise UsageError(
@@ -269,10 +269,10 @@ class Library:
                 path.unlink(missing_ok=True)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _write_lock(self) -> Iterator[None]:
         """One writer at a time."""
         lock = self.folder / ".lock"
-        with files.told("write", lock):
+        with files.file_errors("write", lock):
             file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             if fcntl is not None:

@@ -24,7 +24,7 @@ def register_models(register: Callable[[llm.Model], None]) -> None:
 
 
 @cache
-def _loaded(model: str) -> tuple[Any, Any]:
+def _load(model: str) -> tuple[Any, Any]:
     from kvtrim.hf.models.load import load
 
     return load(model)
@@ -61,7 +61,7 @@ class Kvtrim(llm.Model):
         """Pieces of the answer as they come."""
         from kvtrim.serve.talk import Talk
 
-        model, tokenizer = _loaded(self._model)
+        model, tokenizer = _load(self._model)
         talk = Talk.of(model, tokenizer, self._model, Library(default_folder()), self._document)
         earlier: list[Any] = list(conversation.responses) if conversation is not None else []
         for turn in earlier:

@@ -25,7 +25,7 @@ class Document:
     full_bytes: int
     users: int = 0
 
-    def continued(self, room: int) -> Branch | Cache:
+    def continuation(self, room: int) -> Branch | Cache:
         """A continuation of one's own."""
         if isinstance(self.entries, Base):
             return Branch(self.entries, room=room)
@@ -43,7 +43,9 @@ class Conversation:
     @classmethod
     def begin(cls, document: Document | None, room: int) -> "Conversation":
         """Nothing yet, and room for so many tokens."""
-        return cls(document, Branch(room=room) if document is None else document.continued(room))
+        return cls(
+            document, Branch(room=room) if document is None else document.continuation(room)
+        )
 
     def expect(self, ids: list[int]) -> None:
         """Of what comes, the tokens up to these are handed over; what follows is generated."""

@@ -39,7 +39,7 @@ class Metrics:
         for name, (what, value) in values.items():
             Gauge(name, what, registry=own).set_function(value)
 
-    def answered(self, usage: Usage) -> None:
+    def count_answer(self, usage: Usage) -> None:
         """Count an answer."""
         self.tokens.labels("read").inc(usage.prompt_tokens - usage.reused_tokens)
         self.tokens.labels("reused").inc(usage.reused_tokens)

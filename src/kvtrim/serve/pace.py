@@ -28,7 +28,7 @@ class Pace:
         return max(1, min(60, round(queued * self.step_s * 4)))
 
     @contextmanager
-    def timed(self, read: int, steps: int = 0) -> Iterator[None]:
+    def measure(self, read: int, steps: int = 0) -> Iterator[None]:
         """A pass over so many tokens of prompts, or over one token of so many answers."""
         start = time.perf_counter()
         yield

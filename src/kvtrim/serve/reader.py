@@ -12,7 +12,7 @@ from kvtrim.serve import documents
 from kvtrim.serve.documents import How, Prints
 from kvtrim.serve.library import Entry, Library, key_of
 from kvtrim.serve.memory import Document
-from kvtrim.serve.reading import Reading, held
+from kvtrim.serve.reading import Reading, document_of
 from kvtrim.serve.request import Failed, Request, Upload
 
 
@@ -31,9 +31,9 @@ class Reader:
     def load(self, entry: Entry) -> Document:
         """A document of the library, from its file. Raises as `documents.load`."""
         given = self.library, entry.name, self.model, self.tokenizer, self.prints
-        return held(entry.key, documents.load(*given)[1])
+        return document_of(entry.key, documents.load(*given)[1])
 
-    def found(self, upload: Upload) -> bool:
+    def reuse(self, upload: Upload) -> bool:
         """Whether a document was read in this way before; then it has this name too, and says so.
 
         Raises:
@@ -81,12 +81,12 @@ class Reader:
             given = self.library, upload.name, self.tokenizer, self.prints, text, how, cache
             upload.emit(documents.keep(*given))
 
-        def told(done: int, out_of: int) -> None:
+        def tell(done: int, out_of: int) -> None:
             upload.done = done
 
         upload.tokens = len(prompt)
         key = documents.key(self.prints, text, how)
-        reading = Reading(key, cache, prompt.ids, complete=complete, told=told)
+        reading = Reading(key, cache, prompt.ids, complete=complete, told=tell)
         reading.failed = lambda error: upload.emit(Failed(error))
         reading.wanted = lambda: not upload.gone.is_set()
         return reading

@@ -9,7 +9,7 @@ import torch
 from kvtrim.engine.batch import joinable
 from kvtrim.engine.branch import Base
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.keyword import passing
+from kvtrim.hf.keyword import cache_keyword
 from kvtrim.serve.memory import Document
 
 
@@ -43,7 +43,7 @@ class Reading:
         with torch.no_grad():
             model(
                 input_ids=torch.tensor([part], device=model.device),
-                **passing(self.cache),
+                **cache_keyword(self.cache),
                 logits_to_keep=1,
             )
         self.done += len(part)
@@ -52,10 +52,10 @@ class Reading:
 
     def document(self) -> Document:
         """What was read, ready to be continued."""
-        return held(self.key, self.cache)
+        return document_of(self.key, self.cache)
 
 
-def held(key: Hashable, cache: Cache) -> Document:
+def document_of(key: Hashable, cache: Cache) -> Document:
     """A cache of one prompt, as several requests continue it."""
     facts = cache.seen, cache.held_bytes, cache.full_bytes
     entries = Base(cache.session) if joinable(cache.session) else cache

@@ -32,7 +32,7 @@ class Sampler:
         how, scores = self._how, logits.float()
         raw = scores
         if self._repetition != 1.0:
-            scores = _repeated(scores, prompt + written, self._repetition)
+            scores = _penalise(scores, prompt + written, self._repetition)
         if written and (how.presence_penalty or how.frequency_penalty):
             ids, counts = torch.tensor(written, device=scores.device).unique(return_counts=True)
             scores = scores.clone()
@@ -40,7 +40,7 @@ class Sampler:
         if how.temperature == 0:
             chosen = int(scores.argmax())
         else:
-            chosen = self._drawn(scores / how.temperature)
+            chosen = self._sample(scores / how.temperature)
         if how.logprobs is None:
             return chosen, None, ()
         logprobs = raw.log_softmax(dim=-1)
@@ -48,7 +48,7 @@ class Sampler:
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         return chosen, float(logprobs[chosen]), top
 
-    def _drawn(self, scores: Float[Tensor, " vocabulary"]) -> int:
+    def _sample(self, scores: Float[Tensor, " vocabulary"]) -> int:
         """One of the likeliest tokens by chance."""
         how = self._how
         if how.top_k:
@@ -60,7 +60,7 @@ class Sampler:
         return int(ids[torch.multinomial(shares, 1, generator=self._draw)])
 
 
-def _repeated(
+def _penalise(
     scores: Float[Tensor, " vocabulary"], ids: list[int], penalty: float
 ) -> Float[Tensor, " vocabulary"]:
     """Tokens that were there already are less likely.

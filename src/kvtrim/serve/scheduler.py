@@ -169,15 +169,15 @@ class Scheduler:
                 self._late(request)
                 self._close(answer, remember=not answer.reading)
         for reading in list(self.readings):
-            for request in [r for r in reading.waiting if self._left(r, now)]:
+            for request in [r for r in reading.waiting if self._is_gone(r, now)]:
                 reading.waiting.remove(request)
             if not reading.waiting and not reading.wanted():
                 self.readings.remove(reading)
                 self.memory.reserved -= reading.reserved
-        self.waiting = deque(each for each in self.waiting if not self._left(each, now))
+        self.waiting = deque(each for each in self.waiting if not self._is_gone(each, now))
         self._uploads = deque(each for each in self._uploads if not each.gone.is_set())
 
-    def _left(self, request: Request, now: float) -> bool:
+    def _is_gone(self, request: Request, now: float) -> bool:
         if now > request.deadline:
             self._late(request)
             return True
@@ -201,7 +201,7 @@ class Scheduler:
             try:
                 fits = self._begin(request)
             except Exception as error:
-                self._failed(request, error)
+                self._fail(request, error)
                 continue
             if not fits:
                 self.waiting.appendleft(request)  # in the order in which they came
@@ -286,7 +286,7 @@ class Scheduler:
     # Reading
 
     def _begin_head(self, request: Request, key: Hashable) -> bool:
-        reading = self._reading(self.reader.head(request, key))
+        reading = self._place(self.reader.head(request, key))
         if reading is None:
             return False
         reading.waiting.append(request)
@@ -295,15 +295,15 @@ class Scheduler:
     def _begin_upload(self, upload: Upload) -> bool:
         """Start to read a document; True if it is under way, was found, or failed."""
         try:
-            if self.reader.found(upload):
+            if self.reader.reuse(upload):
                 return True
-            reading = self._reading(self.reader.upload(upload))
+            reading = self._place(self.reader.upload(upload))
         except Exception as error:
             upload.emit(Failed(error))
             return True
         return reading is not None
 
-    def _reading(self, reading: Reading) -> Reading | None:
+    def _place(self, reading: Reading) -> Reading | None:
         """A prompt's place among those that are read; None if there is no room for it yet."""
         reading.reserved = len(reading.ids) * self.speaker.entry_bytes
         if not self.memory.make_room(reading.reserved):
@@ -320,7 +320,7 @@ class Scheduler:
         if count <= 0:
             return
         try:
-            with self.pace.timed(min(count, len(reading.ids) - reading.done)):
+            with self.pace.measure(min(count, len(reading.ids) - reading.done)):
                 complete = reading.read(self.model, count)
             if not complete:
                 return
@@ -328,12 +328,12 @@ class Scheduler:
                 reading.complete(reading.cache)
             document = reading.document()
         except Exception as error:
-            self._dropped(reading)
+            self._drop(reading)
             reading.failed(error)
             for request in reading.waiting:
-                self._failed(request, error)
+                self._fail(request, error)
             return
-        self._dropped(reading)
+        self._drop(reading)
         self.memory.make_room(document.held_bytes)
         self.memory.add(document)
         for number, request in enumerate(reading.waiting):
@@ -342,9 +342,9 @@ class Scheduler:
                 if not self._join(request, document, document.tokens if number else 0):
                     self.waiting.appendleft(request)
             except Exception as error:
-                self._failed(request, error)
+                self._fail(request, error)
 
-    def _dropped(self, reading: Reading) -> None:
+    def _drop(self, reading: Reading) -> None:
         self.readings.remove(reading)
         self.memory.reserved -= reading.reserved
 
@@ -367,15 +367,15 @@ class Scheduler:
         if not feeds:
             return 0
         try:
-            with self.pace.timed(spent, len(feeds) if not spent else 0):
+            with self.pace.measure(spent, len(feeds) if not spent else 0):
                 logits = self._pack.feed(self.model, feeds)
         except Exception as error:
             for answer in fed:
-                self._failed(answer.request, error)
+                self._fail(answer.request, error)
                 self._close(answer, remember=False)
             return spent
         for answer, feed, row in zip(fed, feeds, logits, strict=True):
-            if answer.fed(feed.ids):
+            if answer.note_read(feed.ids):
                 answer.extend(row)
                 if answer.ended:
                     self._close(answer, remember=True)
@@ -389,7 +389,7 @@ class Scheduler:
         if remember and (answer.document is None or self.memory.holds(answer.document)):
             self.memory.remember(answer.talk)
 
-    def _failed(self, request: Request, error: Exception) -> None:
+    def _fail(self, request: Request, error: Exception) -> None:
         if not isinstance(error, KvtrimError):
             log.exception("a request failed", exc_info=error)
         request.emit(Failed(error))

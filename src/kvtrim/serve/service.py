@@ -13,7 +13,7 @@ from kvtrim.methods.settings import find
 from kvtrim.prompts import conversation
 from kvtrim.serve import protocol
 from kvtrim.serve.documents import How, Prints
-from kvtrim.serve.library import Entry, Library, checked_name
+from kvtrim.serve.library import Entry, Library, check_name
 from kvtrim.serve.request import (
     Done,
     Event,
@@ -118,7 +118,7 @@ class Service:
 
     # Models and documents
 
-    def own(self) -> list[Entry]:
+    def documents(self) -> list[Entry]:
         """The documents of this model."""
         entries, _ = self.library.entries()
         return [each for each in entries if each.model_print == self.prints.model]
@@ -126,7 +126,7 @@ class Service:
     def models(self) -> list[dict[str, Any]]:
         """The model, and one for each of its documents."""
         made = [(self.id, self.made)]
-        made += [(f"{self.id}@{each.name}", int(each.made)) for each in self.own()]
+        made += [(f"{self.id}@{each.name}", int(each.made)) for each in self.documents()]
         kind = {"object": "model", "owned_by": "kvtrim"}
         return [{"id": name, "created": at, **kind} for name, at in made]
 
@@ -141,9 +141,9 @@ class Service:
             raise Refused(f"there is no model {model[:80]!r} here; GET /v1/models lists them", 404)
         if not at:
             return None
-        return self.named(name)
+        return self.find_document(name)
 
-    def named(self, name: str) -> Entry:
+    def find_document(self, name: str) -> Entry:
         """One of this model's documents.
 
         Raises:
@@ -178,7 +178,7 @@ class Service:
             UsageError: no name for a document.
             Refused: it is being read already, or many others are.
         """
-        checked_name(name)
+        check_name(name)
         if name in self.uploads:
             raise Refused(f"a document {name!r} is being read; wait for it", 409)
         loop = asyncio.get_running_loop()
@@ -215,9 +215,9 @@ class Service:
             self.uploads[name].gone.set()
             self.uploads.pop(name)
             return
-        entry = self.named(name)
+        entry = self.find_document(name)
         self.library.remove(name)
-        if not any(each.key == entry.key for each in self.own()):
+        if not any(each.key == entry.key for each in self.documents()):
             self.scheduler.forget(entry.key)
 
     # Answers
@@ -238,7 +238,7 @@ class Service:
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         requests: list[Request] = []
         for head, rest in prompts:
-            how = None if document is not None else self._compressed(head, asked.kvtrim)
+            how = None if document is not None else self._compression(head, asked.kvtrim)
             before = document.tokens if document is not None else len(head)
             most = sampling.max_tokens
             if not _said_length(asked):
@@ -297,7 +297,7 @@ class Service:
         ids = [conversation.encode_plain(self.tokenizer, text, special) for text in texts]
         return self.ask([(each[:-1], each[-1:]) for each in ids], asked, sampling)
 
-    def sampling(
+    def sampling_of(
         self, asked: protocol.Asked, max_tokens: int | None, logprobs: int | None
     ) -> Sampling:
         """How the answer's tokens are chosen: greedily unless the request says otherwise.
@@ -327,7 +327,7 @@ class Service:
             **said,
         )
 
-    def _compressed(self, head: list[int], own: protocol.Kvtrim) -> How | None:
+    def _compression(self, head: list[int], own: protocol.Kvtrim) -> How | None:
         """How a first message is compressed; None if it is held whole."""
         said = own.method is not None or own.keep is not None
         wanted = own.compress

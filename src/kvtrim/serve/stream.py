@@ -38,10 +38,10 @@ class Detokenizer:
         return text
 
     def _piece(self) -> str:
-        before = self._decoded(self._from, self._shown)
-        return self._decoded(self._from, len(self.ids))[len(before) :]
+        before = self._decode(self._from, self._shown)
+        return self._decode(self._from, len(self.ids))[len(before) :]
 
-    def _decoded(self, start: int, end: int) -> str:
+    def _decode(self, start: int, end: int) -> str:
         return self._tokenizer.decode(self.ids[start:end], skip_special_tokens=self._skip)
 
 

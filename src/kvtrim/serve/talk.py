@@ -14,7 +14,7 @@ from kvtrim.serve import documents
 from kvtrim.serve.answer import Answer, Speaker
 from kvtrim.serve.library import Library
 from kvtrim.serve.memory import Conversation, Document, Memory
-from kvtrim.serve.reading import held
+from kvtrim.serve.reading import document_of
 from kvtrim.serve.request import Done, Event, Request, Sampling, Usage
 
 _BOUND = 1 << 62  # nobody else wants the memory
@@ -43,7 +43,7 @@ class Talk:
             return cls(model, tokenizer)
         prints = documents.Prints.of(label, model, tokenizer)
         entry, cache = documents.load(library, name, model, tokenizer, prints)
-        return cls(model, tokenizer, held(entry.key, cache))
+        return cls(model, tokenizer, document_of(entry.key, cache))
 
     def ask(self, question: str, **sampling: Any) -> Iterator[str]:
         """Pieces of the answer as they come; whoever stops early keeps what there is.
@@ -100,7 +100,7 @@ class Talk:
                 while not answer.ended:
                     new = answer.unread()
                     logits = self._pack.feed(self.model, [Feed(talk.into, new)])
-                    if answer.fed(new):
+                    if answer.note_read(new):
                         answer.extend(logits[0])
                     while not events.empty():
                         event = events.get()

@@ -16,7 +16,7 @@ from kvtrim.tasks import (
 )
 from kvtrim.tasks.base import Request, Sample, Task
 
-__all__ = ["GROUPS", "TASKS", "Request", "Sample", "Task", "named", "places"]
+__all__ = ["GROUPS", "TASKS", "Request", "Sample", "Task", "find_tasks", "places"]
 
 _GROUP = "kvtrim.tasks"
 _MODULES = (longbench, ruler, niah, gsm8k, choices, humaneval, longgenbench, jailbreak)
@@ -44,7 +44,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 """Names for several benchmarks at once."""
 
 
-def named(names: Iterable[str]) -> list[Task]:
+def find_tasks(names: Iterable[str]) -> list[Task]:
     """The benchmarks of these names, each once, in the order asked for.
 
     Args:
@@ -57,7 +57,7 @@ def named(names: Iterable[str]) -> list[Task]:
     """
     found: dict[str, Task] = {}
     for name in names:
-        found |= {task.name: task for task in _asked(name)}
+        found |= {task.name: task for task in _find(name)}
     return list(found.values())
 
 
@@ -66,12 +66,16 @@ def places(names: Iterable[str]) -> tuple[str, ...]:
     return entry_points.places(_GROUP, names)
 
 
-def _asked(name: str) -> list[Task]:
+def _find(name: str) -> list[Task]:
     if ":" in name:
-        return [entry_points.imported(name, Task)]
-    other = entry_points.installed(_GROUP, name, Task, {*TASKS, *GROUPS})
+        return [entry_points.import_object(name, Task)]
+    other = entry_points.find_offer(_GROUP, name, Task, {*TASKS, *GROUPS})
     if other is not None:
         return [other]
     if name not in TASKS and name not in GROUPS:
         raise UnknownNameError("task", name, {*TASKS, *GROUPS, *entry_points.names(_GROUP)})
     return [TASKS[one] for one in GROUPS.get(name, (name,))]
+
+
+named = find_tasks
+"""Its old name, for one version."""

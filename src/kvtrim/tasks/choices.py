@@ -36,7 +36,7 @@ def _letters(row: dict[str, Any]) -> Iterable[tuple[str, str]]:
     return zip("ABCDEFGHIJ", row["choices"], strict=False)
 
 
-def _asked(row: dict[str, Any], before: str = "") -> str:
+def _ask(row: dict[str, Any], before: str = "") -> str:
     lines = [before + row["question"].strip(), *(f"{a}. {text}" for a, text in _letters(row))]
     return "\n".join([*lines, "Answer:"])
 
@@ -67,20 +67,20 @@ def _mmlu(request: Request, count: int) -> Iterator[Sample]:
     shots = _by_subject(request.rows("mmlu/dev") if count else [])
     asked = _by_subject(request.rows("mmlu/test"))
     for subject in asked:
-        texts = [f"{_asked(row)} {_gold(row)}" for row in shots[subject][:count]]
+        texts = [f"{_ask(row)} {_gold(row)}" for row in shots[subject][:count]]
         examples[subject] = document(texts, HEADING.format(about=subject.replace("_", " ")))
     rows = [row for rank in zip_longest(*asked.values()) for row in rank if row is not None]
     for row in rows[: request.limit]:
         subject = row["subject"]
-        yield _sample(row, _asked(row), document=examples[subject], group={"subject": subject})
+        yield _sample(row, _ask(row), document=examples[subject], group={"subject": subject})
 
 
 def _csqa(request: Request, count: int) -> Iterator[Sample]:
     rows = request.rows("csqa/train")[:count] if count else []
-    shots = [f"{_asked(row, 'Question: ')} {_gold(row)}" for row in rows]
+    shots = [f"{_ask(row, 'Question: ')} {_gold(row)}" for row in rows]
     examples = document(shots, "" if shots else HEADING.format(about="common sense"))
     for row in request.rows("csqa/dev")[: request.limit]:
-        yield _sample(row, _asked(row, "Question: "), document=examples)
+        yield _sample(row, _ask(row, "Question: "), document=examples)
 
 
 def _task(name: str, count: int, about: str, samples: Any, source: str, *data: str) -> Task:

@@ -35,7 +35,7 @@ STOP = ("Q:", "</s>", "<|im_end|>")
 _MARK = re.compile(r"<<.*?>>")
 
 
-def worked(row: dict[str, Any]) -> str:
+def solution_of(row: dict[str, Any]) -> str:
     """A row's solution in the form of the examples: no marks, "The answer is N." at its end."""
     steps, _, gold = row["answer"].rpartition("####")
     return f"{_MARK.sub('', steps).strip()}\nThe answer is {gold.strip()}."
@@ -63,7 +63,7 @@ def _chain_of_thought(request: Request, count: int) -> list[str]:
 
 def _many(request: Request) -> list[str]:
     """The first training rows that are short enough."""
-    made = (_shot(row["question"], worked(row)) for row in request.rows("gsm8k/train"))
+    made = (_shot(row["question"], solution_of(row)) for row in request.rows("gsm8k/train"))
     shots = list(islice((shot for shot in made if len(shot) <= LONGEST), MANY))
     if len(shots) < MANY:
         raise UsageError(
@@ -81,7 +81,7 @@ def _samples(request: Request, count: int) -> Iterator[Sample]:
             id=str(row["id"]),
             document=examples,
             question=f"Q: {row['question']}\nA:",
-            answers=(" " + worked(row),),
+            answers=(" " + solution_of(row),),
             extra={"final": gold(row)},
         )
 

@@ -26,7 +26,7 @@ def score(answer: str, sample: Sample) -> float:
     """1 if the program passes its tests.
 
     Raises:
-        UsageError: running it was not allowed, see `sandbox.allowed`.
+        UsageError: running it was not allowed, see `sandbox.allow`.
     """
     parts = sample.extra
     entry = parts["entry_point"]

@@ -22,7 +22,7 @@ from typing import Any
 from kvtrim.errors import UsageError
 from kvtrim.prompts.document import SHOTS, Document
 from kvtrim.tasks.base import Request, Sample, Task
-from kvtrim.tasks.gsm8k import gold, worked
+from kvtrim.tasks.gsm8k import gold, solution_of
 from kvtrim.tasks.numbers import final
 
 PROMPTS = 20
@@ -32,7 +32,7 @@ _NUMBERED = re.compile(  # "Answer_9" anywhere, "Answer 9" and "**Answer #9" whe
 )
 
 
-def answered(text: str) -> dict[int, str]:
+def parse_answers(text: str) -> dict[int, str]:
     """What a long answer says to each number, from its first "Answer_<number>" on."""
     found: dict[int, str] = {}
     for part, end in _to_the_next(_NUMBERED, text):
@@ -43,7 +43,7 @@ def answered(text: str) -> dict[int, str]:
 
 def score(answer: str, sample: Sample) -> float:
     """The share of the problems that were answered rightly, of all that were asked."""
-    said, golds = answered(answer), sample.extra["finals"]
+    said, golds = parse_answers(answer), sample.extra["finals"]
     right = sum(
         final(said.get(number, "")) == Decimal(wanted)
         for number, wanted in enumerate(golds, start=sample.extra["first"])
@@ -90,7 +90,7 @@ def _samples(request: Request, problems: int) -> Iterator[Sample]:
             texts["question_item"].format(i=at, q=row["question"])
             for at, row in enumerate(asked, start=first)
         ]
-        wanted = [f"Answer_{at}:\n{worked(row)}" for at, row in enumerate(asked, start=first)]
+        wanted = [f"Answer_{at}:\n{solution_of(row)}" for at, row in enumerate(asked, start=first)]
         yield Sample(
             id=str(number),
             document=document,

@@ -64,13 +64,13 @@ def _sight(city: str, deed: str) -> str:
 
 def _single(_: random.Random) -> Search:
     city, deed = _FIRST
-    return _searched((_FIRST,), f"What is the best thing to do in {city}?", (deed,))
+    return _search((_FIRST,), f"What is the best thing to do in {city}?", (deed,))
 
 
 def _one_of_several(draw: random.Random) -> Search:
     chosen = tuple(draw.sample([_FIRST, *_OTHERS], _NEEDLES))
     city, deed = chosen[0]
-    return _searched(chosen, f"What is the best thing to do in {city}?", (deed,))
+    return _search(chosen, f"What is the best thing to do in {city}?", (deed,))
 
 
 def _several_of_several(draw: random.Random) -> Search:
@@ -79,10 +79,10 @@ def _several_of_several(draw: random.Random) -> Search:
     cities = [city for city, _ in asked]
     named = f"{', '.join(cities[:-1])}, and {cities[-1]}"
     question = f"What are the best things to do in {named}?"
-    return _searched(chosen, question, tuple(deed for _, deed in asked))
+    return _search(chosen, question, tuple(deed for _, deed in asked))
 
 
-def _searched(
+def _search(
     needles: tuple[tuple[str, str], ...], question: str, answers: tuple[str, ...]
 ) -> Search:
     planted = tuple(_sight(*one) for one in needles)
@@ -127,7 +127,7 @@ def _samples(
             hay.extend(islice(rest, max(0, count - len(hay))))
             return Sample(
                 id=f"{request.length}/{depth}/{turn}",
-                document=_planted(wanted, hay[:count], depth),
+                document=_plant(wanted, hay[:count], depth),
                 question=wanted.question,
                 answers=("; ".join(wanted.answers),),
                 prefix=wanted.prefix,
@@ -149,7 +149,7 @@ def _places(limit: int) -> Iterator[tuple[int, int]]:
         yield DEPTHS[place], turn
 
 
-def _planted(wanted: Search, hay: list[str], depth: int) -> Document:
+def _plant(wanted: Search, hay: list[str], depth: int) -> Document:
     """The haystack with its needles, each a line between two sentences."""
     ends = list(accumulate(len(sentence) + 1 for sentence in hay))
     apart = 100 / len(wanted.needles)

@@ -25,7 +25,7 @@ def numbers(text: str) -> list[Decimal]:
     return [_value(found) for found in _NUMBER.finditer(text.translate(_ORDINARY))]
 
 
-def stated(text: str) -> Decimal | None:
+def stated_number(text: str) -> Decimal | None:
     """The number right after the first "The answer is" that one follows, in any case; or None."""
     text = text.translate(_ORDINARY)
     for phrase in _STATED.finditer(text):
@@ -36,7 +36,7 @@ def stated(text: str) -> Decimal | None:
 
 def final(text: str) -> Decimal | None:
     """The stated number, else the last one, else None."""
-    said = stated(text)
+    said = stated_number(text)
     return said if said is not None else next(reversed(numbers(text)), None)
 
 

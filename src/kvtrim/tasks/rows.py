@@ -54,17 +54,17 @@ class Rows:
         Raises:
             UsageError: unknown, not there, or damaged; says how to get it.
         """
-        return self._found(name)[1]
+        return self._find(name)[1]
 
     def fingerprint(self, name: str) -> dict[str, Any]:
         """What was read, for the record of a run: file or data set, number of rows, SHA-256."""
-        origin, rows = self._found(name)
+        origin, rows = self._find(name)
         digest = hashlib.sha256()
         for row in rows:
             digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
         return {"file": origin, "rows": len(rows), "sha256": digest.hexdigest()}
 
-    def _found(self, name: str) -> tuple[str, list[Row]]:
+    def _find(self, name: str) -> tuple[str, list[Row]]:
         if name not in SOURCES:
             raise UnknownNameError("data set", name, SOURCES)
         if name not in self._read:
@@ -87,7 +87,7 @@ def _from_folder(name: str, source: Source, folder: Path) -> tuple[str, list[Row
             f"{source.remedy}"
         )
     try:
-        rows = source.adapt(_parsed(path), path)
+        rows = source.adapt(_parse(path), path)
     except (AttributeError, LookupError, OSError, EOFError, TypeError, ValueError) as error:
         raise UsageError(
             f"{path} cannot be read as {name} ({type(error).__name__}: {error}); {source.remedy}"
@@ -97,7 +97,7 @@ def _from_folder(name: str, source: Source, folder: Path) -> tuple[str, list[Row
     return path.relative_to(folder).as_posix(), rows
 
 
-def _parsed(path: Path) -> list[Row]:
+def _parse(path: Path) -> list[Row]:
     name = path.name.removesuffix(".gz")
     opened: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8", newline="") as file:

@@ -73,7 +73,7 @@ class Sums:
         """Tokens so far."""
         return float(self.xx[-1, -1])
 
-    def solved(self, ridge: float) -> Float[Tensor, "M1 K"]:
+    def solve(self, ridge: float) -> Float[Tensor, "M1 K"]:
         """Weights and, in the last row, bias of the ridge regression on standardised states."""
         mean, target = self.xx[-1, :-1] / self.count, self.xy[-1] / self.count
         spread = self.xx[:-1, :-1] / self.count - mean[:, None] * mean
@@ -84,7 +84,7 @@ class Sums:
         weight = torch.linalg.solve(spread, both) / size[:, None]
         return torch.cat([weight, (target - mean @ weight)[None]])
 
-    def explained(self, weight: Float[Tensor, "M1 K"]) -> Float[Tensor, " K"]:
+    def r2(self, weight: Float[Tensor, "M1 K"]) -> Float[Tensor, " K"]:
         """R^2 of given weights on these tokens, per head."""
         error = (weight * (self.xx @ weight)).sum(dim=0) - 2 * (weight * self.xy).sum(dim=0)
         mean = self.xy[-1] / self.count
@@ -156,7 +156,7 @@ def fit(
         raise UsageError(
             "echo is fitted on some texts and judged on others: give at least two of 64 tokens"
         )
-    return _solved(sums[False], sums[True], noted)
+    return _solve(sums[False], sums[True], noted)
 
 
 def scores_of(recording: Recording, target: Target) -> list[Float[Tensor, "K n"]]:
@@ -178,14 +178,12 @@ def _add(sums: list[Sums], recording: Recording, plan: Plan, prefix: int) -> Non
         sums[layer].add(x, y)
 
 
-def _solved(fitted: Sequence[Sums], held_out: Sequence[Sums], texts: list[Any]) -> Fitted:
+def _solve(fitted: Sequence[Sums], held_out: Sequence[Sums], texts: list[Any]) -> Fitted:
     """The ridge that foretells the held-out texts best, one for all layers."""
     found = {}
     for ridge in RIDGES:
-        weights = [sums.solved(ridge) for sums in fitted]
-        explained = [
-            sums.explained(weight) for sums, weight in zip(held_out, weights, strict=True)
-        ]
+        weights = [sums.solve(ridge) for sums in fitted]
+        explained = [sums.r2(weight) for sums, weight in zip(held_out, weights, strict=True)]
         found[ridge] = torch.stack(weights), torch.stack(explained)
     tried = {ridge: float(explained.mean()) for ridge, (_, explained) in found.items()}
     best = max(tried, key=tried.__getitem__)
@@ -194,7 +192,9 @@ def _solved(fitted: Sequence[Sums], held_out: Sequence[Sums], texts: list[Any]) 
     return Fitted(table, explained, best, tried, texts)
 
 
-def written(model: Any, tokenizer: Any, name: str, plan: Plan, fitted: Fitted) -> dict[str, Any]:
+def fit_record(
+    model: Any, tokenizer: Any, name: str, plan: Plan, fitted: Fitted
+) -> dict[str, Any]:
     """Everything about a fit but the table, ready for JSON."""
     own = asdict(plan) | {"model": name, "ridge": fitted.ridge}
     own["tried"] = {str(ridge): round(mean, 4) for ridge, mean in fitted.tried.items()}

@@ -44,7 +44,7 @@ WISHES = (
 _CHARACTERS = 6  # of a text for each token asked for: more than any tokenizer needs
 
 
-def made(length: int, seed: int = 0) -> dict[str, str]:
+def compose(length: int, seed: int = 0) -> dict[str, str]:
     """Texts of about `length` tokens or more that take no model, by name."""
     draw, characters = random.Random(seed), _CHARACTERS * length
     topics = pydoc_data.topics.topics
@@ -61,7 +61,7 @@ def made(length: int, seed: int = 0) -> dict[str, str]:
     return cut
 
 
-def own(
+def write(
     model: Any, tokenizer: Any, length: int, seed: int = 0, report: Report = lambda *_: None
 ) -> dict[str, str]:
     """What the model writes when it is asked for texts of `length` tokens, by name."""
@@ -97,7 +97,7 @@ def own(
     return {f"own {number}": text for number, text in enumerate(texts)}
 
 
-def mixed(*sources: dict[str, str]) -> dict[str, str]:
+def mix(*sources: dict[str, str]) -> dict[str, str]:
     """Texts of all kinds in turn, so that any first part of them has every kind."""
     kinds: dict[str, list[tuple[str, str]]] = {}
     for source in sources:

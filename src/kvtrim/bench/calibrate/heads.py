@@ -38,7 +38,7 @@ from kvtrim.errors import ModelError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import read
-from kvtrim.hf.keyword import passing
+from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.models import fingerprint
 from kvtrim.hf.replay import record as read_once
 from kvtrim.methods.policies import ops
@@ -182,10 +182,10 @@ def _sample(
     planted = plant(tokenizer, riddle, source, length, depth, plan.chat)
     if plan.score == "kvzip":
         unanswered = Sample(len(planted.ids), round(depth, 3), "", "", 0, True, False)
-        return unanswered, repeated(model, tokenizer, planted.ids, plan.chat)
-    step = copied if plan.score == "copy" else reasoned
+        return unanswered, kvzip_scores(model, tokenizer, planted.ids, plan.chat)
+    step = retrieval_score if plan.score == "copy" else reasoning_score
     fed, total = list(planted.ids), torch.zeros(())
-    for token, weights in answering(model, planted.ids, planted.steps):
+    for token, weights in answer(model, planted.ids, planted.steps):
         total = total + step(weights, torch.tensor(fed), token, planted.needle)
         fed.append(token)
         if token == tokenizer.eos_token_id:
@@ -198,7 +198,7 @@ def _sample(
     return Sample(*done, counted=match > RIGHT, misled=misled), total
 
 
-def repeated(
+def kvzip_scores(
     model: Any, tokenizer: Any, ids: Sequence[int], chat: bool | None = None
 ) -> Float[Tensor, "L H"]:
     """The largest of KVzip's scores that any token of a prompt has, by query head."""
@@ -211,7 +211,7 @@ def repeated(
     return most.double().cpu().repeat_interleave(group, dim=1)
 
 
-def answering(
+def answer(
     model: Any, ids: Sequence[int], most: int
 ) -> Iterator[tuple[int, list[Float[Tensor, "H S"]]]]:
     """Greedy tokens after a prompt, each with the attention of the query that chose it.
@@ -226,7 +226,7 @@ def answering(
     for _ in range(most):
         fed = torch.tensor([[token]], device=model.device)
         with torch.no_grad():
-            logits = model(input_ids=fed, **passing(cache), logits_to_keep=1).logits
+            logits = model(input_ids=fed, **cache_keyword(cache), logits_to_keep=1).logits
         token = int(logits[0, -1].argmax())
         yield token, [_attention(cache, index, calls[index]) for index in sorted(calls)]
 
@@ -251,7 +251,7 @@ def _attention(cache: Cache, index: int, call: Call) -> Float[Tensor, "H S"]:
     return ops.attention(view, last=1)[0, :, 0].cpu()
 
 
-def copied(
+def retrieval_score(
     layers: list[Float[Tensor, "H S"]], ids: Int[Tensor, " S"], token: int, needle: range
 ) -> Float[Tensor, "L H"]:
     """R of one step: 1/n where a head looks most at the needle's own copy of the new token."""
@@ -260,7 +260,7 @@ def copied(
     return (inside & (ids[top] == token)).double() / len(needle)
 
 
-def reasoned(
+def reasoning_score(
     layers: list[Float[Tensor, "H S"]], ids: Int[Tensor, " S"], token: int, needle: range
 ) -> Float[Tensor, "L H"]:
     """R2 of one step: attention/n of those of the n most attended positions in the needle."""

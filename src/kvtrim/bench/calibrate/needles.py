@@ -46,7 +46,7 @@ def plant(
     after = ids(riddle.after + "\n\n")
     start = ids(around.before)
     room = length - sum(map(len, (question, before, needle, after, start)))
-    hay = _filled(ids, source, room)
+    hay = _fill(ids, source, room)
     at = round(depth * len(hay))
     head = [*start, *chain(*hay[:at]), *before]
     rest = [*after, *chain(*hay[at:]), *question]
@@ -54,7 +54,7 @@ def plant(
     return Planted([*head, *needle, *rest], where, len(ids(" " + riddle.answer)))
 
 
-def _filled(ids: Callable[[str], list[int]], source: Iterator[str], room: int) -> list[list[int]]:
+def _fill(ids: Callable[[str], list[int]], source: Iterator[str], room: int) -> list[list[int]]:
     """Sentences as token ids, as many as there is room for."""
     hay: list[list[int]] = []
     while True:

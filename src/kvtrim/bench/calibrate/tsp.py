@@ -41,7 +41,7 @@ from kvtrim.engine.layer import Call
 from kvtrim.errors import UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.keyword import passing
+from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.models import fingerprint
 from kvtrim.hf.models.architectures import layout
 from kvtrim.methods.keep import Keep
@@ -111,7 +111,7 @@ def prompts(
         UsageError: a prompt longer than the model's window, or so short that all of it goes on.
     """
     if texts is None:
-        made = [_generated(tokenizer, plan, number) for number in range(plan.prompts)]
+        made = [_generate(tokenizer, plan, number) for number in range(plan.prompts)]
     else:
         around = frame(tokenizer, plan.chat)
         made = [encode_text(tokenizer, around.before + text + around.after) for text in texts]
@@ -127,7 +127,7 @@ def prompts(
     return made
 
 
-def _generated(tokenizer: Any, plan: Plan, number: int) -> list[int]:
+def _generate(tokenizer: Any, plan: Plan, number: int) -> list[int]:
     draw, depth = random.Random(f"{plan.seed}-{number}"), (0.5 + number * _GOLDEN) % 1
     riddle = haystack.riddle("contrast", draw)
     return plant(tokenizer, riddle, haystack.filler(draw), plan.length, depth, plan.chat).ids
@@ -148,7 +148,7 @@ def measure(
         UsageError: a model of one layer.
         UnsupportedModelError: layers that slide.
     """
-    layers = len(narrowed(model).managed)
+    layers = len(empty_cache(model).managed)
     if layers < 2:
         raise UsageError("a model of one layer has none that could read a part of the prompt")
     samples: list[list[tuple[float, ...]]] = [[] for _ in range(layers - 1)]
@@ -325,10 +325,10 @@ def narrowed_prefill(
     model: Any, ids: Int[Tensor, "1 n"], layer: int, tokens: int | float = 0.2
 ) -> Final:
     """Read a prompt with propagation after a layer and no other loss; the model is attached."""
-    return _final(model, ids, narrowed(model, layer=layer, tokens=tokens))
+    return _final(model, ids, empty_cache(model, layer=layer, tokens=tokens))
 
 
-def narrowed(model: Any, **settings: Any) -> Cache:
+def empty_cache(model: Any, **settings: Any) -> Cache:
     """A cache for narrowed prefills that evicts nothing.
 
     Raises:
@@ -346,7 +346,7 @@ def _final(model: Any, ids: Int[Tensor, "1 n"], cache: Cache) -> Final:
     hook = model.get_decoder().register_forward_hook(keep)
     try:
         with torch.no_grad():
-            logits = model(input_ids=ids, **passing(cache), logits_to_keep=1).logits
+            logits = model(input_ids=ids, **cache_keyword(cache), logits_to_keep=1).logits
     finally:
         hook.remove()
     return Final(states[0], logits[0, -1].double().cpu())

@@ -11,7 +11,7 @@ import torch
 
 from kvtrim.hf.base import BaseCache
 from kvtrim.hf.batch import join, positions
-from kvtrim.hf.keyword import passing
+from kvtrim.hf.keyword import cache_keyword
 from kvtrim.types import Float, Int, Tensor
 
 _LOGITS = 1 << 26  # numbers that one pass over an answer may give: rows x tokens x vocabulary
@@ -78,7 +78,7 @@ def make_branch(
     if not lead:
         return Branch(cache, torch.stack([*logits]))
     ids = torch.tensor([lead] * len(caches), device=model.device)
-    return Branch(cache, _fed(model, cache, ids, 1)[:, -1])
+    return Branch(cache, _feed(model, cache, ids, 1)[:, -1])
 
 
 def fits(
@@ -151,7 +151,7 @@ def answers(
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if row not in why:
                 written[row].append(token)
-                why |= _stopped(tokenizer, row, written[row], ends, most, stop)
+                why |= _stop_reason(tokenizer, row, written[row], ends, most, stop)
         going = [place for place, row in enumerate(rows) if row not in why]
         if not going:
             break
@@ -159,7 +159,7 @@ def answers(
             chosen = torch.tensor(going, device=tokens.device)
             cache.batch_select_indices(chosen)
             rows, tokens = [rows[place] for place in going], tokens[chosen]
-        logits = _fed(model, cache, tokens[:, None], 1)[:, -1]
+        logits = _feed(model, cache, tokens[:, None], 1)[:, -1]
     return [
         Answer(_text(tokenizer, ids, stop), len(ids), why[row], tuple(ids))
         for row, ids in enumerate(written)
@@ -173,7 +173,7 @@ def _without_ends(
     logits = logits.index_fill(-1, torch.tensor([*ends], device=logits.device), -torch.inf)
     while stop:
         tokens = logits.argmax(dim=-1).tolist()
-        stops = [_cut(_decoded(tokenizer, [token]), stop) is not None for token in tokens]
+        stops = [_cut(_decode(tokenizer, [token]), stop) is not None for token in tokens]
         if not any(stops):
             break
         rows = [row for row, one in enumerate(stops) if one]
@@ -181,13 +181,15 @@ def _without_ends(
     return logits
 
 
-def _fed(
+def _feed(
     model: Any, cache: BaseCache, ids: Int[Tensor, "R Q"], keep: int
 ) -> Float[Tensor, "R Q V"]:
     """Logits of the last `keep` of these tokens (0: of all of them)."""
     at = positions(cache, ids.shape[1]).to(ids.device)
     with torch.no_grad():
-        return model(input_ids=ids, position_ids=at, **passing(cache), logits_to_keep=keep).logits
+        return model(
+            input_ids=ids, position_ids=at, **cache_keyword(cache), logits_to_keep=keep
+        ).logits
 
 
 def _predictions(model: Any, branch: Branch, gold: Int[Tensor, " T"]) -> Iterator[Tensor]:
@@ -199,12 +201,12 @@ def _predictions(model: Any, branch: Branch, gold: Int[Tensor, " T"]) -> Iterato
     mark = branch.cache.mark()
     try:
         for part in gold[:-1].split(max(1, _LOGITS // size)):
-            yield _fed(model, branch.cache, part.expand(branch.rows, -1), 0)
+            yield _feed(model, branch.cache, part.expand(branch.rows, -1), 0)
     finally:
         branch.cache.rewind(mark)
 
 
-def _stopped(
+def _stop_reason(
     tokenizer: Any, row: int, ids: list[int], ends: set[int], most: int, stop: Sequence[str]
 ) -> dict[int, str]:
     """Why this row ends here, if it does."""
@@ -212,14 +214,14 @@ def _stopped(
         return {row: "eos"}
     if stop:
         tail = ids[-(max(map(len, stop)) + _MORE) :]
-        if _cut(_decoded(tokenizer, tail), stop) is not None:
+        if _cut(_decode(tokenizer, tail), stop) is not None:
             return {row: "stop"}
     return {row: "length"} if len(ids) >= most else {}
 
 
 def _text(tokenizer: Any, ids: list[int], stop: Sequence[str]) -> str:
     """The answer up to the first stop string."""
-    text = _decoded(tokenizer, ids)
+    text = _decode(tokenizer, ids)
     return text[: _cut(text, stop)]
 
 
@@ -228,7 +230,7 @@ def _cut(text: str, stop: Sequence[str]) -> int | None:
     return min((at for one in stop if (at := text.find(one)) >= 0), default=None)
 
 
-def _decoded(tokenizer: Any, ids: list[int]) -> str:
+def _decode(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

@@ -107,7 +107,7 @@ class Encoder:
         """
         around = frame(self.tokenizer, task.chat)
         own = replace(around, between="", after=around.after + sample.prefix)
-        document, blanks = sample.document.stripped()
+        document, blanks = sample.document.strip()
         asked = encode_question(self.tokenizer, own, blanks + sample.question)
         room = self._bound(sample.group) - task.max_new_tokens - len(asked)
         first = self.count(own.before)
@@ -118,7 +118,7 @@ class Encoder:
         truncated = len(given) > room
         if truncated:
             given = encode_ends(self.tokenizer, own, document, room)
-        context, question, spans = _both(given.asked(asked))
+        context, question, spans = _both(given.with_question(asked))
         gold = self._gold(task, sample, own)
         return Input(sample, context, question, spans, gold, around, truncated)
 

@@ -156,14 +156,14 @@ def evaluate(
     """
     subject.encoder(grid.length)
     progress("reading the tasks", 0, 1)
-    first = _begun(grid, folder)
+    first = _grid_of(grid, folder)
     journal.begin(folder, record(subject, first, rows), SAMPLES)
     measure(subject, first, units(subject, first, rows), folder, once, progress)
     if first != grid:
         _extend(subject, grid, first, rows, folder, once, progress)
 
 
-def _begun(grid: Grid, folder: Path) -> Grid:
+def _grid_of(grid: Grid, folder: Path) -> Grid:
     """The part of a grid that a folder holds, or the whole of it."""
     if not (folder / RECORD).exists():
         return grid
@@ -184,7 +184,7 @@ def _extend(
     progress: Progress,
 ) -> None:
     """Measure the cells that a finished run lacks, and make one run of both."""
-    new = extension.added(grid, base)
+    new = extension.difference(grid, base)
     part = extension.part(folder, new)
     files.make_folder(part.parent)
     journal.begin(part, record(subject, new, rows), SAMPLES)

@@ -37,7 +37,7 @@ def base(grid: Grid, there: Line) -> Grid:
     return replace(grid, cells=cells) if 0 < len(cells) == len(known) < len(asked) else grid
 
 
-def added(grid: Grid, base: Grid) -> Grid:
+def difference(grid: Grid, base: Grid) -> Grid:
     """What is to be measured: the cells that a grid has more than its base."""
     known = {(cell.label, cell.keep) for cell in base.cells}
     new = [cell for cell in grid.cells if (cell.label, cell.keep) not in known]
@@ -78,7 +78,7 @@ def settle(folder: Path) -> None:
     joined = folder / PARTS / _JOINED
     if not (joined / RECORD).exists():
         return
-    with files.told("write", folder):
+    with files.file_errors("write", folder):
         for name in (INPUTS, TIMES, SAMPLES, RECORD):
             if (joined / name).exists():
                 os.replace(joined / name, folder / name)

@@ -11,7 +11,7 @@ from kvtrim.errors import UsageError
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.settings import places
 from kvtrim.records.spec import AWARE, EvalSpec
-from kvtrim.tasks import Sample, Task, named
+from kvtrim.tasks import Sample, Task, find_tasks
 from kvtrim.tasks import places as outside_tasks
 
 FULL = "full"
@@ -118,6 +118,6 @@ def tasks(names: Sequence[str]) -> tuple[Task, ...]:
         UnknownNameError: no such task.
         UsageError: no such module, or what has that name is no task.
     """
-    if not (found := named(names)):
+    if not (found := find_tasks(names)):
         raise UsageError("no task; name one with --task, see kvtrim eval --help")
     return tuple(found)

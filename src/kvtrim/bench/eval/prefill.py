@@ -76,14 +76,14 @@ class Prefill:
         """As `ready`, one after the other, so that not all have to be held."""
         self._hidden = any(_reads_hidden(cell) for cell in cells)
         for cell in cells:
-            yield attempt(lambda cell=cell: self._made(cell))
+            yield attempt(lambda cell=cell: self._prepare(cell))
         self._recording = None  # what the layers were handed is needed no more
 
-    def _made(self, cell: Candidate) -> Ready:
-        recording = self._recorded() if self._once and replayable(cell) else None
-        return self._alone(cell) if recording is None else self._replayed(recording, cell)
+    def _prepare(self, cell: Candidate) -> Ready:
+        recording = self._record() if self._once and replayable(cell) else None
+        return self._alone(cell) if recording is None else self._replay(recording, cell)
 
-    def _recorded(self) -> Recording | None:
+    def _record(self) -> Recording | None:
         """The pass that all share; None where memory is too short to keep what it handed over."""
         if self._recording is None:
             start = self._now()
@@ -95,13 +95,13 @@ class Prefill:
             self._recording, self._recorded_s = made, self._now() - start
         return self._recording
 
-    def _replayed(self, recording: Recording, cell: Candidate) -> Ready:
-        recording = recording if self._shared else recording.unshared()
+    def _replay(self, recording: Recording, cell: Candidate) -> Ready:
+        recording = recording if self._shared else recording.unshare()
         start, before = self._now(), recording.observed
         cache = recording.cache(cell.method, cell.keep or 1, **cell.settings)
         times = {"prefill_s": self._recorded_s, "evict_s": self._now() - start}
         times["observed"] = recording.observed > before  # else an earlier budget did it
-        return Ready(cell, cache, recording.logits[0], held(cache), times)
+        return Ready(cell, cache, recording.logits[0], figures_of(cache), times)
 
     def _alone(self, cell: Candidate) -> Ready:
         start, tokens = self._now(), self._ids.shape[1]
@@ -116,14 +116,14 @@ class Prefill:
         )
         logits = read_prompt(self._model, self._ids, cache, self._chunk)
         times = {"prefill_s": self._now() - start, "evict_s": None}
-        return Ready(cell, cache, logits[0], held(cache), times)
+        return Ready(cell, cache, logits[0], figures_of(cache), times)
 
     def _now(self) -> float:
         synchronize(self._model.device)
         return perf_counter()
 
 
-def held(cache: Cache) -> dict[str, Any]:
+def figures_of(cache: Cache) -> dict[str, Any]:
     """What a cache holds now."""
     return {
         "held_bytes": cache.held_bytes,

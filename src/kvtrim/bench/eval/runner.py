@@ -91,14 +91,14 @@ class Answering:
         for given in unit:
             own = [Row(given, cell) for cell in self._grid.cells]
             rows += [row for row in own if row.cell in self._grid.written]
-            groups += self._begun(own)
+            groups += self._begin(own)
         for group in self._pack(groups):
             self._answer(task, group)
         keys = [self._grid.key(task, row.given.sample, row.cell) for row in rows]
         told = [key | row.line() for key, row in zip(keys, rows, strict=True)]
         return told, [key | row.times for key, row in zip(keys, rows, strict=True)]
 
-    def _begun(self, rows: list[Row]) -> list[Group]:
+    def _begin(self, rows: list[Row]) -> list[Group]:
         """Read a prompt under every method, and ask how likely the right answer is to each."""
         given, reference = rows[0].given, Reference()
         if given.problem:

@@ -14,7 +14,7 @@ from kvtrim.errors import UsageError
 from kvtrim.files import replace
 from kvtrim.prompts.document import Document
 from kvtrim.records import INPUTS, OK, RECORD, SAMPLES, SCORES, Line
-from kvtrim.report.format import escaped, markdown, prose, size
+from kvtrim.report.format import escape, markdown, prose, size
 from kvtrim.report.statistics import mean, summary
 from kvtrim.tasks import sandbox
 from kvtrim.tasks.base import Sample, Task
@@ -64,7 +64,7 @@ def derive(
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
     replace(folder / SCORES, text.encode())
     rows = aggregate(inputs, lines, found)
-    record |= {"without_samples": _without_samples(record, inputs), "refused": _refused(lines)}
+    record |= {"without_samples": _without_samples(record, inputs), "refused": _refusals(lines)}
     made = json.dumps(record | {"rows": rows}, indent=1, ensure_ascii=False) + "\n"
     replace(folder / TABLE, made.encode())
     replace(folder / PAGE, page(record, rows).encode())
@@ -105,8 +105,8 @@ def score_answers(
         if outcome == OK and task.runs_code and not allowed:
             outcome = NEEDS_PERMISSION
         elif outcome == OK:
-            given = _given(asked, line)
-            with sandbox.allowed(unconfined) if task.runs_code else nullcontext():
+            given = _input_of(asked, line)
+            with sandbox.allow(unconfined) if task.runs_code else nullcontext():
                 score = float(task.score(line["answer"], _sample(given)))
         own = {name: line[name] for name in _KEY}
         yield own | {"score": score, "metric": task.metric, "outcome": outcome}
@@ -128,7 +128,7 @@ def _by_sample(inputs: Sequence[Line]) -> dict[tuple[str, str], Line]:
     return found
 
 
-def _given(asked: Mapping[tuple[str, str], Line], line: Line) -> Line:
+def _input_of(asked: Mapping[tuple[str, str], Line], line: Line) -> Line:
     given = asked.get((line["task"], line["sample"]))
     if given is None:
         raise UsageError(
@@ -205,7 +205,7 @@ def cells(rows: Sequence[Line]) -> list[list[str]]:
     return made
 
 
-def _refused(lines: Sequence[Line]) -> list[str]:
+def _refusals(lines: Sequence[Line]) -> list[str]:
     """Why figures are missing: a sentence for each task, method, budget and outcome."""
     found: dict[tuple[str, ...], list[str]] = {}
     for line in lines:
@@ -222,7 +222,7 @@ def page(record: Line, rows: Sequence[Line]) -> str:
     machine = record["machine"]
     model = record["model"]
     about = (
-        f"{escaped(model['name'])} ({model['dtype']}), {record['protocol']}, greedy; "
+        f"{escape(model['name'])} ({model['dtype']}), {record['protocol']}, greedy; "
         f"kvtrim {machine['kvtrim']}, {machine['device']}. Scores are 0 to 100, ± standard error; "
         "95 %: bootstrap interval of the mean. Loss: nats per token of the right answer. KL: from "
         "the full cache, nats. Held: bytes measured after the prompt.\n\n"

@@ -88,12 +88,12 @@ class Agenda:
         self._close_open()
         left = []
         for item in self.items:
-            if self._done(item):
+            if self._is_done(item):
                 continue
             if item.skip:
                 self._add(item, SKIPPED, {"reason": item.skip})
                 continue
-            expected = self.expected(item)
+            expected = self.estimate(item)
             if now() + expected > until:
                 left.append(f"{item.stage}: {item.name}")
                 continue
@@ -112,7 +112,7 @@ class Agenda:
             tell(f"{len(left)} were left to a further run: {'; '.join(left)}")
         return _CLEAN
 
-    def expected(self, item: Item) -> float:
+    def estimate(self, item: Item) -> float:
         """Its estimate, corrected by what others of its stage took, or else by all others."""
         took = [line for line in self._own_lines() if line["outcome"] == OK]
         same = [line for line in took if line["stage"] == item.stage]
@@ -123,7 +123,7 @@ class Agenda:
         device = self.about.get("device")
         return [line for line in self.journal.lines if line["machine"].get("device") == device]
 
-    def _done(self, item: Item) -> bool:
+    def _is_done(self, item: Item) -> bool:
         lines = [x for x in self._own_lines() if item.key.items() <= x.items()]
         code = self.about.get("code")
         same = [
@@ -135,7 +135,7 @@ class Agenda:
 
     def _close_open(self) -> None:
         """What was begun and has no end took its process with it."""
-        for begun in unended(self.journal.lines):
+        for begun in open_lines(self.journal.lines):
             reason = "the process ended or hung during it"
             self.journal.add({**begun, "outcome": ENDED, "reason": reason})
 
@@ -154,7 +154,7 @@ def attempt(item: Item) -> tuple[str, dict[str, Any]]:
         return FAILED, {"reason": f"{type(error).__name__}: {text[:600]}"}
 
 
-def unended(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def open_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines of measurements that were begun and have no other line after that."""
     open_: dict[tuple[str, str], dict[str, Any]] = {}
     for line in lines:
@@ -176,7 +176,7 @@ def watch(command: Sequence[str], folder: Path, until: float, env: dict[str, str
     for _ in range(_STARTS):
         before = len(Journal(folder / LINES).lines)
         process = subprocess.Popen(list(command), env={**os.environ, **env})
-        code = _followed(process, folder, until)
+        code = _follow(process, folder, until)
         after = Journal(folder / LINES).lines
         if code == _CLEAN or time.time() > until or len(after) == before:
             return
@@ -184,7 +184,7 @@ def watch(command: Sequence[str], folder: Path, until: float, env: dict[str, str
         print(said, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _followed(process: subprocess.Popen[bytes], folder: Path, until: float) -> int | None:
+def _follow(process: subprocess.Popen[bytes], folder: Path, until: float) -> int | None:
     """The exit code of the measuring process; None if it hung and was ended."""
     path, size, deadline = folder / LINES, -1, until + _GRACE
     started = time.time()
@@ -193,7 +193,7 @@ def _followed(process: subprocess.Popen[bytes], folder: Path, until: float) -> i
         grown = path.stat().st_size if path.exists() else 0
         if grown != size:
             size, deadline = grown, until + _GRACE
-            own = [x for x in unended(_lines(path)) if x["at"] >= started]
+            own = [x for x in open_lines(_lines(path)) if x["at"] >= started]
             deadline = min([deadline, *(begun["at"] + begun["limit_s"] for begun in own)])
         if time.time() > deadline:
             process.kill()

@@ -76,7 +76,7 @@ class Turn:
         own = self.candidate
         return dict(batch=self.batch, length=self.length, method=own.label, keep=own.keep)
 
-    def said(self, rounds: int) -> str:
+    def label(self, rounds: int) -> str:
         """For the progress bar."""
         name = self.candidate.said
         batch = f" x {self.batch}" if self.batch > 1 else ""
@@ -105,7 +105,7 @@ def measure(
     A row that cannot be measured (too little memory, a budget out of the method's reach, a peer
     that fails) is written down with its reason, is not tried again, and the run goes on.
     """
-    left = [turn for turn in turns(plan, chosen) if not _settled(journal, turn)]
+    left = [turn for turn in turns(plan, chosen) if not _is_settled(journal, turn)]
     if not left:
         return
     progress("warming up")
@@ -113,9 +113,9 @@ def measure(
         _attempt(_warm_up, model, plan, Turn(1, 1, min(_WARM_UP, *plan.lengths), candidate))
     with _quick_collections():
         for turn in left:
-            progress(turn.said(plan.repeats))
-            if not _settled(journal, turn):
-                how = _timed if turn.round != MEMORY else _memory
+            progress(turn.label(plan.repeats))
+            if not _is_settled(journal, turn):
+                how = _time if turn.round != MEMORY else _memory
                 found = _attempt(how, model, plan, turn)
                 journal.add(turn.row | {"round": turn.round} | found)
 
@@ -131,7 +131,7 @@ def _quick_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _settled(journal: Journal, turn: Turn) -> bool:
+def _is_settled(journal: Journal, turn: Turn) -> bool:
     """Whether this turn was taken, or its row has failed."""
     failed = any(journal.holds(turn.row | {"outcome": why}) for why in (OOM, REFUSED, "failed"))
     return failed or journal.holds(turn.row | {"round": turn.round})
@@ -171,13 +171,13 @@ def _memory(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
         with peak_memory(model.device) as reading:
             token, _ = step(model, subject.feed, ids, chunk)
         count = min(_MEMORY_STEPS, plan.new_tokens)
-        with peak_memory(model.device, reading.base) as decoding, subject.stepping(count) as steps:
+        with peak_memory(model.device, reading.base) as decoding, subject.steps(count) as steps:
             for _ in range(count):
                 token, _ = step(model, steps[0], token)
     return {"peak_bytes": reading.bytes, "decode_peak_bytes": decoding.bytes}
 
 
-def _timed(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
+def _time(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
     """Seconds of one prompt and its decoding steps; bytes and entries held after the prompt."""
     ids, chunk = prompt(model, turn.batch, turn.length), plan.prefill_chunk
     gc.collect()
@@ -187,15 +187,17 @@ def _timed(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
     with opened as subject, torch.no_grad():
         token, first = step(model, subject.feed, ids, chunk)
         held = subject.figures()
-        decoding = decoded(model, subject, token, plan.new_tokens)
+        decoding = time_steps(model, subject, token, plan.new_tokens)
     whole = first + decoding["capture_s"] + plan.new_tokens * decoding["token_s"]
     return {"ttft_s": first, "end_to_end_s": whole} | decoding | held
 
 
-def decoded(model: Any, subject: Subject, token: Int[Tensor, "B 1"], count: int) -> dict[str, Any]:
+def time_steps(
+    model: Any, subject: Subject, token: Int[Tensor, "B 1"], count: int
+) -> dict[str, Any]:
     """Seconds of so many decoding steps behind what a subject has read."""
     steps, start = [], perf_counter()
-    with subject.stepping(count) as (feed, captured):
+    with subject.steps(count) as (feed, captured):
         synchronize(model.device)
         before = perf_counter() - start
         for _ in range(count):

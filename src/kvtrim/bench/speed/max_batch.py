@@ -52,12 +52,12 @@ def search(
     for length in plan.lengths:
         for candidate in chosen:
             key = {"length": length, "method": candidate.label, "keep": candidate.keep}
-            while (batch := following(_tried(journal, key), plan.most)) is not None:
+            while (batch := next_batch(_tries(journal, key), plan.most)) is not None:
                 progress(f"{candidate.said}, {length} tokens x {batch}")
                 journal.add(key | {"batch": batch} | _attempt(model, plan, candidate, key, batch))
 
 
-def following(tried: dict[int, bool], most: int) -> int | None:
+def next_batch(tried: dict[int, bool], most: int) -> int | None:
     """The next batch to try, by which of those tried fit; None if the largest is known."""
     best = max((batch for batch, fits in tried.items() if fits), default=0)
     worst = min((batch for batch, fits in tried.items() if not fits), default=most + 1)
@@ -66,7 +66,7 @@ def following(tried: dict[int, bool], most: int) -> int | None:
     return min(2 * best or 1, most) if worst > most else (best + worst) // 2
 
 
-def _tried(journal: Journal, key: Key) -> dict[int, bool]:
+def _tries(journal: Journal, key: Key) -> dict[int, bool]:
     return {line["batch"]: line["fits"] for line in journal.lines if key.items() <= line.items()}
 
 
@@ -75,7 +75,7 @@ def _attempt(
 ) -> dict[str, Any]:
     """Whether a batch fits, and what it gave; a candidate that fails fits nothing."""
     try:
-        return asdict(_measured(model, plan, candidate, key["length"], batch))
+        return asdict(_measure(model, plan, candidate, key["length"], batch))
     except (torch.OutOfMemoryError, MemoryError):
         reason = "out of memory"
     except UsageError:
@@ -104,9 +104,7 @@ class _Measured:
     captured: bool
 
 
-def _measured(
-    model: Any, plan: Search, candidate: Candidate, length: int, batch: int
-) -> _Measured:
+def _measure(model: Any, plan: Search, candidate: Candidate, length: int, batch: int) -> _Measured:
     weights = sum(parameter.nbytes for parameter in model.parameters())
     ids, steps = prompt(model, 1, length), []
     opened = candidate.open(model, length, None, plan.capture)
@@ -117,13 +115,13 @@ def _measured(
         with peak_memory(model.device, reading.base) as decoding:
             subject.cache.batch_repeat_interleave(batch)
             token = token.expand(batch, 1).contiguous()
-            with subject.stepping(_MEMORY_STEPS) as (feed, _):
+            with subject.steps(_MEMORY_STEPS) as (feed, _):
                 for _ in range(_MEMORY_STEPS):
                     token = feed(token)[:, -1].argmax(dim=-1, keepdim=True)
-        used = _used(weights, alone, batch, reading.bytes, decoding.bytes)
+        used = _peak_bytes(weights, alone, batch, reading.bytes, decoding.bytes)
         if used > plan.memory:
             return _Measured(False, used, subject.figures()["held_bytes"], 0.0, 0.0, False)
-        with subject.stepping(plan.new_tokens) as (feed, captured):
+        with subject.steps(plan.new_tokens) as (feed, captured):
             for _ in range(plan.new_tokens):
                 synchronize(model.device)
                 start = perf_counter()
@@ -134,7 +132,9 @@ def _measured(
         return _Measured(True, used, held, each, batch / each, captured)
 
 
-def _used(weights: int, alone: int, batch: int, reading: int | None, decoding: int | None) -> int:
+def _peak_bytes(
+    weights: int, alone: int, batch: int, reading: int | None, decoding: int | None
+) -> int:
     """Bytes in use at the worst moment.
 
     Raises:

@@ -17,7 +17,7 @@ import torch
 from kvtrim.bench.candidates import Candidate, Subject
 from kvtrim.errors import UsageError
 from kvtrim.hf.generate import plain_cache
-from kvtrim.hf.keyword import passing
+from kvtrim.hf.keyword import cache_keyword
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.variant import Variant
 from kvtrim.types import Tensor
@@ -74,7 +74,7 @@ class KVPress(Candidate):
             at = torch.arange(seen, seen + ids.shape[1], device=ids.device)
             own = {"position_ids": at.expand(len(ids), -1), "cache_position": at}
             with press(model) if seen == 0 else nullcontext():
-                out = model(input_ids=ids, **passing(cache), logits_to_keep=1, **own)
+                out = model(input_ids=ids, **cache_keyword(cache), logits_to_keep=1, **own)
             seen += ids.shape[1]
             return out.logits
 
@@ -96,5 +96,5 @@ def _ratio(keep: str, length: int) -> float:
     budget = Keep.parse(keep)
     if budget.kind == "bytes":
         raise UsageError(f"kvpress knows no budget in bytes ({keep}); give tokens or a share")
-    tokens = int(budget.asked(length, 1) + 1e-6)
+    tokens = int(budget.per_head(length, 1) + 1e-6)
     return max(0.0, 1 - (tokens + 0.5) / length)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kvtrim.bench.candidates import Subject, captured, feeding
+from kvtrim.bench.candidates import Subject, capture_steps, make_feed
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.fill import fill, heads_of
@@ -40,8 +40,8 @@ def ours(
             lengths = [spread(held, rows, heads, layer) for layer in range(len(lengths))]
             seen = int(torch.stack(lengths).max())
         fill(cache, model, lengths, seen)
-        steps = captured(model, cache, capture)
-        yield Subject(cache, feeding(model, cache), captured=steps)
+        steps = capture_steps(model, cache, capture)
+        yield Subject(cache, make_feed(model, cache), captured=steps)
 
 
 @contextmanager
@@ -53,4 +53,4 @@ def theirs(model: Any, rows: int, held: int) -> Iterator[Subject]:
             2, rows, heads, held, width, device=model.device, dtype=model.dtype
         )
         cache.update(keys, values, layer)
-    yield Subject(cache, feeding(model, cache))
+    yield Subject(cache, make_feed(model, cache))

@@ -17,7 +17,7 @@ from kvtrim.bench.eval.evaluate import read
 from kvtrim.bench.provenance import provenance
 from kvtrim.bench.sweep.spec import Job, Piece, Sweep, pieces
 from kvtrim.errors import KvtrimError
-from kvtrim.files import replacing
+from kvtrim.files import replacement
 from kvtrim.records import INPUTS, SAMPLES, TIMES, journal
 from kvtrim.tasks.rows import reader
 
@@ -75,7 +75,7 @@ class Driver:
         folders = {job: self.folder / job.name for job in self.sweep.jobs()}
         self._left: dict[Job, int] = {}
         self._parts: dict[Job, list[Path]] = {}
-        self._queue = [Piece(job, str(at)) for job, at in folders.items() if not _merged(at)]
+        self._queue = [Piece(job, str(at)) for job, at in folders.items() if not _is_merged(at)]
         self._busy: dict[Any, Piece] = {}
         if self._queue:
             first = self._queue[0].job  # all read the same
@@ -97,7 +97,7 @@ class Driver:
                     idle.append((self.pool.start(), ""))
                     started += 1
                 worker, model = idle.pop()
-                piece = self._taken(model)
+                piece = self._take(model)
                 self._busy[worker] = piece
                 self.pool.give(worker, piece)
             worker, result = self.pool.wait()
@@ -109,10 +109,10 @@ class Driver:
                 started -= 1
                 self._again(piece)
             else:
-                self._settled(piece, result)
+                self._settle(piece, result)
                 idle.append((worker, piece.job.model))
 
-    def _taken(self, model: str) -> Piece:
+    def _take(self, model: str) -> Piece:
         """The next piece, of the model that the worker has if there is one."""
         same = [piece for piece in self._queue if piece.job.model == model]
         piece = (same or self._queue)[0]
@@ -127,7 +127,7 @@ class Driver:
             )
         self._queue.insert(0, replace(piece, tried=piece.tried + 1))
 
-    def _settled(self, piece: Piece, result: dict[str, Any]) -> None:
+    def _settle(self, piece: Piece, result: dict[str, Any]) -> None:
         if "error" in result:
             raise KvtrimError(result["error"])
         job = piece.job
@@ -146,7 +146,7 @@ class Driver:
 
     def _finish(self, job: Job, folder: Path) -> None:
         """Join a job's parts, which are all there; make scores and tables."""
-        if not _merged(folder):
+        if not _is_merged(folder):
             merge(folder, self._parts[job])
         if not (folder / scores.PAGE).exists() or self.allow_code_execution:
             allowed = self.allow_code_execution, self.unconfined
@@ -154,7 +154,7 @@ class Driver:
         shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 
-def _merged(folder: Path) -> bool:
+def _is_merged(folder: Path) -> bool:
     """The samples of a job are all there: they are put into place last, whole."""
     return (folder / SAMPLES).exists()
 
@@ -167,6 +167,6 @@ def merge(folder: Path, parts: Sequence[Path]) -> None:
         parts: all of them, in order; none where the tasks have no samples.
     """
     for name in (INPUTS, TIMES, SAMPLES):
-        with replacing(folder / name) as partial, partial.open("wb") as file:
+        with replacement(folder / name) as partial, partial.open("wb") as file:
             for part in parts:
                 file.write((part / name).read_bytes())

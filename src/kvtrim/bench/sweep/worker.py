@@ -32,12 +32,12 @@ class Worker:
     def do(self, piece: Piece) -> Result:
         """What came of a piece: {"error": ...} if kvtrim refused it."""
         try:
-            return {"process": os.getpid(), **self._done(piece)}
+            return {"process": os.getpid(), **self._do(piece)}
         except KvtrimError as error:
             return {"error": f"{piece.job.name}: {error}"}
 
-    def _done(self, piece: Piece) -> Result:
-        subject, grid = self._prepared(piece.job)
+    def _do(self, piece: Piece) -> Result:
+        subject, grid = self._prepare(piece.job)
         if not piece.stop:
             assert self._rows is not None
             planned = [(task.name, len(samples)) for task, samples in self._units]
@@ -48,7 +48,7 @@ class Worker:
         measure(subject, grid, chosen, folder, progress=lambda *_: self._alive(), wait=True)
         return {}
 
-    def _prepared(self, job: Job) -> tuple[Subject, Any]:
+    def _prepare(self, job: Job) -> tuple[Subject, Any]:
         """The model of a job, loaded unless it is there, and its units."""
         if self._subject is None or self._job is None or _model(self._job) != _model(job):
             self._subject = None  # frees the last one first

@@ -79,7 +79,7 @@ def layout(model: PreTrainedModel, allow_untested: bool = False) -> Layout:
             f"{type(model).__name__}: cannot find one attention module "
             "with a layer_idx per decoder layer"
         )
-    heads, managed = config.num_attention_heads, _managed(config)
+    heads, managed = config.num_attention_heads, _managed_layers(config)
     return Layout(decoder, blocks, attention, heads, managed, _around(model, decoder))
 
 
@@ -102,7 +102,7 @@ def _attention_in(block: torch.nn.Module) -> list[torch.nn.Module]:
     ]
 
 
-def _managed(config: Any) -> list[int]:
+def _managed_layers(config: Any) -> list[int]:
     """Layers whose cache would grow with the whole input."""
     managed = []
     for index, layer in enumerate(DynamicCache(config=config).layers):

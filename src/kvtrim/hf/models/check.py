@@ -11,7 +11,7 @@ from kvtrim.errors import KvtrimError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import plain_cache
-from kvtrim.hf.keyword import passing
+from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.models.architectures import layout
 from kvtrim.types import Tensor
 
@@ -42,7 +42,7 @@ def check_model(model: Any) -> list[Finding]:
     ids = torch.randint(size, (1, _TOKENS + _STEPS), generator=draw).to(model.device)
     tolerance = 2e-2 if model.dtype in (torch.bfloat16, torch.float16) else 1e-3
 
-    def tried(make: Callable[[], Any]) -> Tensor | str:
+    def attempt(make: Callable[[], Any]) -> Tensor | str:
         try:
             return _logits(model, ids, make())
         except KvtrimError as error:
@@ -50,32 +50,32 @@ def check_model(model: Any) -> list[Finding]:
         except Exception as error:  # whatever stands in a model's own code
             return f"{type(error).__name__}: {error}"
 
-    def finding(what: str, got: Any, want: Any, tokens: int) -> Finding:
+    def compare(what: str, got: Any, want: Any, tokens: int) -> Finding:
         failed = next((each for each in (want, got) if isinstance(each, str)), None)
         if failed is not None:
             return Finding(what, False, None, " ".join(failed.split()))
         off = float((got - want)[:, :tokens].abs().max() / want[:, :tokens].abs().max())
         return Finding(what, off <= tolerance, off if math.isfinite(off) else None)
 
-    plain = tried(lambda: plain_cache(model))
+    plain = attempt(lambda: plain_cache(model))
     with attach(model, allow_untested=True):
-        ordinary = tried(lambda: plain_cache(model))
-        full = tried(lambda: Cache(model, "full"))
-        small = tried(lambda: Cache(model, "adakv", 48, window=8))
-        slow = tried(lambda: Cache(model, "adakv", 48, window=8, impl="reference"))
+        ordinary = attempt(lambda: plain_cache(model))
+        full = attempt(lambda: Cache(model, "full"))
+        small = attempt(lambda: Cache(model, "adakv", 48, window=8))
+        slow = attempt(lambda: Cache(model, "adakv", 48, window=8, impl="reference"))
     whole = _TOKENS + _STEPS
     return [
-        finding("ordinary caches go on as before", ordinary, plain, whole),
-        finding("a full kvtrim cache gives the same logits", full, plain, whole),
-        finding("prefill is untouched by eviction", small, plain, _TOKENS),
-        finding("attention over evicted layers equals the slow reference", small, slow, whole),
+        compare("ordinary caches go on as before", ordinary, plain, whole),
+        compare("a full kvtrim cache gives the same logits", full, plain, whole),
+        compare("prefill is untouched by eviction", small, plain, _TOKENS),
+        compare("attention over evicted layers equals the slow reference", small, slow, whole),
     ]
 
 
 def _logits(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """Logits of a prompt and of single tokens after it."""
     with torch.no_grad():
-        parts = [model(ids[:, :_TOKENS], **passing(cache)).logits]
+        parts = [model(ids[:, :_TOKENS], **cache_keyword(cache)).logits]
         for at in range(_TOKENS, ids.shape[1]):
-            parts.append(model(ids[:, at : at + 1], **passing(cache)).logits)
+            parts.append(model(ids[:, at : at + 1], **cache_keyword(cache)).logits)
     return torch.cat(parts, dim=1).float()

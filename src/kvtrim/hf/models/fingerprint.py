@@ -75,7 +75,7 @@ def complete(model: PreTrainedModel) -> dict[str, Any]:
         "config": _config(model),
         "attributes": _attributes(model),
         "modules": _hash(f"{name} {type(each).__name__}" for name, each in model.named_modules()),
-        "changed": _changed(model),
+        "changed": _changes(model),
         "adapters": _adapters(model),
         "buffers": _buffers(model),
     }
@@ -151,23 +151,23 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
 def _attributes(model: PreTrainedModel) -> dict[str, str]:
     """For each plain attribute of modules a hash of its values in all of them."""
     values: dict[str, list[str]] = {}
-    for module, name, value in _held(model):
-        if isinstance(value, bool | int | float | str) and not _passing(name):
+    for module, name, value in _walk_attributes(model):
+        if isinstance(value, bool | int | float | str) and not _is_passing(name):
             values.setdefault(name, []).append(f"{module}={value!r} ")
     return {name: _hash(found) for name, found in sorted(values.items())}
 
 
-def _held(model: PreTrainedModel) -> Iterator[tuple[str, str, Any]]:
+def _walk_attributes(model: PreTrainedModel) -> Iterator[tuple[str, str, Any]]:
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             yield name, attribute, value
 
 
-def _passing(name: str) -> bool:
+def _is_passing(name: str) -> bool:
     return name.startswith("_") or name in _PASSING or name.endswith("max_seq_len_cached")
 
 
-def _changed(model: PreTrainedModel) -> dict[str, list[str]]:
+def _changes(model: PreTrainedModel) -> dict[str, list[str]]:
     """Modules whose outcome somebody changes from outside, by a hook or another `forward`.
 
     Left out is what kvtrim, transformers and accelerate do, which change where, not what.
@@ -175,16 +175,16 @@ def _changed(model: PreTrainedModel) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        names = [f"{home}{title}" for home, title in map(_named, hooks) if _foreign(home)]
+        names = [f"{home}{title}" for home, title in map(_name_of, hooks) if _foreign(home)]
         own = vars(module)
         if "forward" in own and "_hf_hook" not in own:
-            names.append("".join(_named(own["forward"])))
+            names.append("".join(_name_of(own["forward"])))
         if names:
             found[name] = sorted(names)
     return found
 
 
-def _named(call: Callable[..., Any]) -> tuple[str, str]:
+def _name_of(call: Callable[..., Any]) -> tuple[str, str]:
     """The module ("kvtrim.hf.") and the name of what is called in the end."""
     while isinstance(call, partial):
         call = call.func
@@ -247,7 +247,7 @@ def _weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
     for name, parameter in model.named_parameters():
         local = getattr(parameter, "to_local", lambda own=parameter: own)().detach()
         if local.is_meta:
-            local = _offloaded(model, name)
+            local = _offloaded_weight(model, name)
         total.update(f"{name} {list(parameter.shape)}".encode())
         some = sample(local)
         some = some.to(dtype) if dtype is not None and some.is_floating_point() else some
@@ -290,7 +290,7 @@ def _step(count: int) -> int:
     return step
 
 
-def _offloaded(model: PreTrainedModel, name: str) -> Tensor:
+def _offloaded_weight(model: PreTrainedModel, name: str) -> Tensor:
     """A parameter that accelerate keeps elsewhere while it is not needed."""
     place, _, own = name.rpartition(".")
     hook: Any = vars(model.get_submodule(place)).get("_hf_hook")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtrim.errors import ModelError
-from kvtrim.files import told
+from kvtrim.files import file_errors
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _PLAIN = {
@@ -106,7 +106,7 @@ def require_sound(path: Path) -> None:
         FileError: it cannot be read.
     """
     try:
-        with told("read", path), path.open("rb") as file:
+        with file_errors("read", path), path.open("rb") as file:
             if not path.stat().st_size:
                 raise _Wrong("it is empty")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -51,7 +51,7 @@ def load(
         ModelError: no such file, no network, or files that are no model.
     """
     with told_plainly(str(name)):
-        where, extra = _located(os.fspath(name))
+        where, extra = _locate(os.fspath(name))
     if device == AUTO_MAP:
         device, options = None, {"device_map": "auto", **options}
     device = as_device(device)
@@ -139,7 +139,7 @@ def as_device(asked: str | torch.device | None) -> torch.device:
     return device
 
 
-def _located(name: str) -> tuple[str, dict[str, str]]:
+def _locate(name: str) -> tuple[str, dict[str, str]]:
     """Where transformers finds the files, and what it must be told to read them."""
     if name == EMBEDDED:
         return str(gguf.embedded_model()), {}

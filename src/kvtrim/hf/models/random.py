@@ -28,7 +28,7 @@ CONFIGS = tuple(
 _SCALED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
-def published(name: str) -> dict[str, Any]:
+def published_config(name: str) -> dict[str, Any]:
     """The dimensions of a model as its maker published them, and `source`, its Hub id.
 
     Raises:
@@ -53,7 +53,7 @@ def config(name: str, layers: int | None = None, width: int | float | None = Non
         UnknownNameError: no configuration has that name.
         UsageError: more layers or width than it has, or none.
     """
-    dims = published(name)
+    dims = published_config(name)
     del dims["source"]
     if layers is not None:
         if not 1 <= layers <= dims["num_hidden_layers"]:

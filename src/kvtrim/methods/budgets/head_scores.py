@@ -30,7 +30,7 @@ _MOST = 1_000_000  # heads of a model
 HOW_TO = "kvtrim calibrate heads --model MODEL --out FILE"
 
 
-def shipped() -> dict[str, Path]:
+def shipped_tables() -> dict[str, Path]:
     """The tables that come with kvtrim, by name."""
     files = [path for path in SHIPPED.glob("*.json") if not path.name.endswith(RECORD)]
     return {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
@@ -38,7 +38,7 @@ def shipped() -> dict[str, Path]:
 
 def measured_on(identity: str | None, kinds: Sequence[str] = RETRIEVAL) -> str | None:
     """The name of the first shipped table of these kinds that was measured on these weights."""
-    for name, path in shipped().items():
+    for name, path in shipped_tables().items():
         record = record_of(path)
         if identity is None or record.get("score", kinds[0]) not in kinds:
             continue
@@ -53,7 +53,7 @@ def require_readable(table: str) -> None:
         read(table)
 
 
-def fitted(table: str, target: Target, kinds: Sequence[str]) -> str:
+def table_for(table: str, target: Target, kinds: Sequence[str]) -> str:
     """The table for a model: the one that is named, or its own of one of these kinds.
 
     Raises:
@@ -68,10 +68,10 @@ def fitted(table: str, target: Target, kinds: Sequence[str]) -> str:
         raise UsageError(
             f"this method needs a table of head scores measured on {target.name} "
             f"({target.layers} layers of {target.heads} query heads); those that come with "
-            f"kvtrim ({', '.join(shipped())}) were measured on other weights. "
+            f"kvtrim ({', '.join(shipped_tables())}) were measured on other weights. "
             f"Measure one: {how}, then pass table=FILE (--set table=FILE)"
         )
-    return fitted(found, target, kinds)
+    return table_for(found, target, kinds)
 
 
 def of(table: str, name: str, layers: int, heads: int) -> Float[Tensor, "L H"]:
@@ -83,7 +83,7 @@ def of(table: str, name: str, layers: int, heads: int) -> Float[Tensor, "L H"]:
     if table == AUTO:
         raise UsageError(f"no table of head scores was given. Measure one: {HOW_TO}")
     if table == RANDOM:
-        return drawn(layers, heads)
+        return random_scores(layers, heads)
     found = read(table)
     if list(found.shape) != [layers, heads]:
         raise UsageError(
@@ -111,7 +111,7 @@ def read(table: str) -> Float[Tensor, "L H"]:
     Raises:
         UsageError: no such table, or a file that is none.
     """
-    path = _located(table)
+    path = _locate(table)
     try:
         found = path.stat()
         return _read(path, found.st_mtime_ns, found.st_size)
@@ -119,7 +119,7 @@ def read(table: str) -> Float[Tensor, "L H"]:
         raise UsageError(f"cannot read the head table {table}: {error}") from error
 
 
-def drawn(layers: int, heads: int) -> Float[Tensor, "L H"]:
+def random_scores(layers: int, heads: int) -> Float[Tensor, "L H"]:
     """Random scores, the same every time: for measuring speed, which depends on none."""
     draw = torch.Generator().manual_seed(0)
     return torch.rand(layers, heads, generator=draw, dtype=torch.float64)
@@ -141,8 +141,8 @@ def write(path: Path, table: dict[str, list[float]], record: dict[str, Any]) -> 
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _located(table: str) -> Path:
-    names = shipped()
+def _locate(table: str) -> Path:
+    names = shipped_tables()
     if table in names:
         return names[table]
     path = Path(table).expanduser()

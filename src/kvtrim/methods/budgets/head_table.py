@@ -53,7 +53,9 @@ class HeadTable(Budget):
         return "what a head's share exceeds the prompt by is lost (redistribute=true deals it out)"
 
     def fitted(self, target: Target) -> "HeadTable":
-        return replace(self, table=head_scores.fitted(self.table, target, head_scores.RETRIEVAL))
+        return replace(
+            self, table=head_scores.table_for(self.table, target, head_scores.RETRIEVAL)
+        )
 
     def counts(self, room: Room, scores: Scores) -> Counts:
         if room.free >= room.candidates:

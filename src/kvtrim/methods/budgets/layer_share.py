@@ -89,17 +89,17 @@ def fill(asked: list[float], total: int, most: int) -> list[float]:
 
 def even_out(shares: list[int], total: int, most: int, repeat: bool) -> list[int]:
     """CAKE's repair: deal out evenly what is above `most`, then what integers left over."""
-    shares = _dealt(shares, most)
+    shares = _deal(shares, most)
     spare = total - sum(shares)
     below = [i for i, share in enumerate(shares) if share < most]
     for place, i in enumerate(below):
         shares[i] += spare // len(below) + (place < spare % len(below))
     while repeat and max(shares) > most > min(shares):
-        shares = _dealt(shares, most)
+        shares = _deal(shares, most)
     return shares
 
 
-def _dealt(shares: list[int], most: int) -> list[int]:
+def _deal(shares: list[int], most: int) -> list[int]:
     """Clip to `most`; those below get the clipped out in equal parts, the first ones the rest."""
     excess = sum(max(0, share - most) for share in shares)
     below = [i for i, share in enumerate(shares) if share < most]

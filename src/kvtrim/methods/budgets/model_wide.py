@@ -46,7 +46,7 @@ class _Pool(Ledger):
 
     def add(self, room: Room, scores: Scores, wanted: Float[Tensor, " B"]) -> list[Counts]:
         batch, heads, width = scores.shape
-        lifted = self._lifted(scores, int(self.floor * room.free))
+        lifted = self._lift(scores, int(self.floor * room.free))
         new = lifted.flatten(1)
         owner = torch.arange(heads, device=scores.device).repeat_interleave(width)
         owners = (self.layers * heads + owner).expand(batch, -1)
@@ -58,9 +58,9 @@ class _Pool(Ledger):
         best = new.argsort(dim=1, descending=True, stable=True)[:, :entries]
         self.scores, self.owners = new.gather(1, best), owners.gather(1, best)
         worth = (self.scores >= self.threshold) & ~self.scores.isneginf()
-        return self._dealt(self.owners, worth, batch, heads)
+        return self._deal(self.owners, worth, batch, heads)
 
-    def _dealt(
+    def _deal(
         self, owners: Int[Tensor, "B E"], worth: Bool[Tensor, "B E"], batch: int, heads: int
     ) -> list[Counts]:
         won = torch.zeros(batch, self.layers * heads, dtype=torch.int64, device=owners.device)
@@ -68,7 +68,7 @@ class _Pool(Ledger):
         return list(won.cpu().unflatten(1, (self.layers, heads)).unbind(1))
 
     @staticmethod
-    def _lifted(scores: Scores, safe: int) -> Scores:
+    def _lift(scores: Scores, safe: int) -> Scores:
         """The best `safe` of each head above every other score."""
         if safe == 0:
             return scores

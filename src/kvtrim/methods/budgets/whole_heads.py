@@ -46,7 +46,7 @@ class WholeHeads(Budget):
 
     def fitted(self, target: Target) -> "WholeHeads":
         wanted = ("kvzip",) if self.measure == "kvzip" else head_scores.RETRIEVAL
-        return replace(self, table=head_scores.fitted(self.table, target, wanted))
+        return replace(self, table=head_scores.table_for(self.table, target, wanted))
 
     def counts(self, room: Room, scores: Scores) -> Counts:
         if room.free >= room.candidates:

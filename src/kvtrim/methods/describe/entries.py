@@ -65,7 +65,7 @@ class Entry:
 
     LABELS: ClassVar = ("Paper", "Code", "Ours")
 
-    def labelled(self, label: str) -> list[str]:
+    def under_label(self, label: str) -> list[str]:
         """What its parts say under one label."""
         return [part.text.labels[label] for part in self.parts if label in part.text.labels]
 
@@ -103,10 +103,10 @@ class Entry:
 
 def entry(name: str) -> Entry:
     """What there is to say of a method; errors as `kvtrim.methods.settings.find`."""
-    return described(name, find(name))
+    return describe(name, find(name))
 
 
-def described(name: str, method: Method) -> Entry:
+def describe(name: str, method: Method) -> Entry:
     """What there is to say of a method that goes by this name."""
     kinds = ("policy", "budget", "unit", "propagation")
     parts = [part_of(kind, type(getattr(method, kind))) for kind in kinds]
@@ -127,10 +127,10 @@ def parameters_of(
     """The parameters of a budget, unit, propagation or refit that is chosen by name."""
     part = owner()
     names = [field.name for field in fields(cast(Any, part))]
-    return [_described(owner, name, getattr(part, name)) for name in names]
+    return [_describe(owner, name, getattr(part, name)) for name in names]
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A parameter's value as `--set` takes it."""
     if isinstance(value, Budget):
         names = [name for name, kind in BUDGETS.items() if kind is type(value)]
@@ -148,13 +148,13 @@ def written(value: Any) -> str:
 def _parameter(method: Method, path: str, value: Any) -> Parameter:
     part, _, name = path.rpartition(".")
     owner = attrgetter(part)(method) if part else method
-    found = _described(type(owner), name, value)
+    found = _describe(type(owner), name, value)
     return replace(found, path=path, usual=path in _COMMON and _COMMON[path] == value)
 
 
-def _described(owner: type, name: str, value: Any) -> Parameter:
+def _describe(owner: type, name: str, value: Any) -> Parameter:
     meaning = meanings_of(owner).get(name, "")
-    return Parameter(name, written(value), takes(owner, name), meaning, usual=False)
+    return Parameter(name, format_value(value), takes(owner, name), meaning, usual=False)
 
 
 def _changes(method: Method, preset: Method) -> str:
@@ -165,7 +165,7 @@ def _changes(method: Method, preset: Method) -> str:
     for path, value in parameters(preset).items():
         name = path.rpartition(".")[2]
         if path not in before:
-            changed.append(f"{name} {written(value)}")
+            changed.append(f"{name} {format_value(value)}")
         elif before[path] != value:
-            changed.append(f"{name} {written(before[path])} → {written(value)}")
+            changed.append(f"{name} {format_value(before[path])} → {format_value(value)}")
     return ", ".join(changed)

@@ -8,7 +8,7 @@ from kvtrim.methods.budgets import BUDGETS, Budget
 from kvtrim.methods.describe.entries import (
     Entry,
     Parameter,
-    described,
+    describe,
     entry,
     parameters_of,
     part_of,
@@ -39,10 +39,10 @@ def manual() -> str:
     """The whole file."""
     entries = [entry(name) for name in METHODS]
     rows = [
-        [f"[{e.name}](#{e.name})", *(e.record()[key] for key in _KEYS), _linked(e.method.source)]
+        [f"[{e.name}](#{e.name})", *(e.record()[key] for key in _KEYS), _link(e.method.source)]
         for e in entries
     ]
-    usual = [p for p in described("", Method(Full())).parameters if p.usual]
+    usual = [p for p in describe("", Method(Full())).parameters if p.usual]
     return "\n".join(
         [
             _HEAD,
@@ -71,8 +71,8 @@ def section(e: Entry) -> str:
         ("Keeps", unit.sentences),
         ("Deeper layers read", propagation.sentences),
         ("Evicts", e.schedule),
-        ("Source", _linked(e.method.source)),
-        *((label, said) for label in e.LABELS for said in e.labelled(label)),
+        ("Source", _link(e.method.source)),
+        *((label, said) for label in e.LABELS for said in e.under_label(label)),
     ]
     said_of_it = "".join(f"- **{label}.** {said}\n" for label, said in facts if said)
     pieces = [f"## {e.name}\n", said_of_it]
@@ -108,7 +108,7 @@ def _row(parameter: Parameter) -> list[str]:
     return [f"`{parameter.name}`", f"`{parameter.default}`", parameter.takes, parameter.meaning]
 
 
-def _linked(source: str) -> str:
+def _link(source: str) -> str:
     return re.sub(r"arXiv ([\d.]+)", r"[arXiv \1](https://arxiv.org/abs/\1)", source)
 
 

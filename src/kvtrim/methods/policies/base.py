@@ -145,28 +145,28 @@ class WindowPolicy(Policy):
         return self.window
 
 
-def scored(policy: Policy, layer: LayerView) -> Scores:
+def checked_score(policy: Policy, layer: LayerView) -> Scores:
     """What a policy scores a layer, checked: all S slots, or the first S - recent of them.
 
     Raises:
         UsageError: what it gave is of another shape, or holds NaN; names the policy.
     """
     slots, recent = layer.keys.shape[2], policy.recent(layer.keep)
-    return _checked(policy, "score", policy.score(layer), layer, max(0, slots - recent), recent)
+    return _check(policy, "score", policy.score(layer), layer, max(0, slots - recent), recent)
 
 
-def rescored(policy: Policy, layer: LayerView, scores: Scores) -> Scores:
-    """What a policy's second stage makes of its scores, checked; errors as `scored`."""
+def checked_rescore(policy: Policy, layer: LayerView, scores: Scores) -> Scores:
+    """What a policy's second stage makes of its scores, checked; errors as `checked_score`."""
     found = policy.rescore(layer, scores)
-    return _checked(policy, "rescore", found, layer, scores.shape[-1], policy.recent(layer.keep))
+    return _check(policy, "rescore", found, layer, scores.shape[-1], policy.recent(layer.keep))
 
 
-def observed(policy: Policy, layer: LayerView) -> Float[Tensor, "B K S"]:
-    """A policy's running statistic of every slot, checked; errors as `scored`."""
-    return _checked(policy, "observe", policy.observe(layer), layer, layer.keys.shape[2], 0)
+def checked_statistic(policy: Policy, layer: LayerView) -> Float[Tensor, "B K S"]:
+    """A policy's running statistic of every slot, checked; errors as `checked_score`."""
+    return _check(policy, "observe", policy.observe(layer), layer, layer.keys.shape[2], 0)
 
 
-def _checked(
+def _check(
     policy: Policy, what: str, found: object, layer: LayerView, least: int, recent: int
 ) -> Tensor:
     batch, heads, slots = layer.keys.shape[:3]

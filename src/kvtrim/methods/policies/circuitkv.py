@@ -45,12 +45,12 @@ class CircuitKV(Policy):
             every = lengths.repeat_interleave(weights.shape[1] // heads, dim=1)
             return ops.reduce_group(alone(weights, every, self.sinks), heads, "mean")
         if layer.lengths is None:
-            return self._walked(weights, lengths, 1)
+            return self._walk(weights, lengths, 1)
         alike = (layer.lengths == layer.lengths[:, :1]).all(dim=1).tolist()
         parts = zip(weights.split(1), lengths.split(1), alike, strict=True)
-        return torch.cat([self._walked(w, held, 1 if one else heads) for w, held, one in parts])
+        return torch.cat([self._walk(w, held, 1 if one else heads) for w, held, one in parts])
 
-    def _walked(
+    def _walk(
         self, weights: Float[Tensor, "B H W S"], lengths: Int[Tensor, "B K"], walks: int
     ) -> Scores:
         """Scores from one walk for all heads, or one for each."""

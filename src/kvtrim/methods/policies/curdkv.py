@@ -114,7 +114,7 @@ class CurDKV(Policy):
         return shares(mixed[self.leverage])
 
     def _weights(self, layer: LayerView, rows: Tensor, sketch: Tensor | None) -> Scores:
-        rows = ops.cleared(layer, rows)
+        rows = ops.clear_window(layer, rows)
         raw = leverages(rows, self.rank) if self.exact else energies(rows, sketch)
         if self.local_window is None:
             return raw

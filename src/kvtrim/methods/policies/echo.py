@@ -48,8 +48,8 @@ class Echo(Policy):
         if found is None:
             raise UsageError(
                 f"echo needs a table fitted on {target.name}; those that come with kvtrim "
-                f"({', '.join(echo_tables.shipped())}) were fitted on other weights. Fit one: "
-                f"{echo_tables.HOW_TO} ({echo_tables.HOW_LONG}), then pass table=FILE "
+                f"({', '.join(echo_tables.shipped_tables())}) were fitted on other weights. "
+                f"Fit one: {echo_tables.HOW_TO} ({echo_tables.HOW_LONG}), then pass table=FILE "
                 "(--set table=FILE)"
             )
         return replace(self, table=found).fitted(target)

@@ -33,6 +33,6 @@ class KeyDiff(Policy):
 
     def score(self, layer: LayerView) -> Scores:
         """Minus the cosine to the head's anchor: keys [B, K, S, D] to scores [B, K, S]."""
-        units = F.normalize(ops.cleared(layer, layer.keys).float(), dim=-1)
+        units = F.normalize(ops.clear_window(layer, layer.keys).float(), dim=-1)
         anchor = F.normalize(units.sum(dim=-2, keepdim=True), dim=-1)
         return -(units * anchor).sum(dim=-1)

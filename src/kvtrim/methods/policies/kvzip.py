@@ -52,7 +52,7 @@ class KVzip(Policy):
             raise TypeError("KVzip observes a probe")
         (begin, stop), most = self._chunk(probed), ops.largest(layer, noted)
         if self.plus:
-            most = most * output.projected_norms(ops.narrowed(layer, noted.slots))
+            most = most * output.projected_norms(ops.narrow(layer, noted.slots))
         most = most[..., len(noted.slots) - (stop - begin) :]
         most = ops.reduce_group(most, layer.keys.shape[1], "max")
         found = layer.carried.clone()

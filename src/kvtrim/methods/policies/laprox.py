@@ -50,9 +50,9 @@ class LaProx(WindowPolicy):
         value = output.projected_norms(layer)[..., :candidates]  # [B, H, N]
         if self.gqa == "attn":
             grouped = weights.unflatten(1, (kv_heads, -1)).mean(dim=2).norm(dim=-2)
-            return self._pooled(grouped) * ops.reduce_group(value, kv_heads, "mean")
-        product, power = self._pooled(weights.norm(dim=-2)) * value, 2 if self.gqa == "rss" else 1
+            return self._pool(grouped) * ops.reduce_group(value, kv_heads, "mean")
+        product, power = self._pool(weights.norm(dim=-2)) * value, 2 if self.gqa == "rss" else 1
         return ops.reduce_group(product**power, kv_heads, "sum") ** (1 / power)
 
-    def _pooled(self, norms: Float[Tensor, "B X N"]) -> Float[Tensor, "B X N"]:
+    def _pool(self, norms: Float[Tensor, "B X N"]) -> Float[Tensor, "B X N"]:
         return ops.pool(norms, self.kernel, "avg") if self.pool_on == "attn" else norms

@@ -29,6 +29,6 @@ class Lava(WindowPolicy):
         kv_heads, candidates = layer.keys.shape[1], layer.keys.shape[2] - self.window
         weights = ops.window_attention(layer, self.window)
         votes = ops.pool(weights.mean(dim=-2), self.kernel, self.pool)
-        values = ops.cleared(layer, layer.values, self.window)[:, :, :candidates]
+        values = ops.clear_window(layer, layer.values, self.window)[:, :, :candidates]
         size = values.float().abs().sum(dim=-1)
         return ops.reduce_group(votes, kv_heads, "max") * size.amax(dim=-1, keepdim=True)

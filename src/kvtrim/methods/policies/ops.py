@@ -247,7 +247,7 @@ def lengths(layer: LayerView) -> Counts:
     return torch.full(layer.keys.shape[:2], layer.keys.shape[2], device=layer.keys.device)
 
 
-def cleared(
+def clear_window(
     layer: LayerView, rows: Float[Tensor, "B K S D"], window: int = 0
 ) -> Float[Tensor, "B K S D"]:
     """The layer's keys or values with zeros in each head's window and in the slots behind it."""
@@ -270,11 +270,11 @@ def largest(layer: LayerView, noted: Noted) -> Float[Tensor, "B H N"]:
         return layer.received
     held = layer.keys.shape[2]
     own = torch.arange(held - layer.queries.shape[2], held)
-    part = narrowed(layer, torch.cat([noted.slots, own]))
+    part = narrow(layer, torch.cat([noted.slots, own]))
     return column_max(part, noted.weights)[..., : len(noted.slots)]
 
 
-def narrowed(layer: LayerView, slots: Int[Tensor, " N"]) -> LayerView:
+def narrow(layer: LayerView, slots: Int[Tensor, " N"]) -> LayerView:
     """The layer as if every head held these slots alone, the newest queries' own among them."""
     slots = slots.to(layer.keys.device)
     keys, values = layer.keys[:, :, slots], layer.values[:, :, slots]

@@ -59,14 +59,14 @@ class Cascade(Propagation):
     def least(self, tokens: int, layers: int) -> int:
         if self.decay is not None:
             return 1
-        return -(-sum(self.lengths(tokens, layers, self.found(tokens, layers, 1))) // layers)
+        return -(-sum(self.lengths(tokens, layers, self.decay_for(tokens, layers, 1))) // layers)
 
     def chooses(self, layer: int, layers: int) -> bool:
         return layer > 0 and layer % self.interval == 0 and layer < layers - 1
 
     def choose(self, view: LayerView, policy: Policy, prompt: int) -> Int[Tensor, "B T"] | None:
         slots, recent = view.keys.shape[2], 1 + self._recent(prompt)
-        decay = self.found(prompt, view.layers, view.keep)
+        decay = self.decay_for(prompt, view.layers, view.keep)
         context = slots - recent
         count = self._passed_on(context, view.index, view.layers, decay, self._floor(prompt))
         if count >= context:
@@ -79,7 +79,7 @@ class Cascade(Propagation):
         counts = everyone(count - sinks, scores)
         return select(scores, counts, slots, sinks=sinks, recent=recent).slots[:, 0]
 
-    def found(self, prompt: int, layers: int, keep: int) -> float:
+    def decay_for(self, prompt: int, layers: int, keep: int) -> float:
         """The decay given, or the largest with which layers read at most `keep` tokens on average.
 
         Where none does, the one with which they read least.

@@ -25,7 +25,7 @@ SHIPPED = Path(__file__).parents[1] / "tables" / "tsp"
 Published = dict[tuple[str, int], int]
 
 
-def fitted(layer: int | None, target: Target, published: Published, last: int) -> int | None:
+def layer_for(layer: int | None, target: Target, published: Published, last: int) -> int | None:
     """The layer to choose at: as given, measured on these very weights, or published by name.
 
     Args:
@@ -38,7 +38,7 @@ def fitted(layer: int | None, target: Target, published: Published, last: int) -
         UsageError: the model has no such layer.
     """
     if layer is None and published is TSP:
-        found = measured().get(target.identity() if measured() else None)
+        found = measured_layers().get(target.identity() if measured_layers() else None)
         layer = None if found is None else found["layer"]
     if layer is not None:
         if last < 0:
@@ -61,7 +61,7 @@ def middle(layer: int | None, layers: int) -> int:
 
 
 @lru_cache(maxsize=1)
-def measured() -> dict[str | None, dict[str, Any]]:
+def measured_layers() -> dict[str | None, dict[str, Any]]:
     """What was measured on models, by the fingerprint of their weights."""
     tables = [json.loads(path.read_text()) for path in sorted(SHIPPED.glob("*.json"))]
     return {table["identity"]: table for table in tables}

@@ -43,7 +43,7 @@ class Restart(Propagation):
         return self.holds_more
 
     def fitted(self, target: Target) -> "Restart":
-        return replace(self, layer=at.fitted(self.layer, target, at.FILTER, target.layers - 1))
+        return replace(self, layer=at.layer_for(self.layer, target, at.FILTER, target.layers - 1))
 
     def chooses(self, layer: int, layers: int) -> bool:
         return layer == at.middle(self.layer, layers)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from kvtrim.errors import UsageError
 from kvtrim.methods.budgets.base import everyone
 from kvtrim.methods.policies import ops
-from kvtrim.methods.policies.base import Policy, scored
+from kvtrim.methods.policies.base import Policy, checked_score
 from kvtrim.methods.propagation import layers as at
 from kvtrim.methods.propagation.base import Propagation
 from kvtrim.methods.ranges import Amount, Tokens
@@ -45,7 +45,7 @@ class TokenSelective(Propagation):
         return f"{text} prompt that went on, and so hold no more"
 
     def fitted(self, target: Target) -> "TokenSelective":
-        return replace(self, layer=at.fitted(self.layer, target, at.TSP, target.layers - 2))
+        return replace(self, layer=at.layer_for(self.layer, target, at.TSP, target.layers - 2))
 
     def chooses(self, layer: int, layers: int) -> bool:
         return layer == at.middle(self.layer, layers) < layers - 1
@@ -56,7 +56,9 @@ class TokenSelective(Propagation):
         count = max(1, at.amount(self.tokens, slots) - recent - sinks)
         if recent + sinks + count >= slots:
             return None
-        scores = scored(scorer, ops.newest(view, scorer.lookback())).sum(dim=1, keepdim=True)
+        scores = checked_score(scorer, ops.newest(view, scorer.lookback())).sum(
+            dim=1, keepdim=True
+        )
         return select(scores, everyone(count, scores), slots, sinks=sinks, recent=recent).slots[
             :, 0
         ]

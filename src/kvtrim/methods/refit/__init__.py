@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from kvtrim.methods.refit.base import Refit, Unchanged
-from kvtrim.methods.refit.least_squares import LeastSquares, answered
+from kvtrim.methods.refit.least_squares import LeastSquares, aim_of
 
 REFITS: Mapping[str, Callable[[], Refit]] = {
     "none": Unchanged,
@@ -12,4 +12,4 @@ REFITS: Mapping[str, Callable[[], Refit]] = {
     "values+bias": partial(LeastSquares, bias=True),
 }
 
-__all__ = ["REFITS", "LeastSquares", "Refit", "Unchanged", "answered"]
+__all__ = ["REFITS", "LeastSquares", "Refit", "Unchanged", "aim_of"]

@@ -94,7 +94,7 @@ class LeastSquares(Refit):
             gap = out - logits.softmax(dim=-1) @ old
         weights, best = logits.softmax(dim=-1), torch.zeros_like(old)
         least = _error(gap[held_out])
-        for change in _ridged(weights[~held_out], gap[~held_out], self.ridges):
+        for change in _solve_ridges(weights[~held_out], gap[~held_out], self.ridges):
             error = _error(gap[held_out] - weights[held_out] @ change)
             best = torch.where(error < least, change, best)
             least = least.minimum(error)
@@ -115,7 +115,7 @@ class LeastSquares(Refit):
         return best.clamp(min=_LEAST).log()
 
 
-def answered(
+def aim_of(
     queries: Float[Tensor, "K Q D"],
     keys: Float[Tensor, "K N D"],
     values: Float[Tensor, "K N E"],
@@ -161,7 +161,7 @@ def _misses(
     return bool(lost | (_error(gap) > _ROUNDING**2 * _error(out)))
 
 
-def _ridged(
+def _solve_ridges(
     a: Float[Tensor, "Q S"], b: Float[Tensor, "Q E"], ridges: Sequence[float]
 ) -> Iterator[Float[Tensor, "S E"]]:
     """The x with |a x - b|^2 + ridge t |x|^2 least, for each ridge; 0 where that fails.

@@ -101,13 +101,13 @@ def _first_token(axes: Any, rows: list[Row]) -> bool:
     return _by_length(axes, rows, "ttft_s", "ttft_range_s", 1.0)
 
 
-def _reading(axes: Any, rows: list[Row]) -> bool:
+def _reading_peak(axes: Any, rows: list[Row]) -> bool:
     axes.set_ylabel("peak above the model, reading [MiB]")
     _logarithmic(axes)
     return _by_length(axes, rows, "peak_bytes", None, 2**20)
 
 
-def _decoding(axes: Any, rows: list[Row]) -> bool:
+def _decode_peak(axes: Any, rows: list[Row]) -> bool:
     axes.set_ylabel("peak above the model, decoding [MiB]")
     _logarithmic(axes)
     return _by_length(axes, rows, "decode_peak_bytes", None, 2**20)
@@ -137,7 +137,7 @@ def _per_token(axes: Any, rows: list[Row]) -> bool:
     return bool(rows)
 
 
-_PLOTS = {"ttft": [_first_token], "token": [_per_token], "memory": [_reading, _decoding]}
+_PLOTS = {"ttft": [_first_token], "token": [_per_token], "memory": [_reading_peak, _decode_peak]}
 
 
 def _series(rows: list[Row]) -> list[tuple[str, dict[str, Any], list[Row]]]:

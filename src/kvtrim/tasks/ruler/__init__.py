@@ -65,7 +65,7 @@ def _frequent(request: Request, seed: str) -> Sample:
     return largest(make, request, _FREQUENT, words.LEAST_CODED)
 
 
-def _numbered(request: Request, place: int, sample: Sample) -> Sample:
+def _number(request: Request, place: int, sample: Sample) -> Sample:
     return Sample(
         id=f"{request.length}/{place}",
         document=sample.document,
@@ -77,12 +77,12 @@ def _numbered(request: Request, place: int, sample: Sample) -> Sample:
     )
 
 
-def _made(name: str, make: Make, request: Request) -> Iterator[Sample]:
+def _make(name: str, make: Make, request: Request) -> Iterator[Sample]:
     for place in range(MADE if request.limit is None else request.limit):
-        yield _numbered(request, place, make(request, f"{request.seed} {name} {place}"))
+        yield _number(request, place, make(request, f"{request.seed} {name} {place}"))
 
 
-def _asked(name: str, data: str, request: Request) -> Iterator[Sample]:
+def _ask(name: str, data: str, request: Request) -> Iterator[Sample]:
     known = questions.library(request, data)
     limit = MADE if request.limit is None else request.limit
     for place, row in enumerate(known.asked[:limit]):
@@ -93,7 +93,7 @@ def _asked(name: str, data: str, request: Request) -> Iterator[Sample]:
 
         least = len(set(row["documents"]))
         found = largest(make, request, questions.ANSWER, least, max(least, len(known.pages)))
-        yield _numbered(request, place, found)
+        yield _number(request, place, found)
 
 
 def _all(answer: str, sample: Sample) -> float:
@@ -112,7 +112,7 @@ def _task(name: str, about: str, new: int, make: Make, data: tuple[str, ...] = (
         source=SOURCE,
         metric="strings found",
         max_new_tokens=new,
-        samples=partial(_made, name, make),
+        samples=partial(_make, name, make),
         score=_all,
         data=data,
     )
@@ -126,7 +126,7 @@ def _question_task(name: str, about: str, data: str) -> Task:
         source=SOURCE,
         metric="any string found",
         max_new_tokens=questions.ANSWER,
-        samples=partial(_asked, name, data),
+        samples=partial(_ask, name, data),
         score=_any,
         data=(data,),
     )

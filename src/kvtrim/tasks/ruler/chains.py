@@ -25,22 +25,22 @@ _EXAMPLE = 500  # tokens
 def sample(request: Request, seed: str) -> Sample:
     """The largest prompt, worked example included; the same for the same seed."""
     example = partial(_fresh, f"{seed} example", 3, "")
-    short = request.tokens(_answered(example(LEAST)))
+    short = request.tokens(_answer(example(LEAST)))
     room = max(short, min(_EXAMPLE, request.length // 3))
     shot = largest(example, replace(request, length=room), 0, LEAST)
-    text = f"{_answered(shot)}\n\n"
+    text = f"{_answer(shot)}\n\n"
     return largest(partial(_fresh, seed, 5, text), request, ANSWER, LEAST)
 
 
-def _answered(shot: Sample) -> str:
+def _answer(shot: Sample) -> str:
     return f"{shot.document.text}{shot.question}{shot.prefix} {shot.answers[0]}"
 
 
 def _fresh(seed: str, letters: int, example: str, count: int) -> Sample:
-    return _tracked(Draw(seed), letters, example, count)
+    return _track(Draw(seed), letters, example, count)
 
 
-def _tracked(draw: Draw, letters: int, example: str, count: int) -> Sample:
+def _track(draw: Draw, letters: int, example: str, count: int) -> Sample:
     """One chain among `count` sentences of noise, behind an example."""
 
     def name(draw: Draw) -> str:

@@ -45,13 +45,13 @@ def sample(task: Needles, request: Request, draw: Draw, count: int) -> Sample:
     def fresh(kind: str) -> str:
         return different(_KINDS[kind], draw, taken)
 
-    def planted(key: str, value: str) -> str:
+    def plant(key: str, value: str) -> str:
         return f"One of the special magic {task.value} for {key} is: {value}."
 
     found = {
         fresh(task.key): [fresh(task.value) for _ in range(task.values)] for _ in range(task.keys)
     }
-    needles = [planted(key, value) for key, values in found.items() for value in values]
+    needles = [plant(key, value) for key, values in found.items() for value in values]
     draw.shuffle(needles)
     asked = draw.sample(list(found), task.asked)
     if task.hay == "essays":
@@ -59,14 +59,14 @@ def sample(task: Needles, request: Request, draw: Draw, count: int) -> Sample:
     else:
         hay = [NOISE] * count
         if task.hay == "needles":
-            hay = [planted(fresh(task.key), fresh(task.value)) for _ in range(count)]
+            hay = [plant(fresh(task.key), fresh(task.value)) for _ in range(count)]
         for place in sorted(draw.sample(range(count), len(needles)), reverse=True):
             hay.insert(place, needles.pop())
         context = "\n".join(hay)
-    return _asked(task, context, asked, [value for key in asked for value in found[key]])
+    return _ask(task, context, asked, [value for key in asked for value in found[key]])
 
 
-def _asked(task: Needles, context: str, keys: list[str], values: list[str]) -> Sample:
+def _ask(task: Needles, context: str, keys: list[str], values: list[str]) -> Sample:
     """The official wording, in the singular where one value is asked for."""
     query = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
     kind = task.value.removesuffix("s") if task.one else task.value

@@ -80,15 +80,15 @@ def different(make: Callable[[Draw], str], draw: Draw, taken: set[str]) -> str:
 def common(request: Request, draw: Draw, count: int) -> Sample:
     """cwe: ten words of a numbered list occur often, `count` others seldom; an example before."""
     short = request.length < _SHORT
-    listed, right = _numbered(draw, 20 if short else 40, *((3, 1) if short else (10, 3)))
-    answer = _answered(right)
+    listed, right = _numbered_list(draw, 20 if short else 40, *((3, 1) if short else (10, 3)))
+    answer = _answer_list(right)
     shot = f"{_LIST}{listed}{_ASK_LIST}{_LEAD_LIST} {answer}\n"
-    listed, right = _numbered(draw, _COMMON + count, *((6, 1) if short else (30, 3)))
+    listed, right = _numbered_list(draw, _COMMON + count, *((6, 1) if short else (30, 3)))
     return Sample(
         id="",
         document=Document(shot + _LIST + listed, {SHOTS: [(0, len(shot))]}),
         question=_ASK_LIST,
-        answers=(_answered(right),),
+        answers=(_answer_list(right),),
         prefix=_LEAD_LIST,
         extra={"expected": right},
     )
@@ -98,7 +98,7 @@ def frequent(request: Request, answer: int, draw: Draw, count: int) -> Sample:
     """fwe: made-up words, their frequencies falling with the square of their rank (zeta, 2)."""
     size = max(8, (request.length - answer) // 50)
     taken: set[str] = set()
-    codes = [different(_coded, draw, taken) for _ in range(size)]
+    codes = [different(_code_word, draw, taken) for _ in range(size)]
     often = [int(count * rank**-2 / (math.pi**2 / 6)) for rank in range(1, size + 1)]
     named = ["...", *codes[1:]]  # the most frequent one is noise
     text = [word for word, times in zip(named, often, strict=True) for _ in range(times)]
@@ -114,7 +114,7 @@ def frequent(request: Request, answer: int, draw: Draw, count: int) -> Sample:
     )
 
 
-def _numbered(draw: Draw, count: int, often: int, seldom: int) -> tuple[str, list[str]]:
+def _numbered_list(draw: Draw, count: int, often: int, seldom: int) -> tuple[str, list[str]]:
     """`count` different words as a numbered list, the first ten `often` times; and those ten."""
     known = sorted({*words("noun"), *words("adjective"), *words("verb")})
     chosen = draw.sample(known, min(count, len(known)))
@@ -122,12 +122,12 @@ def _numbered(draw: Draw, count: int, often: int, seldom: int) -> tuple[str, lis
     chosen += [different(pair, draw, taken) for _ in range(count - len(chosen))]
     listed = chosen[:_COMMON] * often + chosen[_COMMON:] * seldom
     draw.shuffle(listed)
-    return _answered(listed), chosen[:_COMMON]
+    return _answer_list(listed), chosen[:_COMMON]
 
 
-def _answered(listed: list[str]) -> str:
+def _answer_list(listed: list[str]) -> str:
     return " ".join(f"{place}. {word}" for place, word in enumerate(listed, 1))
 
 
-def _coded(draw: Draw) -> str:
+def _code_word(draw: Draw) -> str:
     return "".join(draw.choices(string.ascii_lowercase, k=6))

@@ -65,7 +65,7 @@ class Outcome:
 
 
 @contextmanager
-def allowed(unconfined: bool = False) -> Iterator[None]:
+def allow(unconfined: bool = False) -> Iterator[None]:
     """Allow programs to be run inside the block, in this thread.
 
     Args:
@@ -76,6 +76,10 @@ def allowed(unconfined: bool = False) -> Iterator[None]:
         yield
     finally:
         _ALLOWED.reset(before)
+
+
+allowed = allow
+"""Its old name, for one version."""
 
 
 def is_allowed() -> bool:
@@ -105,12 +109,12 @@ def run(
     if not is_allowed():
         raise UsageError(
             "this would run code that a model wrote; allow it with --allow-code-execution, in "
-            "Python with `with kvtrim.tasks.sandbox.allowed():`"
+            "Python with `with kvtrim.tasks.sandbox.allow():`"
         )
     shell = require(_ALLOWED.get() == UNCONFINED)
     if tests is None:
         program, tests, known = apart(program)
-    return _tried(shell, program, tests, known, entry, limits or Limits())
+    return _try(shell, program, tests, known, entry, limits or Limits())
 
 
 def require(unconfined: bool = False) -> list[str]:
@@ -227,7 +231,7 @@ def _users() -> Iterator[list[str]]:
 @cache
 def _works(shell: tuple[str, ...]) -> None:
     """Refuse once and for all to score where the sandbox itself cannot start."""
-    found = _tried(list(shell), "pass", "", "", "", Limits())
+    found = _try(list(shell), "pass", "", "", "", Limits())
     if not found.passed:
         raise UsageError(
             f"programs cannot be run here: an empty one ended with {found.reason!r} instead of "
@@ -236,7 +240,7 @@ def _works(shell: tuple[str, ...]) -> None:
         )
 
 
-def _tried(
+def _try(
     shell: list[str], program: str, tests: str, known: str, entry: str, limits: Limits
 ) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="kvtrim-", ignore_cleanup_errors=True) as folder:

@@ -169,10 +169,10 @@ def test(limits: dict[str, Any], job: str) -> None:
         tree = ast.parse(given["tests"])
         if given["known"]:
             exec(compile(given["known"], "known", "exec"), space)
-        for name in sorted({given["entry"], *_missing(tree)} - {""}):
+        for name in sorted({given["entry"], *_missing_names(tree)} - {""}):
             if name == given["entry"] or name not in space:
                 with suppress(KeyError):
-                    space[name] = _asked(line, name)
+                    space[name] = _ask(line, name)
         exec(compile(tree, "tests", "exec"), space)
     except Ended:
         os._exit(3)
@@ -183,7 +183,7 @@ def test(limits: dict[str, Any], job: str) -> None:
     os._exit(0)
 
 
-def _missing(tree: ast.AST) -> set[str]:
+def _missing_names(tree: ast.AST) -> set[str]:
     """Names that tests use and do not make."""
     used, made = set(), set(dir(builtins))
     for node in ast.walk(tree):
@@ -198,7 +198,7 @@ def _missing(tree: ast.AST) -> set[str]:
     return used - made
 
 
-def _asked(line: Line, name: str) -> Any:
+def _ask(line: Line, name: str) -> Any:
     """What the program calls by a name: its value, or a function that asks for calls of it."""
     reply = line.ask(name=name)
     if "value" in reply:
