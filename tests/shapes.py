@@ -1,8 +1,8 @@
 """Types and tensor shapes of kvtrim, checked at every call while the tests run.
 
-jaxtyping's own import hook checks the arguments of every call twice, and of functions without
-shapes too, which was most of what the suite cost. Here beartype checks a call once, and only a
-function that names shapes gives their letters a scope. Generators with shapes are not checked.
+beartype checks the calls of a function, and is made ready at the first: most processes call few.
+What a jaxtyping annotation says of a tensor is checked by `Shape`, several times as fast as by
+jaxtyping; tests/test_shapes.py compares the two. Generators with shapes are not checked.
 """
 
 import ast
@@ -10,8 +10,10 @@ import dataclasses
 import functools
 import inspect
 import sys
+import threading
+import types
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder, SourceFileLoader
 
@@ -19,8 +21,112 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 
 NAME, EDITION = "__checked__", "shapes1"  # another edition where what is compiled changes
-_SCOPE = jaxtyping.jaxtyped("context")
 _strictly = beartype(conf=BeartypeConf(violation_type=TypeError))
+
+
+class _Calls(threading.local):
+    letters: dict | None = None  # what they stand for in this thread's innermost call
+
+
+_calls = _Calls()
+_NUMBERS = {}  # what every call begins with: numbers stand for themselves
+
+
+class Shape(type):
+    """A class whose instances are the tensors of some types and one shape.
+
+    A letter stands for one size within a call, `*letters` for several, `...` for any.
+    """
+
+    def __new__(meta, hint):
+        return super().__new__(meta, hint.__name__, (), {})
+
+    def __init__(cls, hint):
+        import torch
+
+        cls.tensor = hint.array_type
+        cls.kinds = {getattr(torch, name, None) for name in hint.dtypes} - {None}
+        dims = [int(dim) if dim.isdigit() else dim for dim in hint.dim_str.split()]
+        many = [at for at, dim in enumerate(dims) if dim == "..." or str(dim)[0] == "*"]
+        names = {dim.removeprefix("*") for dim in dims if isinstance(dim, str) and dim != "..."}
+        if len(many) > 1 or not all(name.isidentifier() and name[0] != "_" for name in names):
+            raise TypeError(f"{hint} says more than tests/shapes.py understands")
+        cls.cut = many[0] if many else None
+        cls.rest = dims.pop(many[0]) if many else None
+        cls.dims = dims
+        _NUMBERS.update((dim, dim) for dim in dims if isinstance(dim, int))
+
+    def __instancecheck__(cls, value):
+        if not isinstance(value, cls.tensor) or value.dtype not in cls.kinds:
+            return False
+        sizes, dims = value.shape, cls.dims
+        if cls.rest is not None:
+            cut, end = cls.cut, cls.cut + len(sizes) - len(dims)
+            if end < cut:
+                return False
+            within, sizes = tuple(sizes[cut:end]), (*sizes[:cut], *sizes[end:])
+            if cls.rest != "...":  # one more letter, which stands for sizes
+                sizes, dims = (*sizes, within), (*dims, cls.rest)
+        elif len(sizes) != len(dims):
+            return False
+        letters, bound = _calls.letters, []
+        if letters is None:
+            letters = _NUMBERS.copy()
+        for dim, size in zip(dims, sizes, strict=True):
+            known = letters.get(dim)
+            if known is None:
+                letters[dim] = size
+                bound.append(dim)
+            elif known != size:
+                for each in bound:
+                    del letters[each]
+                return False
+        return True
+
+
+_SHAPES = {}
+
+
+def _faster(hint, names, met):
+    """A hint with a `Shape` for every class of jaxtyping in it, which are put into `met`."""
+
+    def each(inner):
+        return _faster(inner, names, met)
+
+    if isinstance(hint, typing.ForwardRef):
+        return each(hint.__forward_arg__)
+    if isinstance(hint, str):
+        try:
+            return each(eval(hint, names))
+        except (NameError, TypeError):  # known to a type checker only
+            return hint
+    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
+        key = (hint.array_type, hint.dtype, hint.dim_str)
+        made = _SHAPES[key] = _SHAPES.get(key) or Shape(hint)
+        met.append(made)
+        return made
+    origin, within = typing.get_origin(hint), typing.get_args(hint)
+    if not within or origin in (typing.Literal, typing.Annotated, Callable):
+        return hint
+    if origin in (types.UnionType, typing.Union):
+        return typing.Union[tuple(map(each, within))]
+    within = tuple(part if part is ... else each(part) for part in within)
+    return hint.copy_with(within) if hasattr(hint, "copy_with") else origin[within]
+
+
+def _ready(made):
+    """A function whose calls are checked, and the shapes that it names."""
+    met = []
+    hints = {
+        name: _faster(hint, made.__globals__, met) for name, hint in made.__annotations__.items()
+    }
+    if met and inspect.isgeneratorfunction(made):  # it runs among its caller's letters
+        return made, []
+    code = made.__code__, made.__globals__, made.__name__, made.__defaults__, made.__closure__
+    copy = functools.update_wrapper(types.FunctionType(*code), made)
+    del copy.__wrapped__
+    copy.__kwdefaults__, copy.__annotations__ = made.__kwdefaults__, hints
+    return _strictly(copy), met
 
 
 def checked(made):
@@ -31,28 +137,24 @@ def checked(made):
         return made
     if not made.__annotations__:
         return made
-    strict, shaped = _strictly(made), any(map(_shaped, made.__annotations__.values()))
-    if not shaped:
-        return strict
-    if inspect.isgeneratorfunction(made):  # it runs among its caller's letters, which are others
-        return made
+    if inspect.iscoroutinefunction(made) or inspect.isasyncgenfunction(made):
+        return _strictly(made)  # without letters: others run before it ends
+    strict = shapes = None
 
     @functools.wraps(made)
-    def scoped(*args, **kwargs):
-        with _SCOPE:
+    def call(*args, **kwargs):
+        nonlocal strict, shapes
+        if strict is None:
+            shapes, strict = _ready(made)[::-1]
+        if not shapes:
             return strict(*args, **kwargs)
+        outer, _calls.letters = _calls.letters, _NUMBERS.copy()
+        try:
+            return strict(*args, **kwargs)
+        finally:
+            _calls.letters = outer
 
-    return scoped
-
-
-def _shaped(hint):
-    """Does it name a shape? What is only a string may."""
-    if isinstance(hint, str | typing.ForwardRef):
-        return True
-    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
-        return True
-    within = hint if isinstance(hint, list) else typing.get_args(hint)
-    return any(map(_shaped, within))
+    return call
 
 
 class _Decorated(ast.NodeTransformer):

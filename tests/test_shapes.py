@@ -1,8 +1,10 @@
 """The checks of types and shapes that every other test runs under."""
 
+import random
 import sys
 import textwrap
 
+import jaxtyping
 import pytest
 import torch
 
@@ -86,3 +88,32 @@ def test_what_does_not_fit_is_an_error(module):
         with pytest.raises(TypeError, match="violates type hint"):
             call()
     assert module.twice(zeros(3)).shape == (3,)  # nothing is left over from a call that failed
+
+
+def test_shapes_say_what_jaxtyping_says():
+    kinds = (jaxtyping.Float, jaxtyping.Int, jaxtyping.Bool)
+    types = (torch.float64, torch.bfloat16, torch.int32, torch.int64, torch.bool, torch.uint8)
+    draw, said = random.Random(0), []
+    for _ in range(2000):
+        before, shapes._calls.letters = shapes._calls.letters, shapes._NUMBERS.copy()
+        with jaxtyping.jaxtyped("context"):
+            for _ in range(4):  # tensors of one call
+                dims = draw.choices("A A A B B 2 1".split(), k=draw.randint(0, 3))
+                if draw.random() < 0.3:
+                    dims.insert(draw.randint(0, len(dims)), draw.choice(("*A", "*C", "...")))
+                hint = draw.choice(kinds)[torch.Tensor, " ".join(dims)]
+                shape = shapes.Shape(hint)
+                shapes._calls.letters |= shapes._NUMBERS
+                made = torch.zeros(draw.choices((1, 2), k=draw.randint(0, 4)))
+                value = made.to(draw.choice(types[:1] * 4 + types))
+                assert isinstance(value, shape) == isinstance(value, hint), (hint, value.shape)
+                said.append(isinstance(value, hint))
+                assert not isinstance(None, shape)
+        shapes._calls.letters = before
+    assert 200 < sum(said) < len(said) - 200
+
+
+@pytest.mark.parametrize("dims", ["#B", "B+1", "_", "?B", "B=3"])
+def test_what_shapes_do_not_know_is_refused(dims):
+    with pytest.raises(TypeError, match="understands"):
+        shapes.Shape(jaxtyping.Float[torch.Tensor, dims])
