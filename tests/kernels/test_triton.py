@@ -46,18 +46,42 @@ def compare(queries, keys, values, start, length, softcap=None, size=64, bias=No
     torch.testing.assert_close(got.double().cpu(), want, rtol=close, atol=close)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+RAGGED = (  # prompts, query heads per KV head, queries, lengths, width, soft cap, biases
+    (1, 1, 1, [0], 64, None, False),
+    (1, 3, 2, [33, 7], 96, 5.0, True),
+    (2, 4, 5, [70, 1], 64, None, True),
+    (1, 1, 19, [70], 96, 5.0, False),
+    (1, 1, 16, [33, 0], 64, None, True),
+    (2, 8, 1, [7, 33], 64, 5.0, True),
+    (2, 3, 1, [0, 1, 70, 7], 96, None, False),
+    (1, 8, 5, [70], 64, None, False),
+)
+"""Few programs each: the interpreter takes some hundredths of a second for one."""
+
+
+def ragged(rows, group, count, lengths, width, softcap, biased):
+    kv_heads = len(lengths) // rows
+    flat = runs(rows, kv_heads, lengths, width)
+    queries = torch.randn(rows, kv_heads * group, count, width, device=DEVICE)
+    bias = torch.randn(len(flat[0]), device=DEVICE) if biased else None
+    compare(queries, *flat, softcap, bias=bias)
+
+
+@pytest.mark.parametrize("case", RAGGED, ids=range(len(RAGGED)))
+def test_ragged_attention_equals_the_reference(case):
+    ragged(*case)
+
+
+@pytest.mark.gpu
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
-def test_ragged_attention_equals_the_reference(data):
+def test_ragged_attention_of_any_size_equals_the_reference(data):
     draw = data.draw
     rows, kv_heads = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     group, count = draw(st.sampled_from([1, 3, 4, 8])), draw(st.sampled_from([1, 2, 5, 16, 19]))
     lengths = [draw(st.sampled_from([0, 1, 7, 33, 70])) for _ in range(rows * kv_heads)]
-    flat = runs(rows, kv_heads, lengths, draw(st.sampled_from([64, 96])))
-    queries = torch.randn(rows, kv_heads * group, count, flat[0].shape[-1], device=DEVICE)
-    softcap = draw(st.sampled_from([None, 5.0]))
-    bias = draw(st.sampled_from([None, torch.randn(len(flat[0]), device=DEVICE)]))
-    compare(queries, *flat, softcap, bias=bias)
+    width, softcap = draw(st.sampled_from([64, 96])), draw(st.sampled_from([None, 5.0]))
+    ragged(rows, group, count, lengths, width, softcap, draw(st.booleans()))
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -87,7 +111,7 @@ def test_one_plan_serves_runs_that_grow():
     keys, values, start, length = runs(1, 2, [100, 64], 64)
     plan = split.Tiles.of(length, keys.device, 32)
     queries = torch.randn(1, 6, 1, 64, device=DEVICE)
-    for less in (99, 40, 1, 0):
+    for less in (99, 40, 0):
         now = (length - less).clamp(min=0)
         got = split.ragged(queries, keys, values, start, now, 0.2, None, plan).out.cpu()
         want = reference.ragged(queries.cpu(), keys.cpu(), values.cpu(), start, now, 0.2)
@@ -101,19 +125,22 @@ def test_tiles_cover_every_run_once():
     assert split.Tiles.of(torch.tensor([[100_000]]), torch.device("cpu")).size == 256
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
-@given(st.data())
-def test_sums_and_maxima_of_columns_equal_those_of_the_whole_matrix(data):
-    draw = data.draw
-    slots = draw(st.sampled_from([1, 40, 90, 150]))
-    count = min(slots, draw(st.sampled_from([1, 7, 33, 150])))
-    groups, own = draw(st.sampled_from([1, 3])), draw(st.booleans())
+COLUMNS = (  # slots, queries, query heads per KV head, own, weighed, lengths differ, soft cap
+    (1, 1, 1, True, False, False, None),
+    (40, 7, 3, False, True, True, 5.0),
+    (90, 33, 1, True, True, True, None),
+    (40, 40, 1, False, False, False, 5.0),
+    (90, 1, 3, False, True, False, None),
+    (150, 40, 1, True, False, True, 5.0),
+)
+
+
+def totals(slots, count, groups, own, weighed, differ, softcap):
     queries = torch.randn(2, 2 * groups, count, 64, device=DEVICE)
     keys = torch.randn(2, slots, 2, 64, device=DEVICE).transpose(1, 2)
-    weights = torch.rand(2, count, device=DEVICE) if draw(st.booleans()) else None
+    weights = torch.rand(2, count, device=DEVICE) if weighed else None
     less = torch.tensor([[0, 1], [2, 0]]).clamp(max=slots - count)
-    lengths = slots - less if draw(st.booleans()) else None
-    softcap = draw(st.sampled_from([None, 5.0]))
+    lengths = slots - less if differ else None
     got = columns.sums(queries, keys, 0.2, softcap, lengths, weights, own)
     cpu = [x.cpu() for x in (queries, keys)]
     layer = view(
@@ -131,6 +158,23 @@ def test_sums_and_maxima_of_columns_equal_those_of_the_whole_matrix(data):
     got = columns.largest(queries, keys, 0.2, softcap, lengths, weights)
     want = ops.column_max(layer, None if weights is None else weights.cpu())
     torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", COLUMNS, ids=range(len(COLUMNS)))
+def test_sums_and_maxima_of_columns_equal_those_of_the_whole_matrix(case):
+    totals(*case)
+
+
+@pytest.mark.gpu
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_sums_and_maxima_of_any_size_equal_those_of_the_whole_matrix(data):
+    draw = data.draw
+    slots = draw(st.sampled_from([1, 40, 90, 150]))
+    count = min(slots, draw(st.sampled_from([1, 7, 33, 150])))
+    own, weighed, differ = (draw(st.booleans()) for _ in range(3))
+    softcap = draw(st.sampled_from([None, 5.0]))
+    totals(slots, count, draw(st.sampled_from([1, 3])), own, weighed, differ, softcap)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
