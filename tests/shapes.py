@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import operator
 import sys
 import threading
 import types
@@ -99,7 +100,7 @@ def _faster(hint, names, met):
         try:
             return each(eval(hint, names))
         except (NameError, TypeError):  # known to a type checker only
-            return hint
+            return typing.ForwardRef(hint)
     if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
         key = (hint.array_type, hint.dtype, hint.dim_str)
         made = _SHAPES[key] = _SHAPES.get(key) or Shape(hint)
@@ -109,7 +110,7 @@ def _faster(hint, names, met):
     if not within or origin in (typing.Literal, typing.Annotated, Callable):
         return hint
     if origin in (types.UnionType, typing.Union):
-        return typing.Union[tuple(map(each, within))]
+        return functools.reduce(operator.or_, map(each, within))
     within = tuple(part if part is ... else each(part) for part in within)
     return hint.copy_with(within) if hasattr(hint, "copy_with") else origin[within]
 
