@@ -18,6 +18,7 @@ from kvtrim.cli import main
 from kvtrim.errors import UsageError
 from kvtrim.prompts import Frame, encode_ends, encode_text
 from kvtrim.prompts.document import Document
+from kvtrim.records.spec import EvalSpec
 from kvtrim.tasks import TASKS, Sample
 from processes import kill_once
 from small import small
@@ -207,6 +208,44 @@ def test_a_prompt_made_to_its_length_is_not_cut_to_it():
     made = replace(sample, group={"length": 100})
     assert len(encoder.encode(questions.LONG, sample).ids) == 100 - 6
     assert len(encoder.encode(questions.LONG, made).ids) == 512 - 6
+
+
+@pytest.mark.parametrize("bound", [100, 101, 160])
+def test_the_middle_of_a_prompt_is_cut_as_longbench_cuts_it(bound):
+    tokenizer = models.tokenizer()
+    task = replace(questions.LONG, chat=False, max_new_tokens=6)
+    sample = next(iter(task.samples(Encoder(tokenizer, 4096).request(Rows(), 1))))
+    sample = replace(sample, prefix="")
+    whole = Encoder(tokenizer, 4096).encode(task, sample)
+    found = Encoder(tokenizer, 4096, truncate_at=bound).encode(task, sample)
+    before = len(encode_text(tokenizer, whole.frame.before))
+    bare = whole.ids[before:]  # the prompt alone, as that code has it behind the start token
+    half, special = bound // 2, len(tokenizer("").input_ids)
+    assert found.truncated and not whole.truncated
+    assert found.ids[before:] == bare[: half - special] + bare[len(bare) - half :]
+    long = Encoder(tokenizer, 4096, truncate_at=len(bare) + special)
+    assert not long.encode(task, sample).truncated
+
+
+def test_a_question_that_such_a_cut_would_reach_is_refused():
+    encoder = Encoder(models.tokenizer(), 512, truncate_at=16)
+    sample = next(iter(questions.LONG.samples(encoder.request(Rows(), 1))))
+    given = encoder.encode(questions.LONG, replace(sample, question="why? " * 20))
+    assert "ask for --truncate-at" in given.problem
+
+
+def test_template_and_longer_answers_are_those_asked_for():
+    spec = EvalSpec(chat=True, max_new_tokens=99)
+    found = grid.Grid.of(["gsm8k-8", "longbench-qasper"], ["snapkv"], ["48"], {}, spec)
+    assert [(task.chat, task.max_new_tokens) for task in found.tasks] == [(True, 256), (True, 128)]
+    assert [found.answer_tokens(task) for task in found.tasks] == [99, 99]
+    longer = grid.Grid.of(["gsm8k-8"], ["snapkv"], ["48"], {}, EvalSpec(max_new_tokens=300))
+    assert longer.answer_tokens(longer.tasks[0]) == longer.tasks[0].max_new_tokens == 300
+    record = longer.record()["tasks"]["gsm8k-8"]
+    assert (
+        record["chat"] is False
+        and record["shots"] == "the first 8 of the eight of Wei et al. 2022"
+    )
 
 
 def test_a_question_longer_than_the_window_is_refused_and_the_run_goes_on(subject, tmp_path):

@@ -39,9 +39,20 @@ def test_a_folder_and_a_table(kvtrim, model_folder, tmp_path):
     made = json.loads((tmp_path / "run" / "eval.json").read_text())
     code, out, _ = kvtrim(*asked, "--json")
     assert code == 0 and json.loads(out) == made and out.count("\n") == 1
-    assert [row["method"] for row in made["rows"][:2]] == ["full", "snapkv"]
+    assert [row["method"] for row in made["rows"][:2]] == ["full", "snapkv:window=8"]
     code, _, err = kvtrim(*asked, "--seed", 3)
     assert code == 2 and "seed: 0 there, 3 here" in err and err.count("\n") == 1
+
+
+def test_several_lengths_are_several_runs(kvtrim, model_folder, tmp_path):
+    lengths = ("--length", 64, "--length", 96, "--no-chat", "--out", "run", "--json")
+    code, out, _ = kvtrim("eval", "--model", model_folder, *WORDS, *TINY, *AWARE, *lengths)
+    found = json.loads(out)
+    assert code == 0 and sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "length-64", "length-96"
+    ]  # fmt: skip
+    assert [found[name]["length"] for name in ("64", "96")] == [64, 96]
+    assert found["64"]["chat"] is False and found["64"]["tasks"]["words"]["chat"] is False
 
 
 def test_without_a_folder_nothing_is_left(kvtrim, model_folder, tmp_path):

@@ -1,10 +1,10 @@
 import pytest
-from real_rows import request
+from real_rows import request, texts
 
 from kvtrim.errors import UsageError
 from kvtrim.tasks.jailbreak import DECLINED, REFUSALS, TASKS, is_refusal
 
-(TASK,) = TASKS
+TASK, EIGHT = TASKS
 
 
 def samples(rows, **wanted):
@@ -65,3 +65,15 @@ def test_attacks_by_image_are_left_out_and_columns_become_groups():
 def test_rows_without_a_request_are_refused(row):
     with pytest.raises(UsageError, match="jailbreak_query"):
         samples([row])
+
+
+def test_the_eight_shortest_requests_are_examples_and_are_not_asked():
+    rows = [{"jailbreak_query": f"Do {'it ' * (12 - n)}{n}"} for n in range(12)]
+    found = list(EIGHT.samples(request({"jailbreakv": rows})))
+    assert [sample.id for sample in found] == ["0", "1", "2", "3"]
+    shots = texts(found[0].document)
+    assert len(shots) == 8 and shots[0][0] == f"Q: Do it 11\nA: {DECLINED}"
+    assert found[1].question == f"Q: {rows[1]['jailbreak_query']}\nA:"
+    assert len(list(EIGHT.samples(request({"jailbreakv": rows}, limit=2)))) == 2
+    with pytest.raises(UsageError, match="has 7 whose attack is text"):
+        list(EIGHT.samples(request({"jailbreakv": rows[:7]})))

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from kvtrim.cli import options, output
 from kvtrim.errors import UsageError
+from kvtrim.records import RECORD
 from kvtrim.records.spec import BATCH, PROTOCOLS, EvalSpec
 
 if TYPE_CHECKING:
@@ -32,11 +34,13 @@ Limit = Annotated[
     int | None,
     typer.Option(min=1, help="Samples per task. Default: all; 100 where prompts are made."),
 ]
-Length = Annotated[
-    int | None,
+Lengths = Annotated[
+    list[int] | None,
     typer.Option(
+        "--length",
         min=64,
-        help="Tokens of a prompt and its answer, where prompts are made to a length (default 4096 "
+        help="Repeat for several, each a run in its own folder of --out. "
+        "Tokens of a prompt and its answer, where prompts are made to a length (default 4096 "
         "or the model's window); others longer than that lose the middle of their context.",
     ),
 ]
@@ -48,8 +52,23 @@ NewTokens = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="At most so many tokens of an answer, where its task allows more: faster, and longer "
-        "answers score less than they might. Default: what the task says.",
+        help="At most so many tokens of an answer. Fewer than its task says is faster, and longer "
+        "answers score less than they might; more leaves less room for the prompt. Default: what "
+        "the task says.",
+    ),
+]
+TruncateAt = Annotated[
+    int | None,
+    typer.Option(
+        min=16,
+        help="Cut as LongBench's own code does: of a prompt of more tokens than this, the chat "
+        "template not counted, the first and the last half of so many stay.",
+    ),
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat", help="The chat template for all tasks. Default: as each has."
     ),
 ]
 Protocol = Annotated[
@@ -119,9 +138,11 @@ def evaluate(
     keep: options.Keeps = None,
     protocol: Protocol = None,
     limit: Limit = None,
-    length: Length = None,
+    length: Lengths = None,
     fitting: Fitting = False,
     max_new_tokens: NewTokens = None,
+    chat: Chat = None,
+    truncate_at: TruncateAt = None,
     data: Data = None,
     out: OutFolder = None,
     seed: Seed = 0,
@@ -146,14 +167,17 @@ def evaluate(
     from kvtrim.bench.eval.grid import Grid
 
     options.require_choice("--prefill", prefill, PREFILLS)
+    lengths = dict.fromkeys(length or [None])
     spec = EvalSpec(
         protocol=_protocol(protocol),
         limit=limit,
-        length=length,
+        length=next(iter(lengths)),
         seed=seed,
         batch=batch,
         fitting=fitting,
         max_new_tokens=max_new_tokens,
+        chat=chat,
+        truncate_at=truncate_at,
         prefill_chunk=prefill_chunk,
     )
     settings = options.parse_settings(set_)
@@ -166,9 +190,16 @@ def evaluate(
 
     read(grid, rows)
     subject = Subject(model, *options.load(model, device, dtype, threads, allow_untested))
+    grids = [replace(grid, length=each) for each in lengths]
+    for one in grids:
+        subject.encoder(one.length)  # refuses what is too long before the first is measured
     with _folder(out) as folder:
-        _run(subject, grid, rows, folder, prefill == "once")
-        _finish(folder, grid, allow_code_execution, unconfined, json)
+        found = {}
+        for one in grids:
+            place = folder if len(grids) == 1 else _inner(folder, one)
+            _run(subject, one, rows, place, prefill == "once")
+            found[str(one.length)] = _finish(place, one, allow_code_execution, unconfined)
+        _show(grid, found, json)
 
 
 def _protocol(protocol: str | None) -> str:
@@ -202,18 +233,36 @@ def _run(subject: "Subject", grid: "Grid", rows: "Rows", folder: Path, once: boo
         run(subject, grid, rows, folder, once, report)
 
 
+def _inner(folder: Path, grid: "Grid") -> Path:
+    """The folder of one of several lengths."""
+    from kvtrim import files
+
+    if (folder / RECORD).exists():
+        raise UsageError(f"{folder} holds a run of one length; name another folder for several")
+    files.make_folder(folder, parents=True)
+    return folder / f"length-{grid.length}"
+
+
 def _finish(
-    folder: Path, grid: "Grid", allow_code_execution: bool, unconfined: bool, json: bool
-) -> None:
-    """Scores, tables, and what was refused."""
+    folder: Path, grid: "Grid", allow_code_execution: bool, unconfined: bool
+) -> dict[str, Any]:
+    """Scores and tables of a run."""
     import json as library
 
     from kvtrim.bench.eval import scores
 
-    rows = scores.derive(folder, grid.tasks, allow_code_execution, unconfined)
-    made: dict[str, Any] = library.loads((folder / scores.TABLE).read_text("utf-8"))
+    scores.derive(folder, grid.tasks, allow_code_execution, unconfined)
+    return library.loads((folder / scores.TABLE).read_text("utf-8"))
+
+
+def _show(grid: "Grid", found: dict[str, dict[str, Any]], json: bool) -> None:
+    """The table of every length, and what was refused."""
+    from kvtrim.bench.eval import scores
+
     if json:
-        output.print_json(made)
+        output.print_json(found if len(found) > 1 else next(iter(found.values())))
         return
-    output.table(grid.protocol, scores.COLUMNS, scores.cells(rows), wide=True)
-    output.lines([*made["without_samples"], *made["refused"]])
+    for length, made in found.items():
+        title = f"{grid.protocol}, {length} tokens" if len(found) > 1 else grid.protocol
+        output.table(title, scores.COLUMNS, scores.cells(made["rows"]), wide=True)
+        output.lines([*made["without_samples"], *made["refused"]])

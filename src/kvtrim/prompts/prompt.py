@@ -237,8 +237,17 @@ def encode_context(tokenizer: Any, around: Frame, context: str | Document) -> Pr
     return Prompt(ids, [], spans)
 
 
-def encode_ends(tokenizer: Any, around: Frame, context: str | Document, room: int) -> Prompt:
+def encode_ends(
+    tokenizer: Any,
+    around: Frame,
+    context: str | Document,
+    room: int,
+    head: int | None = None,
+) -> Prompt:
     """As `encode_context`, the middle of the context cut out to fit into `room` tokens.
+
+    Args:
+        head: tokens of the context in front of what is cut out; by default half of those left.
 
     Raises:
         UsageError: no token of the context fits in.
@@ -254,10 +263,10 @@ def encode_ends(tokenizer: Any, around: Frame, context: str | Document, room: in
             "context; shorten the question, ask for fewer new tokens, or use a model with a "
             "longer window"
         )
+    head = (left + 1) // 2 if head is None else min(head, left)
     if len(ids) > left:
-        head = (left + 1) // 2
         spans = without(spans, head, head + len(ids) - left)
-    return Prompt(first + cut_middle(ids, left), [], join_spans(before, spans, len(first)))
+    return Prompt(first + cut_middle(ids, left, head), [], join_spans(before, spans, len(first)))
 
 
 def encode_question(tokenizer: Any, around: Frame, question: str) -> Prompt:
@@ -281,11 +290,15 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def cut_middle(ids: list[int], length: int) -> list[int]:
-    """The first and the last half of a list that is too long (LongBench's truncation)."""
+def cut_middle(ids: list[int], length: int, head: int | None = None) -> list[int]:
+    """The first and the last half of a list that is too long (LongBench's truncation).
+
+    Args:
+        head: how much of its beginning stays, by default half.
+    """
     if len(ids) <= length:
         return ids
-    head = (length + 1) // 2
+    head = (length + 1) // 2 if head is None else head
     return ids[:head] + ids[len(ids) - (length - head) :]
 
 

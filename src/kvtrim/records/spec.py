@@ -35,7 +35,9 @@ class EvalSpec:
     seed: int = 0
     batch: int = _at_least(1, 1)  # answers that are generated together
     fitting: bool = False  # samples that would have to be cut are left out
-    max_new_tokens: int | None = _at_least(1)  # bound of answers, where their task allows more
+    max_new_tokens: int | None = _at_least(1)  # bound of answers, below a task's own or above it
+    chat: bool | None = None  # the chat template, whatever a task says of it
+    truncate_at: int | None = _at_least(16)  # tokens of a bare prompt above which its middle goes
     prefill_chunk: int | None = _at_least(1)  # tokens of a pass, where a method cuts after each
 
     def __post_init__(self) -> None:

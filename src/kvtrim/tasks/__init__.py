@@ -25,6 +25,7 @@ TASKS: Mapping[str, Task] = {task.name: task for module in _MODULES for task in 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "longbench": tuple(task.name for task in longbench.TASKS),
     "ruler": tuple(task.name for task in ruler.TASKS),
+    "ruler-needles": tuple(f"ruler-niah-{name}" for name in ruler.NEEDLES),
     "ruler-offline": tuple(task.name for task in ruler.OFFLINE),
     "needles": tuple(task.name for task in niah.TASKS),
     "gsm8k": tuple(task.name for task in gsm8k.TASKS),
@@ -38,7 +39,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "gsm8k-50",
         "humaneval-8",
         "longgenbench-gsm8k",
-        "jailbreakv",
+        "jailbreakv-8",
     ),
 }
 """Names for several benchmarks at once."""

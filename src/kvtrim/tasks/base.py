@@ -50,5 +50,6 @@ class Task:
     chat: bool | None = None  # the chat template: None = where there is one, False = never
     stop: tuple[str, ...] = ()  # the answer ends before the first of these
     data: tuple[str, ...] = ()  # names of the data files that it reads, see `tasks.rows`
+    shots: str = ""  # the rule by which the examples in front of a question are chosen
     min_new_tokens: int = 0  # the answer may not end before it has so many
     runs_code: bool = False  # `score` runs what the model wrote; needs --allow-code-execution

@@ -84,6 +84,7 @@ def _csqa(request: Request, count: int) -> Iterator[Sample]:
 
 
 def _task(name: str, count: int, about: str, samples: Any, source: str, *data: str) -> Task:
+    rule = {"mmlu": "the first {} dev rows of the subject", "csqa": "the first {} training rows"}
     return Task(
         name=f"{name}-{count}",
         version=1,
@@ -95,6 +96,7 @@ def _task(name: str, count: int, about: str, samples: Any, source: str, *data: s
         score=score,
         chat=False,
         stop=STOP,
+        shots=rule[name].format(count) if count else "",
         data=data,
     )
 

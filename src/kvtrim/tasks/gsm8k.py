@@ -88,6 +88,8 @@ def _samples(request: Request, count: int) -> Iterator[Sample]:
 
 def _task(count: int) -> Task:
     examples = {0: ["gsm8k/test"], MANY: ["gsm8k/test", "gsm8k/train"]}
+    rule = f"the first {count} of the eight of Wei et al. 2022" if count else ""
+    many = f"the first {MANY} training rows whose example has at most {LONGEST} characters"
     return Task(
         name=f"gsm8k-{count}",
         version=1,
@@ -100,6 +102,7 @@ def _task(count: int) -> Task:
         score=score,
         chat=False,
         stop=STOP,
+        shots=many if count == MANY else rule,
         data=tuple(examples.get(count, ["gsm8k/test", "gsm8k/cot8"])),
     )
 

@@ -70,6 +70,7 @@ def _task(name: str, count: int) -> Task:
         score=score,
         chat=False,
         stop=STOP,
+        shots=f"the first {count} problems, which are not asked" if count else "",
         data=("humaneval",),
         runs_code=True,
     )

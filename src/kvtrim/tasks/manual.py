@@ -59,6 +59,7 @@ def _row(task: Task) -> tuple[str, ...]:
     data = ", ".join(f"`{name}`" for name in task.data) or "made"
     chat = {None: "if there is one", True: "yes", False: "no"}[task.chat]
     about = task.about + (" Runs what the model wrote." if task.runs_code else "")
+    about += f" Examples: {task.shots}." if task.shots else ""
     new = str(task.max_new_tokens)
     return f"`{task.name}`", about, task.metric, new, chat, data, task.source
 

@@ -73,6 +73,7 @@ class Encoder:
     tokenizer: Any
     window: int  # tokens that the model has positions for
     length: int | None = None  # asked for: how long prompts are made, and a bound for the others
+    truncate_at: int | None = None  # tokens of a bare prompt above which it loses its middle
 
     def request(
         self,
@@ -114,13 +115,26 @@ class Encoder:
         if room - first < _LEAST_CONTEXT:
             problem = self._problem(sample, first + len(asked), task.max_new_tokens)
             return Input(sample, [], asked.ids, {}, [], around, problem=problem)
-        given = encode_context(self.tokenizer, own, document)
-        truncated = len(given) > room
-        if truncated:
-            given = encode_ends(self.tokenizer, own, document, room)
+        given, truncated = encode_context(self.tokenizer, own, document), False
+        if self.truncate_at is not None:
+            bare = self.count(blanks + sample.question)
+            ends = _ends(self.truncate_at, self._special(), len(given) - first, bare)
+            if ends is not None and min(ends) < 1:
+                problem = _too_narrow(self.truncate_at, bare)
+                return Input(sample, [], asked.ids, {}, [], around, problem=problem)
+            if ends is not None:
+                head, tail = ends
+                given = encode_ends(self.tokenizer, own, document, first + head + tail, head)
+                truncated = True
+        if len(given) > room:
+            given, truncated = encode_ends(self.tokenizer, own, document, room), True
         context, question, spans = _both(given.with_question(asked))
         gold = self._gold(task, sample, own)
         return Input(sample, context, question, spans, gold, around, truncated)
+
+    def _special(self) -> int:
+        """Tokens that the tokenizer puts around every text, which LongBench's code counts."""
+        return len(self.tokenizer("").input_ids)
 
     def _problem(self, sample: Sample, asked: int, answer: int) -> str:
         """Why so little is left for a context, and what would leave more."""
@@ -151,6 +165,23 @@ class Encoder:
         before = own.after or sample.question or sample.document.text
         blank = "" if before[-1:].isspace() or answer[0].isspace() or not before else " "
         return encode_text(self.tokenizer, blank + answer)[: task.max_new_tokens]
+
+
+def _ends(bound: int, special: int, context: int, question: int) -> tuple[int, int] | None:
+    """How much of a context's beginning and end stays where LongBench's code cuts the prompt; None
+    if that is short enough. The first and last half of so many tokens stay, whatever they are.
+    """
+    if special + context + question <= bound:
+        return None
+    half = bound // 2
+    return half - special, half - question
+
+
+def _too_narrow(bound: int, question: int) -> str:
+    return (
+        f"--truncate-at {bound} leaves half of it for the end of the prompt, and the question "
+        f"alone has {question} tokens; ask for --truncate-at {2 * question + 2} or more"
+    )
 
 
 def _both(prompt: Prompt) -> tuple[list[int], list[int], Spans]:

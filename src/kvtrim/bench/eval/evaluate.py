@@ -50,8 +50,8 @@ class Subject:
     model: Any
     tokenizer: Any
 
-    def encoder(self, length: int | None) -> Encoder:
-        """What makes its token ids.
+    def encoder(self, length: int | None, truncate_at: int | None = None) -> Encoder:
+        """What makes its token ids: arguments as of `Encoder`.
 
         Raises:
             UsageError: the length is more than the model has positions for.
@@ -62,7 +62,7 @@ class Subject:
                 f"--length {length} is more than the window of {self.name}, {most} tokens; ask "
                 f"for {most} or less, or use a model with a longer window"
             )
-        return Encoder(self.tokenizer, most, length)
+        return Encoder(self.tokenizer, most, length, truncate_at)
 
 
 def read(grid: Grid, rows: Rows) -> None:
@@ -85,7 +85,7 @@ def units(subject: Subject, grid: Grid, rows: Rows) -> list[Unit]:
     Raises:
         UsageError: the data of a task is not there.
     """
-    encoder = subject.encoder(grid.length)
+    encoder = subject.encoder(grid.length, grid.truncate_at)
     found: list[Unit] = []
     for task in grid.tasks:
         request = encoder.request(rows, grid.limit, grid.seed, task.chat)
@@ -189,7 +189,8 @@ def _extend(
     files.make_folder(part.parent)
     journal.begin(part, record(subject, new, rows), SAMPLES)
     measure(subject, new, units(subject, new, rows), part, once, progress)
-    encoder, ordered = subject.encoder(grid.length), units(subject, grid, rows)
+    encoder = subject.encoder(grid.length, grid.truncate_at)
+    ordered = units(subject, grid, rows)
     both = [(task, sample) for task, samples in ordered for sample in samples]
     with journal.lock(folder):
         there = records.record(folder / RECORD)
@@ -218,7 +219,8 @@ def measure(
     """
     book, done = RunFolder(folder, wait), 0
     answering = Answering(subject.model, subject.tokenizer, grid, once)
-    encoder, total = subject.encoder(grid.length), sum(len(samples) for _, samples in chosen)
+    encoder = subject.encoder(grid.length, grid.truncate_at)
+    total = sum(len(samples) for _, samples in chosen)
     with attach(subject.model), closing(book):
         for task, samples in chosen:
             keys = [grid.key(task, sample, cell) for sample in samples for cell in grid.written]

@@ -1,7 +1,7 @@
 """What an evaluation measures, and in which order: tasks x methods x budgets, one protocol."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvtrim.bench.candidates import PLAIN, Candidate, candidates, require_chunks
@@ -46,8 +46,9 @@ class Grid(EvalSpec):
         Raises:
             UsageError: as `tasks` and `cells`, or `prefill_chunk` that no method acts on.
         """
-        chosen = tasks(names), cells(methods, keeps, settings)
-        return cls(*chosen, outside_tasks(names), **spec.options())
+        chosen = tuple(_asked(task, spec) for task in tasks(names))
+        own = cells(methods, keeps, settings)
+        return cls(chosen, own, outside_tasks(names), **spec.options())
 
     @property
     def aware(self) -> bool:
@@ -92,6 +93,8 @@ class Grid(EvalSpec):
                     "metric": task.metric,
                     "max_new_tokens": task.max_new_tokens,
                     "min_new_tokens": task.min_new_tokens,
+                    "chat": task.chat,
+                    "shots": task.shots,
                     "stop": list(task.stop),
                 }
                 for task in self.tasks
@@ -101,6 +104,13 @@ class Grid(EvalSpec):
             **self.options(),
             "decoding": "greedy",
         }
+
+
+def _asked(task: Task, spec: EvalSpec) -> Task:
+    """A task with what an evaluation asks of every task: the template, and longer answers."""
+    most = max(task.max_new_tokens, spec.max_new_tokens or 0)
+    chat = task.chat if spec.chat is None else spec.chat
+    return replace(task, chat=chat, max_new_tokens=most)
 
 
 def cells(

@@ -227,6 +227,10 @@ def page(record: Line, rows: Sequence[Line]) -> str:
         "95 %: bootstrap interval of the mean. Loss: nats per token of the right answer. KL: from "
         "the full cache, nats. Held: bytes measured after the prompt.\n\n"
     )
+    if record.get("truncate_at"):
+        about = f"Prompts cut to the halves of {record['truncate_at']} tokens. {about}"
+    if record.get("chat") is not None:
+        about = f"{'All' if record['chat'] else 'No'} prompts in the chat template. {about}"
     if record.get("max_new_tokens"):
         about = f"Answers of at most {record['max_new_tokens']} tokens. {about}"
     empty = "".join(f"\n{prose(line)}\n" for line in record["without_samples"])
