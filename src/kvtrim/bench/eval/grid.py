@@ -46,7 +46,7 @@ class Grid(EvalSpec):
         Raises:
             UsageError: as `tasks` and `cells`, or `prefill_chunk` that no method acts on.
         """
-        chosen = tuple(_asked(task, spec) for task in tasks(names))
+        chosen = tuple(_apply(task, spec) for task in tasks(names))
         own = cells(methods, keeps, settings)
         return cls(chosen, own, outside_tasks(names), **spec.options())
 
@@ -106,7 +106,7 @@ class Grid(EvalSpec):
         }
 
 
-def _asked(task: Task, spec: EvalSpec) -> Task:
+def _apply(task: Task, spec: EvalSpec) -> Task:
     """A task with what an evaluation asks of every task: the template, and longer answers."""
     most = max(task.max_new_tokens, spec.max_new_tokens or 0)
     chat = task.chat if spec.chat is None else spec.chat
