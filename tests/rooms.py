@@ -88,7 +88,8 @@ ROOMS = {
     ),
     "hf": Room(
         "cache engine errors hf.models kernels methods.auto methods.keep methods.method "
-        "methods.ranges methods.registry methods.request prompts prompts.spans types version",
+        "methods.ranges methods.registry methods.request prompts prompts.spans report.viewer "
+        "types version",
         owns="transformers",
         shapes=True,
     ),
@@ -108,8 +109,9 @@ ROOMS = {
     "tasks.ruler": Room("errors prompts tasks", owns="wonderwords", torch=False),
     "tasks.sandbox": Room("errors", torch=False),
     "report": Room("errors files methods.variant records", torch=False),
+    "report.viewer": Room("errors files report", torch=False),
     "report.plots": Room("errors files", owns="matplotlib", torch=False),
-    "bench": Room(f"{_BENCH} bench.eval report tasks version"),
+    "bench": Room(f"{_BENCH} bench.eval report report.viewer tasks version"),
     "bench.eval": Room(f"{_BENCH} report tasks tasks.sandbox"),
     "bench.sweep": Room(f"{_BENCH} bench.eval tasks", owns="ray"),
     "bench.speed": Room(_BENCH, owns="kvpress"),
@@ -125,13 +127,13 @@ ROOMS = {
         shapes=True,
     ),
     "serve.library": Room("errors files", owns="platformdirs", torch=False),
-    "serve.stream": Room(torch=False),
+    "serve.stream": Room("prompts", torch=False),
     "lm_eval": Room("errors hf hf.models methods.settings version", owns="lm_eval"),
     "cli": Room(
         "api bench bench.calibrate bench.eval bench.speed bench.sweep engine errors files hf "
         "hf.models lm_eval methods.budgets methods.describe methods.echo_tables methods.keep "
         "methods.method methods.registry methods.request methods.settings prompts records "
-        "report report.plots serve serve.library serve.stream tasks version",
+        "report report.plots report.viewer serve serve.library serve.stream tasks version",
         owns="typer rich uvicorn prompt_toolkit",
     ),
 }

@@ -31,6 +31,7 @@ def test_the_public_names_are_these():
         "load",
         "load_cache",
         "select",
+        "view",
     ]
     assert {*kvtrim.__all__} <= {*dir(kvtrim)}
     for name in {*kvtrim.__all__} - {"METHODS", "Scores", "__version__"}:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvtrim.hf.attach import attach, detach
     from kvtrim.hf.cache import Cache, load_cache
     from kvtrim.hf.models.load import load
+    from kvtrim.hf.view import view
     from kvtrim.methods.method import Method
     from kvtrim.methods.policies.base import Policy
     from kvtrim.methods.registry import METHODS
@@ -38,6 +39,7 @@ _LATER = {
     "load": "kvtrim.hf.models.load",
     "load_cache": "kvtrim.hf.cache",
     "select": "kvtrim.engine.select",
+    "view": "kvtrim.hf.view",
 }
 
 moved.install()
@@ -60,6 +62,7 @@ __all__ = [
     "load",
     "load_cache",
     "select",
+    "view",
 ]
 
 

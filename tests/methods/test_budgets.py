@@ -170,6 +170,7 @@ def test_uniform_never_gives_more_than_there_is():
         (0.25, "share", 0.25),
         ("25%", "share", 0.25),
         ("0.25", "share", 0.25),
+        ("1/16", "share", 0.0625),
         (1.0, "share", 1),
         ("256MiB", "bytes", 2**28),
         ("1.5 GB", "bytes", 1.5e9),
@@ -183,7 +184,23 @@ def test_keep_can_be_given_in_many_ways(given_, kind, amount):
 
 
 @pytest.mark.parametrize(
-    "bad", [0, -3, 0.0, 1.5, "150%", "0", "abc", "", "12 parsecs", None, True, float("nan")]
+    "bad",
+    [
+        0,
+        -3,
+        0.0,
+        1.5,
+        "150%",
+        "0",
+        "abc",
+        "",
+        "1/0",
+        "3/2",
+        "12 parsecs",
+        None,
+        True,
+        float("nan"),
+    ],
 )
 def test_what_is_no_budget_is_refused(bad):
     with pytest.raises(BudgetError):

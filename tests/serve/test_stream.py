@@ -7,7 +7,8 @@ import hypothesis.strategies as st
 import pytest
 
 import models
-from kvtrim.serve.stream import Detokenizer, Stops
+from kvtrim.prompts.detokenizer import Detokenizer
+from kvtrim.serve.stream import Stops
 
 
 @pytest.mark.parametrize("step", [1, 2, 5])

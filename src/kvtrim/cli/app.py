@@ -19,6 +19,7 @@ from kvtrim.cli import (
     serve,
     speed,
     sweep,
+    view,
 )
 from kvtrim.version import VERSION
 
@@ -35,6 +36,7 @@ app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
 app.command("compare")(compare.compare)
 app.command("compress")(ask.compress)
+app.command("view")(view.view)
 app.command("serve")(serve.serve)
 app.command("speed")(speed.speed)
 app.command("eval")(eval.evaluate)

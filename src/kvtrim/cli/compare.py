@@ -1,6 +1,9 @@
 """`compare`: one question, the full cache and several methods side by side."""
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from kvtrim.cli import options, output
 from kvtrim.cli.ask import EMPTY
@@ -13,6 +16,20 @@ if TYPE_CHECKING:
     from kvtrim.bench.comparison import Comparison
 
 
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", help="Also show what was kept, as `kvtrim view` does, in this file."),
+]
+Evidence = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--evidence",
+        help="A text of the document that an answer needs, marked where it is lost; repeat for "
+        "several. Default: the answer's own words, where they stand in the document.",
+    ),
+]
+
+
 def compare(
     document: options.Document = None,
     library: options.Library = None,
@@ -20,6 +37,8 @@ def compare(
     method: options.Methods = None,
     keep: options.Keeps = None,
     set_: options.Set = None,
+    html: Html = None,
+    evidence: Evidence = None,
     max_new_tokens: options.NewTokens = 48,
     protocol: options.OneProtocol = "question-aware",
     chat: options.Chat = None,
@@ -39,8 +58,12 @@ def compare(
     methods, keeps = method or ["auto", "snapkv"], keep or ["512"]
     if len(questions) > 1:
         raise UsageError("compare asks one question; use ask for several")
+    if html is not None:
+        options.require_writable(html)
+    elif evidence:
+        raise UsageError("--evidence is marked in the page: give --html FILE as well")
     options.require_choice("--truncate", truncate, options.TRUNCATE)
-    cells = _cells(methods, keeps, set_, prefill_chunk)
+    cells = cells_of(methods, keeps, set_, prefill_chunk)
     text = options.read_document(document, shots_separator, library)
     loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
     _require_support(loaded, cells)
@@ -66,11 +89,21 @@ def compare(
             label = f"{cells.index(cell) + 1} of {len(cells)}: {cell.said}"
             return lambda what, done, out_of: report(f"{label}, {what}", done, out_of)
 
-        results = comparison.results(progress_of)
+        if html is None:
+            results = comparison.results(progress_of)
+        else:
+            from kvtrim.bench.kept import Showing
+
+            showing = Showing(loaded, tokenizer, comparison, questions[0])
+            showing.require_evidence(evidence or ())
+            results = showing.results(progress_of)
+            showing.exhibit(model, evidence or ()).save(html)
     _print_comparison(comparison, results, questions[0], json)
+    if html is not None:
+        output.note(f"{html} shows what was kept: {output.size(html.stat().st_size)}")
 
 
-def _cells(
+def cells_of(
     methods: list[str], keeps: list[str], set_: list[str] | None, prefill_chunk: int | None
 ) -> list["Candidate"]:
     """Every method with every budget, checked before anything runs; the full cache first, once."""

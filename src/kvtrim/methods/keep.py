@@ -7,7 +7,7 @@ from typing import Literal
 from kvtrim.errors import BudgetError
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_HINT = "use tokens (512), a share of the prompt (0.25 or '25%') or bytes ('256MiB')"
+_HINT = "use tokens (512), a share of the prompt (0.25, '25%' or '1/4') or bytes ('256MiB')"
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Keep:
 
     @classmethod
     def parse(cls, given: "int | float | str | Keep") -> "Keep":
-        """Read 512, 0.25, "25%", "512" or "256MiB".
+        """Read 512, 0.25, "25%", "1/4", "512" or "256MiB".
 
         Raises:
             BudgetError: an amount not above 0, a share above 1, or text that is no budget.
@@ -71,6 +71,9 @@ class Keep:
 
 
 def _parse_text(text: str) -> Keep:
+    part = re.fullmatch(r"([0-9]{1,9})\s*/\s*([1-9][0-9]{0,8})", text)
+    if part is not None:
+        return _make("share", int(part[1]) / int(part[2]), text)
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(%|[KMG]?I?B)?", text, flags=re.IGNORECASE)
     if match is None:
         raise BudgetError(f"keep={text!r} is not a budget; {_HINT}")

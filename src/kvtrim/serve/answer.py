@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from kvtrim.engine.branch import Branch
+from kvtrim.prompts.detokenizer import Detokenizer
 from kvtrim.serve.memory import Conversation, Document
 from kvtrim.serve.request import Done, Request, Token, Usage
 from kvtrim.serve.sampler import Sampler
-from kvtrim.serve.stream import Detokenizer, Stops
+from kvtrim.serve.stream import Stops
 from kvtrim.types import Float, Tensor
 
 

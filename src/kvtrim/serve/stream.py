@@ -1,48 +1,9 @@
-"""Text as tokens come: what is certain is shown, what later tokens may change is held back."""
+"""Text as tokens come: what is certain is shown, what may become a stop is held back."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-_HALF = "\ufffd"  # what bytes of a character decode to before the rest of it is there
-_LONGEST = 8  # tokens that one character may take; after that it is no character
-
-
-class Detokenizer:
-    """Tokens of one answer into pieces of text; the pieces together are the decoded answer.
-
-    Tokens are decoded after a few of those before them, since a tokenizer may join them.
-    """
-
-    def __init__(self, tokenizer: Any, keep_special: bool = False):
-        self._tokenizer, self._skip = tokenizer, not keep_special
-        self.ids: list[int] = []
-        self._from = self._shown = 0  # decoded from here; shown up to here
-
-    def add(self, ids: Sequence[int]) -> str:
-        """The text that these tokens settle."""
-        return "".join(map(self._next, ids))
-
-    def _next(self, token: int) -> str:
-        self.ids.append(token)
-        text = self._piece()
-        if text.endswith(_HALF) and len(self.ids) - self._shown < _LONGEST:
-            return ""
-        if text:
-            self._from, self._shown = self._shown, len(self.ids)
-        return text
-
-    def end(self) -> str:
-        """What was held back."""
-        text = self._piece()
-        self._from = self._shown = len(self.ids)
-        return text
-
-    def _piece(self) -> str:
-        before = self._decode(self._from, self._shown)
-        return self._decode(self._from, len(self.ids))[len(before) :]
-
-    def _decode(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(self.ids[start:end], skip_special_tokens=self._skip)
+from kvtrim.prompts.detokenizer import Detokenizer
 
 
 class Stops:

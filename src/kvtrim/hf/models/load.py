@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
+from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -24,6 +25,9 @@ EMBEDDED = "smollm2"
 
 AUTO_MAP = "auto-map"
 """The device that stands for all of them: layers are spread over GPUs, then over the CPU."""
+
+TOKENIZERS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
+"""The tokenizers of models that were loaded here, for whoever holds a model alone."""
 
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
@@ -70,6 +74,7 @@ def load(
     layout(model, allow_untested)
     if allow_untested:
         ACCEPTED.add(model)
+    TOKENIZERS[model] = tokenizer
     return (model if "device_map" in options else model.to(device)).eval(), tokenizer
 
 
