@@ -12,6 +12,7 @@ import torch
 import kvtrim
 import models
 from bench import questions
+from kvtrim import records
 from kvtrim.bench.eval import evaluate, grid, scores
 from kvtrim.bench.eval.encode import Encoder
 from kvtrim.cli import main
@@ -569,7 +570,7 @@ def test_code_is_not_run_unless_allowed(subject, tmp_path):
         row["score"] is None and row["n"] == 2 for row in rows if not row["group"]
     )
     found = lines(tmp_path / "run", "scores.jsonl")
-    assert {line["outcome"] for line in found} == {scores.NEEDS_PERMISSION}
+    assert {line["outcome"] for line in found} == {records.NEEDS_PERMISSION}
     rows = scores.derive(tmp_path / "run", wanted.tasks, allow_code_execution=True)
     assert len(ran) == 4 and rows[0]["score"] == 1
 

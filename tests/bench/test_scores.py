@@ -5,7 +5,7 @@ import os
 import pytest
 
 from kvtrim.bench.eval import scores
-from kvtrim.records import OK
+from kvtrim.records import NEEDS_PERMISSION, OK
 from kvtrim.tasks import TASKS, sandbox
 from kvtrim.tasks.base import Request
 
@@ -42,4 +42,4 @@ def test_programs_run_where_that_was_allowed_and_nowhere_else():
         found.append((line["score"], line["outcome"]))
     assert found == [(1.0, OK), (0.0, OK)]
     without = list(scores.score_answers(inputs, lines, {task.name: task}))
-    assert [line["outcome"] for line in without] == [scores.NEEDS_PERMISSION] * 2
+    assert [line["outcome"] for line in without] == [NEEDS_PERMISSION] * 2

@@ -208,8 +208,8 @@ class _Judge:
         return key | {"outcome": OK, "reason": ""} | found
 
     def _judge(self, ready: Ready) -> Line:
-        name = "prefill_s" if ready.times["evict_s"] is None else "evict_s"
-        found = ready.held | {name: ready.times[name]}
+        name = "prefill_s" if ready.times.get("evict_s") is None else "evict_s"
+        found = ready.held | {name: ready.times.get(name)}
         branch = self._branch(ready)
         (fit,) = fits(self._model, branch, self._gold, self._skip, self._reference)
         kl = None if fit.kl is None else finite(fit.kl)

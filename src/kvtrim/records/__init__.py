@@ -4,46 +4,184 @@ Whoever reads a run reads it through here, so that a line that was damaged is on
 it, wherever it is met, and never a wrong figure.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import (
+    Any,
+    Final,
+    Literal,
+    NotRequired,
+    TypedDict,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
 
 from kvtrim import files
-from kvtrim.errors import FileError
+from kvtrim.errors import FileError, UsageError
 
-RECORD, SPEED = "run.json", "speed.jsonl"
-INPUTS, SAMPLES, TIMES, SCORES = "inputs.jsonl", "samples.jsonl", "times.jsonl", "scores.jsonl"
-OK, REFUSED, OOM = "ok", "refused", "oom"
-"""What came of a line; where there is no figure, whether kvtrim said no or memory ran out."""
+RECORD: Final = "run.json"
+INPUTS: Final = "inputs.jsonl"
+SAMPLES: Final = "samples.jsonl"
+TIMES: Final = "times.jsonl"
+SCORES: Final = "scores.jsonl"
+SPEED: Final = "speed.jsonl"
+OK, REFUSED, OOM, FAILED = "ok", "refused", "oom", "failed"
+"""What came of a line; where there is no figure, whether kvtrim said no, memory ran out, or
+something else went wrong."""
+NEEDS_PERMISSION = "needs --allow-code-execution"
+"""There is an answer, and no score, since code was not allowed to run."""
+BEGUN, SKIPPED, ENDED, UNFINISHED = "begun", "skipped", "ended", "unfinished"
+"""Of measurements within a given time: one that was begun and has no other line ended its process;
+one that is unfinished goes on another time."""
 
 Line = dict[str, Any]
 Kinds = Mapping[str, tuple[type, ...]]
 
-_TEXT, _FIGURE, _NONE = (str,), (int, float), type(None)
-_KEY: Kinds = dict.fromkeys(("task", "sample", "method", "keep", "protocol"), _TEXT)
-LINES: dict[str, Kinds] = {
-    INPUTS: {"task": _TEXT, "sample": _TEXT, "group": (dict,)},
-    SAMPLES: {**_KEY, "outcome": _TEXT},
-    TIMES: _KEY,
-    SCORES: {**_KEY, "score": (*_FIGURE, _NONE)},
-    SPEED: {"method": _TEXT, "outcome": _TEXT},
+
+class Key(TypedDict):
+    """What tells the lines of an evaluation apart."""
+
+    task: str
+    sample: str
+    method: str  # its label
+    keep: str  # "" for the full cache
+    protocol: str
+
+
+class InputLine(TypedDict):
+    """What was asked: one sample."""
+
+    task: str
+    sample: str
+    group: dict[str, Any]
+    answers: NotRequired[list[str]]
+    prefix: NotRequired[str]
+    extra: NotRequired[dict[str, Any]]
+    context_tokens: NotRequired[int]
+    question_tokens: NotRequired[int]
+    truncated: NotRequired[bool]
+    sha256: NotRequired[str]  # of the prompt's token ids
+
+
+class SampleLine(Key):
+    """What one method and budget made of one sample."""
+
+    answer: NotRequired[str | None]
+    new_tokens: NotRequired[int | None]
+    stopped: NotRequired[str]
+    held_bytes: NotRequired[float | None]
+    full_bytes: NotRequired[float | None]
+    entries: NotRequired[float | None]
+    prompt_tokens: NotRequired[int | None]
+    loss: NotRequired[float | None]
+    kl: NotRequired[float | None]
+    outcome: str
+    reason: NotRequired[str | None]
+
+
+class Times(TypedDict, total=False):
+    """Seconds: a share where several rows went through one pass."""
+
+    prefill_s: float | None
+    evict_s: float | None
+    observed: bool
+    decode_s: float
+
+
+class TimeLine(Key, Times):
+    """How long one sample took."""
+
+
+class ScoreLine(Key):
+    """What an answer is worth, 0 to 1."""
+
+    score: float | None
+    metric: NotRequired[str]
+    outcome: NotRequired[str]
+
+
+class SpeedLine(TypedDict):
+    """One turn of a speed measurement; figures in seconds and bytes, none where it failed."""
+
+    batch: NotRequired[int]
+    length: NotRequired[int]
+    method: str
+    keep: NotRequired[str]
+    round: NotRequired[int]
+    outcome: str
+    reason: NotRequired[str]
+    peak_bytes: NotRequired[float | None]
+    decode_peak_bytes: NotRequired[float | None]
+    ttft_s: NotRequired[float]
+    end_to_end_s: NotRequired[float]
+    token_s: NotRequired[float]
+    median_step_s: NotRequired[float]
+    captured: NotRequired[bool]
+    capture_s: NotRequired[float]
+    held_bytes: NotRequired[float]
+    entries: NotRequired[float]
+    full_bytes: NotRequired[float | None]
+
+
+LINES: dict[str, Any] = {
+    INPUTS: InputLine,
+    SAMPLES: SampleLine,
+    TIMES: TimeLine,
+    SCORES: ScoreLine,
+    SPEED: SpeedLine,
 }
-"""What every line of a file has."""
-WHERE_THERE: dict[str, Kinds] = {
-    INPUTS: {"answers": (list,), "prefix": _TEXT, "extra": (dict,), "truncated": (bool,)},
-    SAMPLES: {
-        **dict.fromkeys(("answer", "reason"), (str, _NONE)),
-        **dict.fromkeys(("loss", "kl", "held_bytes", "full_bytes"), (*_FIGURE, _NONE)),
-        **dict.fromkeys(("entries", "prompt_tokens", "new_tokens"), (*_FIGURE, _NONE)),
-    },
-    SCORES: {"outcome": _TEXT, "metric": _TEXT},
-    SPEED: dict.fromkeys(("batch", "length", "round"), _FIGURE),
-}
-"""What a line may have, and of what kind it is then."""
-EVAL: Kinds = {"model": (dict,), "tasks": (dict,), "protocol": _TEXT}
+"""What the lines of each file are."""
+EVAL: Kinds = {"model": (dict,), "tasks": (dict,), "protocol": (str,)}
 TIMED: Kinds = {"model": (dict,), "machine": (dict,), "plan": (dict,), "limits": (dict,)}
 """What the record of an evaluation has, and that of a speed run."""
 _REMEDY = "remove it and the lines behind it to have them measured again, or put back a copy"
+
+
+@overload
+def read(folder: Path, name: Literal["inputs.jsonl"]) -> list[InputLine]: ...
+@overload
+def read(folder: Path, name: Literal["samples.jsonl"]) -> list[SampleLine]: ...
+@overload
+def read(folder: Path, name: Literal["times.jsonl"]) -> list[TimeLine]: ...
+@overload
+def read(folder: Path, name: Literal["scores.jsonl"]) -> list[ScoreLine]: ...
+@overload
+def read(folder: Path, name: Literal["speed.jsonl"]) -> list[SpeedLine]: ...
+def read(folder: Path, name: str) -> Any:
+    """The lines of a run's file. Raises as `lines`."""
+    return lines(folder / name)
+
+
+def text_of(some: Iterable[Mapping[str, Any]]) -> bytes:
+    """Lines as a file holds them."""
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in some).encode()
+
+
+def key_of(line: Key) -> Key:
+    """What tells a line of an evaluation from others."""
+    return cast(Key, {name: line[name] for name in Key.__annotations__})
+
+
+def by_sample(inputs: Iterable[InputLine], where: Path | str) -> dict[tuple[str, str], InputLine]:
+    """What was asked, by task and sample.
+
+    Raises:
+        UsageError: two samples of a task have one id, so nothing says whose an answer is.
+    """
+    found: dict[tuple[str, str], InputLine] = {}
+    for one in inputs:
+        if one != found.setdefault((one["task"], one["sample"]), one):
+            raise UsageError(
+                f"{where} holds two samples {one['sample']!r} of {one['task']}, whose answers "
+                "cannot be told apart; measure them again into another folder"
+            )
+    return found
 
 
 def lines(path: Path, checked: bool = True) -> list[Line]:
@@ -78,13 +216,28 @@ def record(path: Path, kinds: Kinds | None = None) -> Line:
     return found
 
 
+@cache
+def _kinds(kind: Any) -> Kinds:
+    """Of what kinds each value of a line may be, as JSON has it."""
+    hints = get_type_hints(kind)
+    return {
+        name: tuple(one for each in _each(hint) for one in each) for name, hint in hints.items()
+    }
+
+
+def _each(hint: Any) -> Iterator[tuple[type, ...]]:
+    for option in get_args(hint) if isinstance(hint, UnionType) else (hint,):
+        bare = get_origin(option) or option
+        yield (int, float) if bare in (int, float) else (bare or NoneType,)
+
+
 def _lines(path: Path, checked: bool = True) -> Iterator[Line]:
-    name = path.name if checked else ""
-    needed, known = LINES.get(name, {}), WHERE_THERE.get(name, {})
+    kind = LINES.get(path.name) if checked else None
+    kinds: Kinds = {} if kind is None else _kinds(kind)
+    needed = () if kind is None else [name for name in kinds if name in kind.__required_keys__]
     try:
         for number, line in files.lines_of(path):
             wrong = [name for name in needed if name not in line]
-            kinds = {**needed, **known}
             wrong += [n for n in kinds if n in line and not isinstance(line[n], kinds[n])]
             if wrong:
                 raise FileError("read", f"{path}:{number}", f"its {wrong[0]!r} is damaged")

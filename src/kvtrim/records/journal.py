@@ -6,7 +6,7 @@ the middle does not count, so a run that was killed goes on with the figure that
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,11 @@ class Journal:
         self._path = path
         self.lines: list[dict[str, Any]] = [] if path is None else _whole_lines(path)
 
-    def add(self, line: dict[str, Any]) -> None:
+    def add(self, line: Mapping[str, Any]) -> None:
         """Write one line through to the disk. Raises as `extend`."""
         self.extend([line])
 
-    def extend(self, lines: Sequence[dict[str, Any]]) -> None:
+    def extend(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write lines through to the disk: all of them, or none.
 
         Raises:
@@ -50,12 +50,11 @@ class Journal:
                 is still there.
         """
         if self._path is not None:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             try:
-                files.extend(self._path, text.encode())
+                files.extend(self._path, records.text_of(lines))
             except FileError as error:
                 raise error.with_remedy(_GO_ON) from error
-        self.lines += lines
+        self.lines += map(dict, lines)
 
     def cut(self, count: int) -> None:
         """Drop all but the first lines."""

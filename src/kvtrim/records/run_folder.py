@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from kvtrim.errors import UsageError
-from kvtrim.records import INPUTS, SAMPLES, TIMES, Line
+from kvtrim.records import INPUTS, SAMPLES, TIMES, InputLine, Key, SampleLine, TimeLine
 from kvtrim.records.journal import Journal, lock
 
 
@@ -40,7 +40,7 @@ class RunFolder:
         """Nothing was measured yet."""
         return not self._samples.lines
 
-    def holds(self, inputs: Sequence[Line], keys: Sequence[Line]) -> bool:
+    def holds(self, inputs: Sequence[InputLine], keys: Sequence[Key]) -> bool:
         """Whether the next unit is there; if not, what there is of it is dropped.
 
         Args:
@@ -71,7 +71,7 @@ class RunFolder:
         self._asked, self._measured = self._asked + len(inputs), self._measured + len(keys)
         return True
 
-    def _compare(self, inputs: Sequence[Line]) -> None:
+    def _compare(self, inputs: Sequence[InputLine]) -> None:
         """A task that is not ours may have changed without another version number."""
         there = self._inputs.lines[self._asked : self._asked + len(inputs)]
         now = json.loads(json.dumps(inputs))
@@ -89,7 +89,12 @@ class RunFolder:
         """Let others write."""
         self._lock.close()
 
-    def add(self, inputs: Sequence[Line], samples: Sequence[Line], times: Sequence[Line]) -> None:
+    def add(
+        self,
+        inputs: Sequence[InputLine],
+        samples: Sequence[SampleLine],
+        times: Sequence[TimeLine],
+    ) -> None:
         """Write down a unit."""
         self._inputs.extend(inputs)
         self._times.extend(times)

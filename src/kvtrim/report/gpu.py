@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from kvtrim.records import OK
+from kvtrim.records import ENDED, FAILED, OK, SKIPPED
 from kvtrim.report.format import markdown, ratio, seconds, size
 
 Line = dict[str, Any]
-_FAILED = ("failed", "ended")
+_FAILED = (FAILED, ENDED)
 
 TTFT = {32_768: 1.88, 65_536: 1.94, 131_072: 1.97}
 """FastKV's published ratios of time to first token, full to fastkv (arXiv 2502.01068)."""
@@ -39,7 +39,7 @@ def page(lines: Sequence[Line]) -> str:
         parts += ["## Targets", markdown(columns, reached)]
     missing = [f"- {x['stage']}: {x['name']}: {x['reason']}" for x in failures(lines)]
     skipped = [
-        f"- {x['stage']}: {x['name']}: {x['reason']}" for x in lines if x["outcome"] == "skipped"
+        f"- {x['stage']}: {x['name']}: {x['reason']}" for x in lines if x["outcome"] == SKIPPED
     ]
     if missing:
         parts += ["## Failed", "\n".join(missing)]

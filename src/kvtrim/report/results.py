@@ -13,7 +13,18 @@ from typing import Any
 from kvtrim import records
 from kvtrim.errors import UsageError
 from kvtrim.methods.variant import Variant
-from kvtrim.records import INPUTS, OK, RECORD, SAMPLES, SCORES, SPEED
+from kvtrim.records import (
+    INPUTS,
+    OK,
+    RECORD,
+    SAMPLES,
+    SCORES,
+    SPEED,
+    InputLine,
+    SampleLine,
+    ScoreLine,
+    SpeedLine,
+)
 from kvtrim.report import agreement
 
 EVERY_LENGTH = "all-lengths"
@@ -71,7 +82,7 @@ class SpeedRun:
 
     folder: Path
     record: Mapping[str, Any]
-    lines: Sequence[Mapping[str, Any]]
+    lines: Sequence[SpeedLine]
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,7 @@ def read_results(folders: Sequence[Path]) -> tuple[list[Section], list[SpeedRun]
                 evals.append(_run(place, records.record(place / RECORD, records.EVAL)))
             elif (place / SPEED).exists():
                 record = records.record(place / RECORD, records.TIMED)
-                speeds.append(SpeedRun(place, record, records.lines(place / SPEED)))
+                speeds.append(SpeedRun(place, record, records.read(place, SPEED)))
     if not any(run.lines for run in evals) and not speeds:
         raise UsageError(f"nothing was measured in {', '.join(map(str, folders))} yet")
     setups = dict.fromkeys(run.setup for run in evals)
@@ -187,28 +198,22 @@ def _places(folder: Path) -> Iterator[Path]:
 
 
 def _run(folder: Path, record: Mapping[str, Any]) -> Run:
-    inputs: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for row in records.lines(folder / INPUTS):
-        if row != inputs.setdefault((row["task"], row["sample"]), row):
-            raise UsageError(
-                f"{folder / INPUTS} holds two samples {row['sample']!r} of {row['task']}, whose "
-                "answers cannot be told apart; measure them again into another folder"
-            )
-    scores = {tuple(row[k] for k in _KEY): row for row in records.lines(folder / SCORES)}
+    inputs = records.by_sample(records.read(folder, INPUTS), folder / INPUTS)
+    scores = {tuple(row[k] for k in _KEY): row for row in records.read(folder, SCORES)}
     named = {(one["method"], one.get("keep") or ""): one for one in record.get("methods", [])}
     lines, unscored = [], 0
-    for row in records.lines(folder / SAMPLES):
+    for row in records.read(folder, SAMPLES):
         key = tuple(row[name] for name in _KEY)
-        own = inputs.get((row["task"], row["sample"]), {})
-        lines.append(_line(row, own, scores.get(key, {}), named))
+        own = inputs.get((row["task"], row["sample"]))
+        lines.append(_line(row, own, scores.get(key), named))
         unscored += key not in scores
     return Run(folder, record, lines, unscored)
 
 
 def _line(
-    row: Mapping[str, Any],
-    own: Mapping[str, Any],
-    score: Mapping[str, Any],
+    row: SampleLine,
+    own: InputLine | None,
+    score: ScoreLine | None,
     named: Mapping[tuple[str, str], Mapping[str, Any]],
 ) -> Line:
     method, keep = row["method"], row["keep"] or ""
@@ -217,14 +222,14 @@ def _line(
         sample=str(row["sample"]),
         method=_label(method, named.get((method, keep), {})),
         keep=keep,
-        score=score.get("score"),
+        score=None if score is None else score["score"],
         figures={name: row.get(name) for name in _FIGURES},
-        group=own.get("group") or {},
+        group={} if own is None else own["group"],
         answer=row.get("answer") or "",
         outcome=row.get("outcome", OK),
-        reason=row.get("reason") or _why(score.get("outcome", OK)),
-        truncated=bool(own.get("truncated")),
-        prompt=own.get("sha256") or "",
+        reason=row.get("reason") or _why(score),
+        truncated=own is not None and own.get("truncated", False),
+        prompt="" if own is None else own.get("sha256", ""),
     )
 
 
@@ -234,8 +239,9 @@ def _label(method: str, about: Mapping[str, Any]) -> str:
     return method if known else str(Variant(method, about.get("settings") or {}))
 
 
-def _why(outcome: str) -> str:
+def _why(score: ScoreLine | None) -> str:
     """Why there is no score where the answer is there."""
+    outcome = OK if score is None else score.get("outcome", OK)
     return "" if outcome == OK else outcome
 
 

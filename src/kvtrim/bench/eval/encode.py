@@ -15,6 +15,7 @@ from kvtrim.prompts import (
     frame,
 )
 from kvtrim.prompts.spans import without
+from kvtrim.records import InputLine
 from kvtrim.tasks.base import Request, Sample, Task
 from kvtrim.types import Spans
 
@@ -49,7 +50,7 @@ class Input:
             return self.ids, self.spans, []
         return self.context, without(self.spans, len(self.context), len(self.ids)), self.question
 
-    def line(self, task: str) -> dict[str, Any]:
+    def line(self, task: str) -> InputLine:
         """What `inputs.jsonl` says of it."""
         own = self.sample
         return {

@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kvtrim import files, records
-from kvtrim.bench.eval.grid import Grid, Key
-from kvtrim.records import INPUTS, RECORD, SAMPLES, TIMES, Line
+from kvtrim.bench.eval.grid import Grid
+from kvtrim.records import INPUTS, RECORD, SAMPLES, TIMES, InputLine, Key, Line
 
 PARTS = "parts"
 _JOINED = "joined"
@@ -51,7 +51,11 @@ def part(folder: Path, grid: Grid) -> Path:
 
 
 def join(
-    folder: Path, part: Path, record: dict[str, Any], inputs: Sequence[Line], keys: Sequence[Key]
+    folder: Path,
+    part: Path,
+    record: dict[str, Any],
+    inputs: Sequence[InputLine],
+    keys: Sequence[Key],
 ) -> None:
     """Make the files of a run and of its part those of one run.
 
@@ -63,11 +67,11 @@ def join(
     joined = folder / PARTS / _JOINED
     shutil.rmtree(joined, ignore_errors=True)
     files.make_folder(joined)
-    _write(joined / INPUTS, inputs)
+    files.replace(joined / INPUTS, records.text_of(inputs))
     for name in (TIMES, SAMPLES):
-        both = [line for place in (folder, part) for line in records.lines(place / name)]
+        both = [line for place in (folder, part) for line in records.read(place, name)]
         known = {_of(line): line for line in both}
-        _write(joined / name, (known[_of(key)] for key in keys))
+        files.replace(joined / name, records.text_of(known[_of(key)] for key in keys))
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     files.replace(joined / RECORD, text.encode())
     settle(folder)
@@ -85,10 +89,5 @@ def settle(folder: Path) -> None:
     shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 
-def _of(line: Key) -> tuple[str, ...]:
-    return tuple(line[name] for name in ("task", "sample", "method", "keep", "protocol"))
-
-
-def _write(path: Path, lines: Sequence[Line] | Iterator[Line]) -> None:
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    files.replace(path, text.encode())
+def _of(line: Key) -> tuple[object, ...]:
+    return tuple(records.key_of(line).values())

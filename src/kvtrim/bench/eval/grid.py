@@ -10,12 +10,12 @@ from kvtrim.bench.provenance import outside
 from kvtrim.errors import UsageError
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.settings import places
+from kvtrim.records import Key
 from kvtrim.records.spec import AWARE, EvalSpec
 from kvtrim.tasks import Sample, Task, find_tasks
 from kvtrim.tasks import places as outside_tasks
 
 FULL = "full"
-Key = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,13 @@ class Grid(EvalSpec):
 
     def key(self, task: Task, sample: Sample, cell: Candidate) -> Key:
         """What tells the lines of a run apart."""
-        own = {"task": task.name, "sample": sample.id, "method": cell.label, "keep": cell.keep}
-        return own | {"protocol": self.protocol}
+        return {
+            "task": task.name,
+            "sample": sample.id,
+            "method": cell.label,
+            "keep": cell.keep,
+            "protocol": self.protocol,
+        }
 
     def record(self) -> dict[str, Any]:
         """What `run.json` says of it."""

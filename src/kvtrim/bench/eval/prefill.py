@@ -1,6 +1,6 @@
 """One prompt under every method: read once where that gives the same, else once for each."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -16,6 +16,7 @@ from kvtrim.hf.generate import mean_entries, synchronize
 from kvtrim.hf.replay import Recording, record
 from kvtrim.methods.settings import find
 from kvtrim.prompts import repeat_words
+from kvtrim.records import Times
 from kvtrim.types import Float, Tensor
 
 
@@ -27,7 +28,7 @@ class Ready:
     cache: Cache
     logits: Float[Tensor, " V"]  # of the token after what was read
     held: dict[str, Any]
-    times: Mapping[str, float | None]
+    times: Times
 
 
 def replayable(cell: Candidate) -> bool:
@@ -99,7 +100,7 @@ class Prefill:
         recording = recording if self._shared else recording.unshare()
         start, before = self._now(), recording.observed
         cache = recording.cache(cell.method, cell.keep or 1, **cell.settings)
-        times = {"prefill_s": self._recorded_s, "evict_s": self._now() - start}
+        times: Times = {"prefill_s": self._recorded_s, "evict_s": self._now() - start}
         times["observed"] = recording.observed > before  # else an earlier budget did it
         return Ready(cell, cache, recording.logits[0], figures_of(cache), times)
 
@@ -115,7 +116,7 @@ class Prefill:
             **cell.settings,
         )
         logits = read_prompt(self._model, self._ids, cache, self._chunk)
-        times = {"prefill_s": self._now() - start, "evict_s": None}
+        times: Times = {"prefill_s": self._now() - start, "evict_s": None}
         return Ready(cell, cache, logits[0], figures_of(cache), times)
 
     def _now(self) -> float:

@@ -23,10 +23,9 @@ from kvtrim.bench.eval.prefill import Prefill, Ready
 from kvtrim.bench.failures import Failure, attempt
 from kvtrim.hf.batch import kind
 from kvtrim.hf.generate import synchronize
-from kvtrim.records import OK, REFUSED
+from kvtrim.records import OK, REFUSED, Key, SampleLine, TimeLine, Times
 from kvtrim.tasks.base import Task
 
-Line = dict[str, Any]
 Made = TypeVar("Made")
 
 
@@ -39,7 +38,7 @@ class Row:
     held: dict[str, Any] = field(default_factory=dict)
     fit: Fit = field(default_factory=lambda: Fit(None, None))
     answer: Answer = field(default_factory=lambda: Answer("", 0, ""))
-    times: dict[str, float | None] = field(default_factory=dict)
+    times: Times = field(default_factory=Times)
     outcome: str = OK
     reason: str = ""
 
@@ -47,16 +46,17 @@ class Row:
         """Nothing counts that was measured, and why."""
         self.outcome, self.reason = why.outcome, why.reason
 
-    def line(self) -> Line:
-        """What `samples.jsonl` says of it, behind its key."""
+    def line(self, key: Key) -> SampleLine:
+        """What `samples.jsonl` says of it."""
         good = self.outcome == OK
-        nothing: dict[str, Any] = dict.fromkeys(("held_bytes", "full_bytes", "entries"))
-        held = self.held if good else nothing
         return {
+            **key,
             "answer": self.answer.text if good else "",
             "new_tokens": self.answer.new_tokens if good else 0,
             "stopped": self.answer.stopped if good else "",
-            **held,
+            "held_bytes": self.held["held_bytes"] if good else None,
+            "full_bytes": self.held["full_bytes"] if good else None,
+            "entries": self.held["entries"] if good else None,
             "prompt_tokens": len(self.given.ids),
             "loss": _finite(self.fit.loss) if good else None,
             "kl": _finite(self.fit.kl) if good and self.cell.method != FULL else None,
@@ -84,7 +84,7 @@ class Answering:
     def __init__(self, model: Any, tokenizer: Any, grid: Grid, once: bool):
         self._model, self._tokenizer, self._grid, self._once = model, tokenizer, grid, once
 
-    def lines(self, task: Task, unit: Sequence[Input]) -> tuple[list[Line], list[Line]]:
+    def lines(self, task: Task, unit: Sequence[Input]) -> tuple[list[SampleLine], list[TimeLine]]:
         """The lines for `samples.jsonl`, and those for `times.jsonl`."""
         rows: list[Row] = []
         groups: list[Group] = []
@@ -95,8 +95,8 @@ class Answering:
         for group in self._pack(groups):
             self._answer(task, group)
         keys = [self._grid.key(task, row.given.sample, row.cell) for row in rows]
-        told = [key | row.line() for key, row in zip(keys, rows, strict=True)]
-        return told, [key | row.times for key, row in zip(keys, rows, strict=True)]
+        told = [row.line(key) for key, row in zip(keys, rows, strict=True)]
+        return told, [{**key, **row.times} for key, row in zip(keys, rows, strict=True)]
 
     def _begin(self, rows: list[Row]) -> list[Group]:
         """Read a prompt under every method, and ask how likely the right answer is to each."""
@@ -113,7 +113,7 @@ class Answering:
             if isinstance(one, Failure):
                 row.fail(one)
             else:
-                row.held, row.times = one.held, dict(one.times)
+                row.held, row.times = one.held, one.times.copy()
                 ready.append((row, one))
         del prefill
         groups = []

@@ -13,18 +13,27 @@ from kvtrim import records
 from kvtrim.errors import UsageError
 from kvtrim.files import replace
 from kvtrim.prompts.document import Document
-from kvtrim.records import INPUTS, OK, RECORD, SAMPLES, SCORES, Line
+from kvtrim.records import (
+    INPUTS,
+    NEEDS_PERMISSION,
+    OK,
+    RECORD,
+    SAMPLES,
+    SCORES,
+    InputLine,
+    Line,
+    SampleLine,
+    ScoreLine,
+)
 from kvtrim.report.format import escape, markdown, prose, size
 from kvtrim.report.statistics import mean, summary
 from kvtrim.tasks import sandbox
 from kvtrim.tasks.base import Sample, Task
 
 TABLE, PAGE = "eval.json", "eval.md"
-NEEDS_PERMISSION = "needs --allow-code-execution"
 COLUMNS = [("task", "left"), ("method", "left"), ("keep", "right"), ("samples", "right")]
 COLUMNS += [(name, "right") for name in ("score", "95 %", "loss", "KL", "held", "of full")]
 
-_KEY = ("task", "sample", "method", "keep", "protocol")
 _ROW = ("task", "method", "keep", "protocol")
 _SINGLE = ("held_bytes", "full_bytes", "entries")
 
@@ -58,11 +67,10 @@ def derive(
     if not (folder / RECORD).is_file():
         raise UsageError(f"{folder} holds no {RECORD}; name the folder of a kvtrim eval")
     record = records.record(folder / RECORD, records.EVAL)
-    inputs, lines = (records.lines(folder / name) for name in (INPUTS, SAMPLES))
+    inputs, lines = records.read(folder, INPUTS), records.read(folder, SAMPLES)
     known = {task.name: task for task in tasks}
     found = list(score_answers(inputs, lines, known, allow_code_execution, unconfined))
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
-    replace(folder / SCORES, text.encode())
+    replace(folder / SCORES, records.text_of(found))
     rows = aggregate(inputs, lines, found)
     record |= {"without_samples": _without_samples(record, inputs), "refused": _refusals(lines)}
     made = json.dumps(record | {"rows": rows}, indent=1, ensure_ascii=False) + "\n"
@@ -71,7 +79,7 @@ def derive(
     return rows
 
 
-def _without_samples(record: Line, inputs: Sequence[Line]) -> list[str]:
+def _without_samples(record: Line, inputs: Sequence[InputLine]) -> list[str]:
     """The tasks that were asked for and have no sample, with the reason, a sentence each."""
     why = "there are none"
     if record.get("fitting"):
@@ -81,12 +89,12 @@ def _without_samples(record: Line, inputs: Sequence[Line]) -> list[str]:
 
 
 def score_answers(
-    inputs: Sequence[Line],
-    lines: Sequence[Line],
+    inputs: Sequence[InputLine],
+    lines: Sequence[SampleLine],
     tasks: Mapping[str, Task],
     allowed: bool = False,
     unconfined: bool = False,
-) -> Iterator[Line]:
+) -> Iterator[ScoreLine]:
     """A score for every line; none where nothing was answered, or code was not allowed to run.
 
     Args:
@@ -96,7 +104,7 @@ def score_answers(
     Raises:
         UsageError: a task that is not among these.
     """
-    asked = _by_sample(inputs)
+    asked = records.by_sample(inputs, INPUTS)
     for line in lines:
         task = tasks.get(line["task"])
         if task is None:
@@ -105,41 +113,22 @@ def score_answers(
         if outcome == OK and task.runs_code and not allowed:
             outcome = NEEDS_PERMISSION
         elif outcome == OK:
-            given = _input_of(asked, line)
+            sample, answer = _sample(asked, line), line.get("answer")
+            if answer is None:
+                raise _lacks(SAMPLES, "the answer to ", line)
             with sandbox.allow(unconfined) if task.runs_code else nullcontext():
-                score = float(task.score(line["answer"], _sample(given)))
-        own = {name: line[name] for name in _KEY}
-        yield own | {"score": score, "metric": task.metric, "outcome": outcome}
+                score = float(task.score(answer, sample))
+        own = records.key_of(line)
+        yield {**own, "score": score, "metric": task.metric, "outcome": outcome}
 
 
-def _by_sample(inputs: Sequence[Line]) -> dict[tuple[str, str], Line]:
-    """What was asked, by task and sample.
-
-    Raises:
-        UsageError: two samples of a task have one id, so nothing says whose an answer is.
-    """
-    found: dict[tuple[str, str], Line] = {}
-    for one in inputs:
-        if one != found.setdefault((one["task"], one["sample"]), one):
-            raise UsageError(
-                f"{INPUTS} holds two samples {one['sample']!r} of {one['task']}, whose answers "
-                "cannot be told apart; measure them again into another folder"
-            )
-    return found
-
-
-def _input_of(asked: Mapping[tuple[str, str], Line], line: Line) -> Line:
+def _sample(asked: Mapping[tuple[str, str], InputLine], line: SampleLine) -> Sample:
+    """What a scorer needs of a line's sample."""
     given = asked.get((line["task"], line["sample"]))
     if given is None:
-        raise UsageError(
-            f"{INPUTS} lacks sample {line['sample']!r} of {line['task']}, which {SAMPLES} has; "
-            "ask for the same again to measure it once more"
-        )
-    return given
-
-
-def _sample(given: Line) -> Sample:
-    """What a scorer needs of a sample."""
+        raise _lacks(INPUTS, "", line)
+    if "answers" not in given or "prefix" not in given or "extra" not in given:
+        raise _lacks(INPUTS, "the right answers to ", line)
     return Sample(
         id=given["sample"],
         document=Document(""),
@@ -151,7 +140,16 @@ def _sample(given: Line) -> Sample:
     )
 
 
-def aggregate(inputs: Sequence[Line], lines: Sequence[Line], scores: Sequence[Line]) -> list[Line]:
+def _lacks(name: str, what: str, line: SampleLine) -> UsageError:
+    return UsageError(
+        f"{name} lacks {what}sample {line['sample']!r} of {line['task']}; "
+        "ask for the same again to measure it once more"
+    )
+
+
+def aggregate(
+    inputs: Sequence[InputLine], lines: Sequence[SampleLine], scores: Sequence[ScoreLine]
+) -> list[Line]:
     """Means of every task, method and budget: over all samples, then for each of its groups."""
     groups = {(one["task"], one["sample"]): one["group"] for one in inputs}
     found: dict[str, list[Line]] = {}
@@ -160,7 +158,7 @@ def aggregate(inputs: Sequence[Line], lines: Sequence[Line], scores: Sequence[Li
         own = groups.get((line["task"], line["sample"]), {})
         for group in ({}, own) if own else ({},):
             name = json.dumps(key | {"group": group}, sort_keys=True)
-            found.setdefault(name, []).append(line | {"score": score["score"], "group": group})
+            found.setdefault(name, []).append({**line, "score": score["score"], "group": group})
     rows = [_row(some) for some in found.values()]
     return sorted(rows, key=lambda row: bool(row["group"]))
 
@@ -205,13 +203,13 @@ def cells(rows: Sequence[Line]) -> list[list[str]]:
     return made
 
 
-def _refusals(lines: Sequence[Line]) -> list[str]:
+def _refusals(lines: Sequence[SampleLine]) -> list[str]:
     """Why figures are missing: a sentence for each task, method, budget and outcome."""
     found: dict[tuple[str, ...], list[str]] = {}
     for line in lines:
         if line["outcome"] != OK:
             key = line["task"], line["method"], line["keep"], line["outcome"]
-            found.setdefault(key, []).append(line["reason"])
+            found.setdefault(key, []).append(line.get("reason") or "")
     return [
         f"{' '.join(key[:3]).strip()}: {len(why)} {key[3]}: {why[0]}" for key, why in found.items()
     ]

@@ -18,13 +18,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from kvtrim.records import OK
+from kvtrim.records import BEGUN, ENDED, FAILED, OK, SKIPPED, UNFINISHED
 from kvtrim.records.journal import Journal
 
 LINES = "gpu.jsonl"
-BEGUN, FAILED, SKIPPED, ENDED = "begun", "failed", "skipped", "ended"
-UNFINISHED = "unfinished"
-"""Outcomes of a line. A measurement that was begun and has no other line ended its process."""
 
 _LONGEST = 4.0  # times its estimate that a measurement may take before it counts as hanging
 _SETUP = 90.0  # seconds that it may take more, to make the model in a new process

@@ -22,7 +22,7 @@ from kvtrim.bench.candidates import Candidate, Feed, Subject
 from kvtrim.bench.provenance import peak_memory
 from kvtrim.errors import UsageError
 from kvtrim.hf.generate import synchronize
-from kvtrim.records import OK, OOM, REFUSED
+from kvtrim.records import FAILED, OK, OOM, REFUSED
 from kvtrim.records.journal import Journal, Key
 from kvtrim.types import Int, Tensor
 
@@ -133,7 +133,7 @@ def _quick_collections() -> Iterator[None]:
 
 def _is_settled(journal: Journal, turn: Turn) -> bool:
     """Whether this turn was taken, or its row has failed."""
-    failed = any(journal.holds(turn.row | {"outcome": why}) for why in (OOM, REFUSED, "failed"))
+    failed = any(journal.holds(turn.row | {"outcome": why}) for why in (OOM, REFUSED, FAILED))
     return failed or journal.holds(turn.row | {"round": turn.round})
 
 
@@ -144,7 +144,7 @@ def _attempt(
     try:
         return {"outcome": OK, **how(model, plan, turn)}
     except Exception as error:
-        outcome = failures.outcome(error) or ("failed" if turn.candidate.peer else None)
+        outcome = failures.outcome(error) or (FAILED if turn.candidate.peer else None)
         if outcome is None:
             raise
         reason = failures.reason(error, outcome)
