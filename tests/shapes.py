@@ -30,7 +30,6 @@ class _Calls(threading.local):
 
 
 _calls = _Calls()
-_NUMBERS = {}  # what every call begins with: numbers stand for themselves
 
 
 class Shape(type):
@@ -43,46 +42,45 @@ class Shape(type):
         return super().__new__(meta, hint.__name__, (), {})
 
     def __init__(cls, hint):
-        import torch
-
-        cls.tensor = hint.array_type
-        cls.kinds = {getattr(torch, name, None) for name in hint.dtypes} - {None}
-        dims = [int(dim) if dim.isdigit() else dim for dim in hint.dim_str.split()]
-        many = [at for at, dim in enumerate(dims) if dim == "..." or str(dim)[0] == "*"]
-        names = {dim.removeprefix("*") for dim in dims if isinstance(dim, str) and dim != "..."}
+        dims = hint.dim_str.split()
+        many = [at for at, dim in enumerate(dims) if dim == "..." or dim[0] == "*"]
+        names = {dim.removeprefix("*") for dim in dims if dim != "..." and not dim.isdigit()}
         if len(many) > 1 or not all(name.isidentifier() and name[0] != "_" for name in names):
             raise TypeError(f"{hint} says more than tests/shapes.py understands")
-        cls.cut = many[0] if many else None
-        cls.rest = dims.pop(many[0]) if many else None
-        cls.dims = dims
-        _NUMBERS.update((dim, dim) for dim in dims if isinstance(dim, int))
+        cls.fits = _compiled(hint, dims, *many)
 
     def __instancecheck__(cls, value):
-        if not isinstance(value, cls.tensor) or value.dtype not in cls.kinds:
-            return False
-        sizes, dims = value.shape, cls.dims
-        if cls.rest is not None:
-            cut, end = cls.cut, cls.cut + len(sizes) - len(dims)
-            if end < cut:
-                return False
-            within, sizes = tuple(sizes[cut:end]), (*sizes[:cut], *sizes[end:])
-            if cls.rest != "...":  # one more letter, which stands for sizes
-                sizes, dims = (*sizes, within), (*dims, cls.rest)
-        elif len(sizes) != len(dims):
-            return False
-        letters, bound = _calls.letters, []
-        if letters is None:
-            letters = _NUMBERS.copy()
-        for dim, size in zip(dims, sizes, strict=True):
-            known = letters.get(dim)
-            if known is None:
-                letters[dim] = size
-                bound.append(dim)
-            elif known != size:
-                for each in bound:
-                    del letters[each]
-                return False
-        return True
+        return cls.fits(value)
+
+
+def _compiled(hint, dims, many=None):
+    """A function: is a value such a tensor? Written out, since it runs millions of times."""
+    import torch
+
+    sizes = [f"size{at}" for at in range(len(dims))]
+    lines = [
+        "def fits(value):",
+        "  if not isinstance(value, tensor) or value.dtype not in kinds: return False",
+        "  shape, letters = value.shape, calls.letters",
+        f"  if len(shape) {'!=' if many is None else '<'} {len(dims) - (many is not None)}: "
+        "return False",
+    ]
+    if many is not None:
+        sizes[many] = f"*{sizes[many]}"
+    lines += [f"  [{', '.join(sizes)}] = shape", "  if letters is None: letters = {}"]
+    places = {}
+    for at, dim in enumerate(dims):
+        if dim == "...":
+            continue
+        other = dim if dim.isdigit() else places.setdefault(dim, f"size{at}")
+        if other == f"size{at}":
+            other = f"letters.get({dim!r}, size{at})"
+        lines.append(f"  if size{at} != {other}: return False")
+    lines += [f"  letters[{dim!r}] = {size}" for dim, size in places.items()]
+    kinds = {getattr(torch, name, None) for name in hint.dtypes} - {None}
+    scope = {"tensor": hint.array_type, "kinds": kinds, "calls": _calls}
+    exec("\n".join([*lines, "  return True"]), scope)
+    return scope["fits"]
 
 
 _SHAPES = {}
@@ -149,7 +147,7 @@ def checked(made):
             shapes, strict = _ready(made)[::-1]
         if not shapes:
             return strict(*args, **kwargs)
-        outer, _calls.letters = _calls.letters, _NUMBERS.copy()
+        outer, _calls.letters = _calls.letters, {}
         try:
             return strict(*args, **kwargs)
         finally:
