@@ -99,7 +99,7 @@ def stream(model, ids, blocks, keep):
 
 @pytest.mark.parametrize(
     "blocks",
-    [[40, *[1] * 14], [30, 3, 1, 5, 1, 1, 12], [1] * 40],
+    [[24, *[1] * 8], [20, 3, 1, 5, 1, 1, 12], [1] * 26],
     ids=["prompt and steps", "blocks of tokens", "a stream from the first token"],
 )
 def test_it_is_the_llama_that_caches_unrotated_keys(blocks):
@@ -125,21 +125,21 @@ def at_slots(module, query, key, value, attention_mask, scaling=None, softcap=No
     if seen is not None:
         query, key = rotate(module, query, -here), rotate(module, key, -here)
     out = torch.zeros(*query.shape[:3], value.shape[-1], dtype=value.dtype)
-    for head in range(query.shape[1]):
+    for head in range(key.shape[1]):
+        group = slice(head * groups, (head + 1) * groups)  # query heads that share it
         for i in range(n):
             if seen is None:  # a layer that slides
                 held = list(range(max(0, i - models.WINDOW + 1), i + 1))
-                q, k = query[0, head, i], key[0, head // groups, held]
+                q, k = query[0, group, i], key[0, head, held]
             else:
-                held = seen[i][head // groups]
+                held = seen[i][head]
                 slots = torch.arange(len(held))
-                q = rotate(module, query[:, head : head + 1, i : i + 1], slots[-1:])[0, 0, 0]
-                own = key[:, head // groups, None, held]
-                k = rotate(module, own, slots)[0, 0]
-            logits = k @ q * scaling
+                q = rotate(module, query[:, group, i : i + 1], slots[-1:])[0, :, 0]
+                k = rotate(module, key[:, head, None, held], slots)[0, 0]
+            logits = q @ k.T * scaling
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
-            out[0, head, i] = logits.softmax(0) @ value[0, head // groups, held]
+            out[0, group, i] = logits.softmax(-1) @ value[0, head, held]
     return out.transpose(1, 2).contiguous(), None
 
 
