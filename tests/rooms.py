@@ -110,9 +110,14 @@ ROOMS = {
     "tasks.sandbox": Room("errors", torch=False),
     "report": Room("errors files methods.variant records", torch=False),
     "report.viewer": Room("errors files report", torch=False),
+    "report.rank_tests": Room("errors report", owns="scipy", torch=False),
     "report.plots": Room("errors files", owns="matplotlib", torch=False),
     "bench": Room(f"{_BENCH} bench.eval report report.viewer tasks version"),
     "bench.eval": Room(f"{_BENCH} report tasks tasks.sandbox"),
+    "bench.analyses": Room(
+        f"{_BENCH} bench.calibrate bench.eval methods.policies report report.rank_tests tasks",
+        owns="sklearn",
+    ),
     "bench.sweep": Room(f"{_BENCH} bench.eval tasks", owns="ray"),
     "bench.speed": Room(_BENCH, owns="kvpress"),
     "bench.calibrate": Room(
@@ -130,7 +135,7 @@ ROOMS = {
     "serve.stream": Room("prompts", torch=False),
     "lm_eval": Room("errors hf hf.models methods.settings version", owns="lm_eval"),
     "cli": Room(
-        "api bench bench.calibrate bench.eval bench.speed bench.sweep engine errors files hf "
+        "api bench bench.analyses bench.calibrate bench.eval bench.speed bench.sweep engine errors files hf "
         "hf.models lm_eval methods.budgets methods.describe methods.echo_tables methods.keep "
         "methods.method methods.registry methods.request methods.settings prompts records "
         "report report.plots report.viewer serve serve.library serve.stream tasks version",

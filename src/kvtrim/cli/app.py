@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from kvtrim.cli import (
+    analyze,
     ask,
     caches,
     calibrate,
@@ -43,6 +44,7 @@ app.command("eval")(eval.evaluate)
 app.command("sweep")(sweep.sweep)
 app.command("recommend")(recommend.recommend)
 app.command("report")(report.report)
+app.command("analyze")(analyze.analyze)
 app.command(
     "lm-eval",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

@@ -10,6 +10,7 @@ Ours:  the same series without n x n matrices, fp64; ties rank by slot; KV heads
        of different length walk apart; surface="own" averages the queries of a KV head.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -91,6 +92,25 @@ def visits(
     temperature: float = 1.0,
 ) -> Float[Tensor, "C 2 S"]:
     """Expected visits in `steps` steps, float64: from the newest slot, and from anywhere alike."""
+    total = surface.new_zeros((), dtype=torch.float64)
+    for now in arrivals(surface, lengths, sinks, steps, temperature):
+        total = total + now
+    total[..., :sinks] = 0
+    total[..., :sinks] = _SINK_SHARE * total.sum(dim=-1, keepdim=True)
+    return total
+
+
+def arrivals(
+    surface: Float[Tensor, "C W S"],
+    lengths: Int[Tensor, " C"],
+    sinks: int,
+    steps: int,
+    temperature: float = 1.0,
+) -> Iterator[Float[Tensor, "C 2 S"]]:
+    """Where walks start and where each step brings them: from the newest slot, from anywhere.
+
+    What reaches a sink stays there and is in no later step.
+    """
     surface, window = surface.double(), surface.shape[1]
     slot, first = torch.arange(surface.shape[-1], device=surface.device), lengths - window
     walked = (slot >= sinks) & (slot < lengths[:, None])
@@ -105,13 +125,12 @@ def visits(
     newest = (slot == lengths[:, None] - 1).double()
     anywhere = walked.double() / walked.sum(dim=-1, keepdim=True).clamp(min=1)
     now = torch.stack([newest, anywhere], dim=1)
-    total = now.clone()
+    yield now
     for _ in range(steps):
+        now = now * walked[:, None]
         stepped = pull[:, None] * _before((now * chance).flip(-1)).flip(-1)
-        now = (stepped + now.gather(-1, rows) @ steer) * walked[:, None]
-        total += now
-    total[..., :sinks] = _SINK_SHARE * total.sum(dim=-1, keepdim=True)
-    return total
+        now = stepped + now.gather(-1, rows) @ steer
+        yield now
 
 
 def _before(values: Float[Tensor, "*C S"]) -> Float[Tensor, "*C S"]:
