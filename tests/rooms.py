@@ -135,10 +135,11 @@ ROOMS = {
     "serve.stream": Room("prompts", torch=False),
     "lm_eval": Room("errors hf hf.models methods.settings version", owns="lm_eval"),
     "cli": Room(
-        "api bench bench.analyses bench.calibrate bench.eval bench.speed bench.sweep engine errors files hf "
-        "hf.models lm_eval methods.budgets methods.describe methods.echo_tables methods.keep "
-        "methods.method methods.registry methods.request methods.settings prompts records "
-        "report report.plots report.viewer serve serve.library serve.stream tasks version",
+        "api bench bench.analyses bench.calibrate bench.eval bench.speed bench.sweep engine "
+        "errors files hf hf.models lm_eval methods.budgets methods.describe methods.echo_tables "
+        "methods.keep methods.method methods.registry methods.request methods.settings prompts "
+        "records report report.plots report.viewer serve serve.library serve.stream "
+        "tasks version",
         owns="typer rich uvicorn prompt_toolkit",
     ),
 }

@@ -219,7 +219,7 @@ def _require_sources(
     if analysis.scores and not tasks:
         raise UsageError(
             f"{analysis.name} needs right answers: take the prompts of a benchmark with --task "
-            "(niah-contrast makes its own)"
+            "(ruler-vt makes its own)"
         )
     if bool(sources) == bool(tasks):
         what = "both a file and --task are given" if tasks else "there is no prompt"

@@ -12,7 +12,6 @@ from kvtrim.report.lookup import View
 from kvtrim.report.results import Section, SpeedRun, across_lengths
 from kvtrim.report.tables import Table
 
-_EARLIER = {"captured": False, "capture_s": 0.0}  # lines of runs before steps could be captured
 _ENDS = ("spread", "published", "failed")  # of the names of a speed run's further tables
 PROTOCOLS = {
     "question-agnostic": "The context was compressed before the question was known; the question "
@@ -82,7 +81,7 @@ def _evaluation_chapter(view: View) -> Chapter:
 def _speed_chapter(run: SpeedRun, start: str) -> Chapter:
     """Seconds and bytes of one speed run."""
     record = run.record
-    rows = speed.rows([{**_EARLIER, **line} for line in run.lines], record["limits"])
+    rows = speed.rows(run.lines, record["limits"])
     columns, cells = speed.table(rows)
     about = f"{speed.title(record)}. To plain: ratio to plain transformers in the same round."
     made = [Table(start, "Speed and memory", about, columns, cells)]

@@ -68,7 +68,7 @@ def _timed(
     for run in speeds:
         if run.record["model"]["name"] != section.model:
             continue
-        for row in speed.rows([dict(line) for line in run.lines], run.record["limits"]):
+        for row in speed.rows(run.lines, run.record["limits"]):
             if row["batch"] != FEWEST or "token_s" not in row:
                 continue
             key = row["method"], budget(row["keep"])

@@ -9,7 +9,7 @@ Source: Demsar 2006, Journal of Machine Learning Research 7, sections 3.2.2 and 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, isnan, sqrt
+from math import inf, sqrt
 from typing import Any
 
 from kvtrim.errors import UsageError
@@ -64,10 +64,10 @@ def ranked(scores: Mapping[str, Sequence[float]]) -> Ranked:
         stats.rankdata([-own[task] for own in scores.values()]).tolist() for task in range(tasks)
     ]
     means = [sum(column) / tasks for column in zip(*places, strict=True)]
-    test = stats.friedmanchisquare(*scores.values())
-    statistic, p = float(test.statistic), float(test.pvalue)
-    if isnan(statistic):  # all methods are equal on every task
-        statistic, p = 0.0, 1.0
+    statistic, p = 0.0, 1.0  # where all methods are equal on every task
+    if any(len(set(own)) > 1 for own in places):
+        test = stats.friedmanchisquare(*scores.values())
+        statistic, p = float(test.statistic), float(test.pvalue)
     apart = float(stats.studentized_range.ppf(1 - LEVEL, count, inf)) / sqrt(2)
     distance = apart * sqrt(count * (count + 1) / (6 * tasks))
     order = sorted(zip(scores, means, strict=True), key=lambda one: one[1])

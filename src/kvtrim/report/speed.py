@@ -14,16 +14,17 @@ from kvtrim.report.format import markdown, prose, ratio, seconds, size, spread
 
 PLAIN = "transformers"
 Row = dict[str, Any]
+_EARLIER = {"captured": False, "capture_s": 0.0}  # lines of runs before steps could be captured
 _KEY = ("batch", "length", "method", "keep")
 _TIMES = {"ttft_s": "ttft", "token_s": "token", "end_to_end_s": "end_to_end"}
 _LAST = ("held_bytes", "full_bytes", "entries", "captured")
 
 
-def rows(journal: Sequence[Row], limits: Mapping[str, float]) -> list[Row]:
+def rows(journal: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> list[Row]:
     """Rows in the order in which they were first measured."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for line in journal:
-        groups.setdefault(tuple(line[name] for name in _KEY), []).append(line)
+        groups.setdefault(tuple(line[name] for name in _KEY), []).append({**_EARLIER, **line})
     made = []
     for key, lines in groups.items():
         plain = groups.get((*key[:2], PLAIN, ""), [])

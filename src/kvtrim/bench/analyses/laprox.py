@@ -66,9 +66,9 @@ def cosine(asked: Asked) -> Finding:
     ]
     about = (
         f"{asked.about}. The same tokens (the question where it comes after the eviction, and "
-        f"what the full cache goes on with, {_AFTER} or more in all) are read after the full cache and after "
-        "the evicted one; mean cosine of what each decoder layer gives, over tokens and prompts. "
-        "Held: measured bytes over a full cache's."
+        f"what the full cache goes on with, {_AFTER} or more in all) are read after the full "
+        "cache and after the evicted one; mean cosine of what each decoder layer gives, over "
+        "tokens and prompts. Held: measured bytes over a full cache's."
     )
     columns = [("method", "left"), ("held", "right"), ("mean", "right"), ("least", "right")]
     columns += [("last layer", "right")]

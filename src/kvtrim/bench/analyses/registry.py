@@ -2,11 +2,19 @@
 
 from collections.abc import Mapping
 
-from kvtrim.bench.analyses import circuitkv, curdkv, fastkv, folders, kvfundabench, laprox
+from kvtrim.bench.analyses import (
+    circuitkv,
+    curdkv,
+    fastkv,
+    folders,
+    kvfundabench,
+    laprox,
+    propagation,
+)
 from kvtrim.bench.analyses.base import Analysis
 from kvtrim.errors import UnknownNameError
 
-_FAMILIES = (fastkv, curdkv, kvfundabench, laprox, circuitkv, folders)
+_FAMILIES = (fastkv, propagation, curdkv, kvfundabench, laprox, circuitkv, folders)
 ANALYSES: Mapping[str, Analysis] = {
     one.name: one for family in _FAMILIES for one in family.ANALYSES
 }

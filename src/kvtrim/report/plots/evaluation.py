@@ -52,10 +52,10 @@ def draw(picture: Picture, look: Mapping[str, Mapping[str, Any]]) -> bytes:
     figure.suptitle(fill_lines(picture["title"], int(13 * figure.get_figwidth())), fontsize=10)
     out = BytesIO()
     figure.savefig(out, dpi=_DPI, format="png")
-    return _small(out)
+    return small(out)
 
 
-def _small(drawn: BytesIO) -> bytes:
+def small(drawn: BytesIO) -> bytes:
     """The same PNG with a palette, a third of the bytes."""
     from PIL import Image  # matplotlib brings it
 

@@ -6,7 +6,7 @@ from math import ceil
 from typing import Any, Literal
 
 from kvtrim.errors import UsageError
-from kvtrim.report.plots.evaluation import fill_lines, new_figure, styles
+from kvtrim.report.plots.evaluation import fill_lines, new_figure, small, styles
 
 Panel = Mapping[str, Any]
 Format = Literal["png", "svg"]
@@ -49,7 +49,7 @@ def draw(
     with matplotlib.rc_context({"svg.hashsalt": "kvtrim", "svg.fonttype": "none"}):
         told = {"metadata": {"Date": None, "Description": about}} if form == "svg" else {}
         figure.savefig(out, dpi=_DPI, format=form, **told)
-    return out.getvalue()
+    return small(out) if form == "png" else out.getvalue()
 
 
 def _height(panels: Sequence[Panel]) -> float:
