@@ -70,7 +70,7 @@ def test_what_a_choice_rebuilds(at_once, monkeypatch):
     for index, call in enumerate(subjects.calls_of(model, subjects.ids_of(given))):
         mask = torch.rand(2, 30, generator=draw) < 0.4
         mask[:, 0] = True
-        found = curdkv.rebuilt(one.view(index), {"own": mask})["own"]
+        found = curdkv.reconstruction_losses(one.view(index), {"own": mask})["own"]
         q, k, v = call.queries[0], call.keys[0], call.values[0]
         losses = []
         for head in range(6):
@@ -99,11 +99,11 @@ def test_choices_by_keys_values_and_both_beside_other_methods():
     assert [row[:2] for row in found.rows] == [
         [keep, name]
         for keep in ("50%", "25%")
-        for name in ("key", "value", "key x value", "snapkv window=4")
+        for name in ("key", "value", "key x value", "snapkv:window=4")
     ]
     assert [row[2] for row in found.rows] == pytest.approx([0.5] * 4 + [0.25] * 4)
     by_name = {(row[0], row[1]): row[3:] for row in found.rows}
-    for name in ("key", "value", "key x value", "snapkv window=4"):
+    for name in ("key", "value", "key x value", "snapkv:window=4"):
         assert by_name["50%", name][0] < by_name["25%", name][0] < 1
 
 

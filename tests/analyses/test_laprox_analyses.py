@@ -25,7 +25,7 @@ def test_cosines_are_those_of_a_model_that_masks_what_was_evicted(question):
     found = laprox.cosine(given)
     one = next(iter(passes.passes(given)))
     with kvtrim.attach(model):
-        after = laprox._continued(model, one)
+        after = laprox._continue(model, one)
     assert len(after) == 16 and after[:question] == one.question
     ids, n = torch.tensor([one.recording.ids[0].tolist() + after]), one.tokens
     seen = oracles.causal(n + 16).expand(1, 6, -1, -1).clone()
@@ -39,7 +39,7 @@ def test_cosines_are_those_of_a_model_that_masks_what_was_evicted(question):
         float(torch.cosine_similarity(a[n:], b[n:], dim=-1).mean())
         for a, b in zip(cut, full, strict=True)
     ]
-    assert found.more["cosine"]["snapkv window=8 20"] == pytest.approx(expected, rel=1e-6)
+    assert found.more["cosine"]["snapkv:window=8 20"] == pytest.approx(expected, rel=1e-6)
     assert found.more["cosine"]["full"] == pytest.approx([1.0] * 3)
     assert found.rows[0][2:] == pytest.approx([sum(expected) / 3, min(expected), expected[-1]])
 
@@ -65,7 +65,7 @@ def test_the_likeliest_tokens_follow_a_prompt_without_a_question():
     given = subjects.asked(model, 40)
     one = next(iter(passes.passes(given)))
     with kvtrim.attach(model):
-        after = laprox._continued(model, one)
+        after = laprox._continue(model, one)
     ids = subjects.ids_of(given)
     for token in after:
         with torch.no_grad():
@@ -101,11 +101,11 @@ def test_retained_tokens_are_those_of_select():
         Candidate("laprox", "30%", {"window": 8}),
     )
     given = subjects.asked(model, 40, 50, cells=cells)
-    found = laprox.retained(given)
+    found = laprox.retention(given)
     select = partial(_selected, model, given)
     for cell in cells:
         counts = torch.stack([select(number, cell) for number in range(2)]).mean(dim=0)
-        shown = torch.tensor(found.more["kept_percent"][passes.label(cell, True)])
+        shown = torch.tensor(found.more["kept_percent"][cell.said])
         assert torch.allclose(shown.double(), counts)
 
 

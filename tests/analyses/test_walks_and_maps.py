@@ -43,7 +43,7 @@ def test_charge_and_absorption_are_the_chains():
             visits += at
             ends.append(at[:, :sinks].sum(-1))
         visits[:, :sinks] = 0
-        own, absorbed = circuitkv.walked(one.view(index), POLICY)
+        own, absorbed = circuitkv.walk(one.view(index), POLICY)
         assert torch.allclose(own, visits) and torch.allclose(absorbed, torch.stack(ends, -1))
         shares = visits.sort(descending=True).values[:, :3].sum(-1) / visits.sum(-1)
         row = [*shares.tolist(), *ends[-1].tolist()]
@@ -52,15 +52,15 @@ def test_charge_and_absorption_are_the_chains():
 
 def test_parts_of_a_prompt_share_its_visits():
     visits = torch.arange(20.0).double().reshape(2, 10)
-    halves = circuitkv.binned(visits, 2)
+    halves = circuitkv.parts_of(visits, 2)
     assert halves[0].tolist() == pytest.approx([10 / 45, 35 / 45])
-    assert circuitkv.binned(visits, 64).shape == (2, 10)
+    assert circuitkv.parts_of(visits, 64).shape == (2, 10)
 
 
 def test_nothing_between_sinks_and_window_is_refused():
     one = next(iter(passes.passes(subjects.asked(models.tiny(), 12))))
     with pytest.raises(UsageError, match="12 tokens has none between 4 sinks and the window of 8"):
-        circuitkv.walked(one.view(0), POLICY)
+        circuitkv.walk(one.view(0), POLICY)
 
 
 @pytest.mark.parametrize("at_once", [2**21, 700])
@@ -76,7 +76,7 @@ def test_a_map_sums_all_weights(architecture, at_once, monkeypatch):
     if call.softcap:
         logits = call.softcap * torch.tanh(logits / call.softcap)
     weights = logits.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
-    cells, figures = kvfundabench.seen(one.view(len(one.layers) - 1), bins)
+    cells, figures = kvfundabench.layer_map(one.view(len(one.layers) - 1), bins)
     mean = weights.mean(dim=0)
     expected = torch.zeros(bins, bins, dtype=torch.float64)
     rows = [0] * bins

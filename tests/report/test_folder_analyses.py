@@ -10,7 +10,7 @@ import synthetic
 from kvtrim.errors import UsageError
 from kvtrim.report import frontiers, rank_tests, results
 from kvtrim.report.frontiers import COSTS, Point, front, frontier
-from kvtrim.report.rank_tests import friedman, ranked
+from kvtrim.report.rank_tests import friedman, rank
 from kvtrim.report.sensitivity import sensitivity
 from kvtrim.report.statistics import Figure
 
@@ -51,7 +51,7 @@ def test_friedmans_statistic_and_nemenyis_difference():
     mean = {name: sum(own) / 5 for name, own in ranks.items()}
     k, n = 4, 5
     chi = 12 * n / (k * (k + 1)) * (sum(m * m for m in mean.values()) - k * (k + 1) ** 2 / 4)
-    found = ranked(scores)
+    found = rank(scores)
     assert dict(found.methods) == pytest.approx(mean) and found.methods[0][0] == "a"
     assert found.statistic == pytest.approx(chi) and 0 < found.p < 0.05
     assert found.distance == pytest.approx(2.569 * sqrt(k * (k + 1) / (6 * n)), abs=2e-3)
@@ -59,7 +59,7 @@ def test_friedmans_statistic_and_nemenyis_difference():
 
 def test_methods_that_are_equal_everywhere_do_not_differ():
     pytest.importorskip("scipy")
-    found = ranked({name: [1.0, 0.5] for name in "abc"})
+    found = rank({name: [1.0, 0.5] for name in "abc"})
     assert (found.statistic, found.p) == (0.0, 1.0)
     assert {rank for _, rank in found.methods} == {2.0}
     assert found.cliques == []  # no bar has a length
@@ -74,7 +74,7 @@ def test_cliques_are_the_longest_runs_within_the_difference():
 
 def test_methods_are_ranked_on_every_task(folder):
     pytest.importorskip("scipy")
-    found, known = friedman(*results.found([folder])), means(folder)
+    found, known = friedman(*results.read_results([folder])), means(folder)
     assert [panel["kind"] for panel in found.panels] == ["ranks"] * 2
     for keep in KEEPS:
         rows = {row[2]: row for row in found.rows if row[1] == keep}
@@ -96,11 +96,11 @@ def test_too_few_methods_are_refused_with_what_is_needed(tmp_path):
     pytest.importorskip("scipy")
     own = synthetic.evaluation(tmp_path / "few", TASKS, METHODS[:2], KEEPS)
     with pytest.raises(UsageError, match=r"2 methods on 4 tasks.*at least three methods"):
-        friedman(*results.found([own]))
+        friedman(*results.read_results([own]))
 
 
 def test_a_task_is_as_sensitive_as_its_methods_on_average(folder):
-    found, known = sensitivity(*results.found([folder])), means(folder)
+    found, known = sensitivity(*results.read_results([folder])), means(folder)
     assert len(found.rows) == len(TASKS) * len(KEEPS) and len(found.panels) == 1
     for _, _, task, keep, held, change, least, most, count in found.rows:
         full = known["full", "", task]
@@ -112,7 +112,7 @@ def test_a_task_is_as_sensitive_as_its_methods_on_average(folder):
 
 def test_models_are_compared_on_the_tasks_they_share(folder, tmp_path):
     base = synthetic.evaluation(tmp_path / "base", TASKS[:3], METHODS, KEEPS, "base", seed=4)
-    found = sensitivity(*results.found([folder, base]))
+    found = sensitivity(*results.read_results([folder, base]))
     last = found.panels[-1]
     assert "3 shared tasks" in last["title"]
     assert [one["label"] for one in last["series"]] == ["smollm2", "base"]
@@ -145,7 +145,7 @@ def test_the_front_holds_what_nothing_beats():
 
 def test_scores_and_bytes_stand_beside_seconds_of_the_same_model(tmp_path, folder):
     speed = synthetic.speed(tmp_path / "speed", METHODS[:2], keep="64")
-    found = frontier(*results.found([folder, speed]))
+    found = frontier(*results.read_results([folder, speed]))
     rows = {(row[1], row[2]): row for row in found.rows}
     assert len(rows) == 1 + len(METHODS) * len(KEEPS)
     known = means(folder)
@@ -156,7 +156,7 @@ def test_scores_and_bytes_stand_beside_seconds_of_the_same_model(tmp_path, folde
     assert rows["h2o", "64"][7] > 0
     assert rows["knorm", "64"][6] is None and rows["snapkv", "512"][6] is None
     assert [panel["x"] for panel in found.panels] == [*COSTS]
-    alone = frontier(*results.found([folder]))
+    alone = frontier(*results.read_results([folder]))
     assert len(alone.panels) == 1 and alone.rows[0][6] is None
 
 
@@ -165,5 +165,5 @@ def test_seconds_of_another_model_do_not_count(tmp_path, folder):
     record = json.loads((speed / "run.json").read_text())
     record["model"]["name"] = "another"
     (speed / "run.json").write_text(json.dumps(record))
-    found = frontiers.frontier(*results.found([folder, speed]))
+    found = frontiers.frontier(*results.read_results([folder, speed]))
     assert all(row[6] is None for row in found.rows)

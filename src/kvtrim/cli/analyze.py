@@ -124,12 +124,12 @@ def analyze(
     kvtrim analyze friedman RUN. Without a name: which there are.
     """
     from kvtrim.bench.analyses.base import OfFolders, OfPrompts
-    from kvtrim.bench.analyses.registry import ANALYSES, named
+    from kvtrim.bench.analyses.registry import ANALYSES, find
 
     if name is None:
         _list(list(ANALYSES.values()), json)
         return
-    analysis = named(name)
+    analysis = find(name)
     if not out.parent.is_dir():
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
     _require_packages(analysis)
@@ -148,13 +148,13 @@ def analyze(
         if len(given or []) > 1 and use not in analysis.uses:
             raise UsageError(f"{what} is given several times, and {name} takes one")
     from kvtrim.bench.candidates import PLAIN, candidates
-    from kvtrim.tasks import named as tasks_named
+    from kvtrim.tasks import find_tasks
     from kvtrim.tasks.rows import reader
 
     keeps = tuple(keep or analysis.keeps)
     chosen = candidates([*(method or analysis.methods)], keeps, options.parse_settings(set_))
     cells = tuple(cell for cell in chosen if cell.method != PLAIN)
-    tasks, rows = tasks_named(task or []), reader(data)
+    tasks, rows = find_tasks(task or []), reader(data)
     for each in tasks:
         for file in each.data:
             rows(file)
@@ -236,7 +236,7 @@ def _of_folders(analysis: "OfFolders", sources: Sequence[str]) -> "Finding":
             f"{analysis.name} reads folders that kvtrim eval wrote with --out; name some"
         )
     with output.busy("reading and averaging"):
-        return analysis.compute(*results.found([Path(source) for source in sources]))
+        return analysis.compute(*results.read_results([Path(source) for source in sources]))
 
 
 def _record(asked: Any, protocol: str) -> dict[str, Any]:
@@ -251,10 +251,7 @@ def _record(asked: Any, protocol: str) -> dict[str, Any]:
             {"name": one.name, "tokens": one.tokens} | one.given.line(one.task.name)
             for one in asked.subjects
         ],
-        "cells": [
-            {"method": one.method, "keep": one.keep, "settings": one.settings}
-            for one in asked.cells
-        ],
+        "cells": [one.record() for one in asked.cells],
         "keeps": list(asked.keeps),
         "rates": list(asked.rates),
         "layers": list(asked.layers),

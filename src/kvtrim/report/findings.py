@@ -41,7 +41,7 @@ class Finding:
     @property
     def cells(self) -> list[list[str]]:
         """The rows as people read them."""
-        return [[shown(cell) for cell in row] for row in self.rows]
+        return [[show(cell) for cell in row] for row in self.rows]
 
     def markdown(self) -> str:
         """A page: title, what it is, the table."""
@@ -61,7 +61,7 @@ class Finding:
         }
 
 
-def shown(cell: Cell) -> str:
+def show(cell: Cell) -> str:
     """A figure with four digits, a dash for none."""
     if cell is None:
         return "-"

@@ -46,12 +46,12 @@ COSTS: Mapping[str, tuple[Callable[[Point], float | None], bool]] = {
 
 def points(view: View, speeds: Sequence[SpeedRun]) -> list[Point]:
     """Every method and budget that has scores on all tasks of the full cache."""
-    whole = view.scored(view.tasks, FULL) or view.tasks
-    timed = _timed(view.section, speeds)
+    whole = view.tasks_with_score(view.tasks, FULL) or view.tasks
+    timed = _speed_rows(view.section, speeds)
     found = []
     for row in view.rows:
-        score, held = view.mean(whole, row), view.held(whole, row)
-        if score is None or held is None or len(view.scored(whole, row)) < len(whole):
+        score, held = view.mean(whole, row), view.memory(whole, row)
+        if score is None or held is None or len(view.tasks_with_score(whole, row)) < len(whole):
             continue
         own = timed.get((row[0], budget(row[1])), {})
         seconds = own.get("ttft_s"), own.get("tokens_per_s")
@@ -59,7 +59,7 @@ def points(view: View, speeds: Sequence[SpeedRun]) -> list[Point]:
     return found
 
 
-def _timed(
+def _speed_rows(
     section: Section, speeds: Sequence[SpeedRun]
 ) -> dict[tuple[str, tuple[str, float]], Mapping[str, Any]]:
     """Rows of the speed runs of the same model, by method and budget."""
@@ -113,7 +113,7 @@ def frontier(sections: Sequence[Section], speeds: Sequence[SpeedRun] = ()) -> Fi
             seconds = point.ttft_s, point.tokens_per_s
             start = [section.title, point.method, point.keep or "all"]
             rows.append([*start, *figures, *seconds, ", ".join(on) or "-"])
-        shown = [cost for cost in COSTS if len(_placed(found, cost)) > 1]
+        shown = [cost for cost in COSTS if len(_place(found, cost)) > 1]
         panels += [_panel(section, found, fronts[cost], cost) for cost in shown]
     if not rows:
         raise UsageError("nothing was scored in these folders; name those of kvtrim eval")
@@ -133,7 +133,7 @@ def frontier(sections: Sequence[Section], speeds: Sequence[SpeedRun] = ()) -> Fi
 _SHORT = ("bytes", "first token", "tokens/s")
 
 
-def _placed(found: Sequence[Point], cost: str) -> list[Point]:
+def _place(found: Sequence[Point], cost: str) -> list[Point]:
     return [point for point in found if COSTS[cost][0](point) is not None]
 
 
@@ -142,9 +142,9 @@ def _panel(
 ) -> dict[str, Any]:
     what = COSTS[cost][0]
     series = []
-    for method in dict.fromkeys(point.method for point in _placed(found, cost)):
+    for method in dict.fromkeys(point.method for point in _place(found, cost)):
         own = sorted(
-            (what(p), 100 * p.score.value) for p in _placed(found, cost) if p.method == method
+            (what(p), 100 * p.score.value) for p in _place(found, cost) if p.method == method
         )
         series.append({"label": method, "x": [x for x, _ in own], "y": [y for _, y in own]})
     edge = sorted((what(point), 100 * point.score.value) for point in best)

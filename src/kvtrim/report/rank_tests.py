@@ -43,7 +43,7 @@ class Ranked:
         return found
 
 
-def ranked(scores: Mapping[str, Sequence[float]]) -> Ranked:
+def rank(scores: Mapping[str, Sequence[float]]) -> Ranked:
     """Test methods by their scores on the same tasks.
 
     Raises:
@@ -87,7 +87,7 @@ def friedman(sections: Sequence[Section], speeds: Sequence[SpeedRun] = ()) -> Fi
             methods = [method for method, own in view.rows if own == keep and method != FULL[0]]
             scores = _scores(view, methods, keep)
             try:
-                found = ranked(scores)
+                found = rank(scores)
             except UsageError as error:
                 if "scipy" in str(error):
                     raise

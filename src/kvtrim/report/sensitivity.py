@@ -57,7 +57,7 @@ def _by_keep(view: View, task: str) -> list[list[Any]]:
         own = [row for row in view.rows if row[1] == keep and row != FULL]
         changes = [(row, view.change([task], row)) for row in own]
         known = [(row, figure.value) for row, figure in changes if figure is not None]
-        held = [view.held([task], row) for row, _ in known]
+        held = [view.memory([task], row) for row, _ in known]
         shares = [100 * each[1] for each in held if each is not None]
         if known and shares:
             values = [100 * value for _, value in known]

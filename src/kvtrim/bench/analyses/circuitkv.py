@@ -29,9 +29,9 @@ def charge(asked: Asked) -> Finding:
     layers: list[int] = []
     for one in passes(asked):
         layers = one.layers
-        walks = [walked(view, policy) for view in one.views]
+        walks = [walk(view, policy) for view in one.views]
         found.append([_figures(visits, absorbed) for visits, absorbed in walks])
-        maps.append(torch.stack([binned(visits, _BINS) for visits, _ in walks]))
+        maps.append(torch.stack([parts_of(visits, _BINS) for visits, _ in walks]))
         curves.append(torch.stack([absorbed for _, absorbed in walks]))
     rows = [
         [layer, *mean_over(own)]
@@ -94,7 +94,7 @@ def charge(asked: Asked) -> Finding:
     )
 
 
-def walked(
+def walk(
     view: LayerView, policy: CircuitKV
 ) -> tuple[Float[Tensor, "2 S"], Float[Tensor, "2 steps"]]:
     """Visits of each token, sinks left out, and the chance to be absorbed by each step.
@@ -124,7 +124,7 @@ def _figures(visits: Float[Tensor, "2 S"], absorbed: Float[Tensor, "2 steps"]) -
     return [*(top / visits.sum(dim=-1)).tolist(), *absorbed[:, -1].tolist()]
 
 
-def binned(visits: Float[Tensor, "2 S"], bins: int) -> Float[Tensor, "2 bins"]:
+def parts_of(visits: Float[Tensor, "2 S"], bins: int) -> Float[Tensor, "2 bins"]:
     """Shares of all visits that fall on equal parts of the prompt."""
     count = visits.shape[-1]
     bins = min(bins, count)

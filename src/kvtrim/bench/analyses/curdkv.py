@@ -18,11 +18,10 @@ from kvtrim.bench.analyses.passes import (
     blocks,
     evenly,
     kept_slots,
-    label,
     mean_over,
     newest,
     passes,
-    sampled,
+    sample,
     spearman,
     values,
 )
@@ -49,7 +48,7 @@ def loss(asked: Asked) -> Finding:
             attention, lost = eviction_losses(view, asked.window)
             own.append(_agreement(view, attention, lost))
             if index in wanted and index not in shown:
-                some = sampled(attention.numel(), _POINTS, asked.seed)
+                some = sample(attention.numel(), _POINTS, asked.seed)
                 shown[index] = attention.flatten()[some], lost.flatten()[some]
         found.append(own)
     rows = [
@@ -157,7 +156,7 @@ CHOICES = {"key": "key", "value": "value", "kv": "key x value"}
 
 def reconstruction(asked: Asked) -> Finding:
     """What is lost of logits and outputs when tokens are chosen by keys, values or both."""
-    cells = [*_choices(asked.keeps), *((label(cell), cell) for cell in asked.cells)]
+    cells = [*_choices(asked.keeps), *((cell.label, cell) for cell in asked.cells)]
     sums: dict[tuple[str, str], list[list[float]]] = {}
     shares: dict[tuple[str, str], float] = {}
     layers: list[int] = []
@@ -169,7 +168,7 @@ def reconstruction(asked: Asked) -> Finding:
             shares[key] = shares.get(key, 0.0) + share / len(asked.subjects)
         for index, view in enumerate(one.views):
             masks = {key: own[index] for key, own in kept.items()}
-            for key, pair in rebuilt(view, masks).items():
+            for key, pair in reconstruction_losses(view, masks).items():
                 sums.setdefault(key, []).append(list(pair))
     rows, means = [], {key: mean_over(own) for key, own in sums.items()}
     for keep in asked.keeps:
@@ -216,7 +215,7 @@ def _choices(keeps: Sequence[str]) -> list[tuple[str, Candidate]]:
     ]
 
 
-def rebuilt(
+def reconstruction_losses(
     view: LayerView, kept: dict[Any, Bool[Tensor, "X n"]]
 ) -> dict[Any, tuple[float, float]]:
     """Relative losses of logits and of outputs under each choice, mean over the query heads."""
@@ -232,11 +231,11 @@ def rebuilt(
     for rows, logits, weights in blocks(view, evenly(view, _QUERIES)):
         seen = torch.arange(logits.shape[-1], device=held.device) <= rows[:, None]
         columns += logits.masked_fill(~seen, 0).square().sum(dim=1)
-        out = _mixed(weights, held, kv_heads)
+        out = _mix(weights, held, kv_heads)
         whole += out.double().square().sum(dim=(1, 2))
         for key, mask in wide.items():
             left = weights * mask
-            again = _mixed(left, held, kv_heads) / left.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+            again = _mix(left, held, kv_heads) / left.sum(dim=-1, keepdim=True).clamp(min=1e-30)
             missing[key] += (out - again).double().square().sum(dim=(1, 2))
     total, found = columns.sum(dim=-1), {}
     for key, mask in wide.items():
@@ -246,7 +245,7 @@ def rebuilt(
     return found
 
 
-def _mixed(
+def _mix(
     weights: Float[Tensor, "H r n"], held: Float[Tensor, "K n E"], kv_heads: int
 ) -> Float[Tensor, "H r E"]:
     grouped = weights.unflatten(0, (kv_heads, -1)).flatten(1, 2)

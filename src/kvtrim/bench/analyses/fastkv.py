@@ -13,7 +13,7 @@ import torch
 
 from kvtrim.bench.analyses.base import Asked, OfPrompts, spread_layers
 from kvtrim.bench.analyses.passes import Pass, passes, window_weights
-from kvtrim.bench.calibrate.tsp import METHOD, Final, full_prefill, narrowed, narrowed_prefill
+from kvtrim.bench.calibrate.tsp import METHOD, Final, empty_cache, full_prefill, narrowed_prefill
 from kvtrim.errors import UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.methods.settings import find
@@ -167,7 +167,7 @@ def tsne(asked: Asked) -> Finding:
             'this analysis needs scikit-learn: pip install "kvtrim[analysis]"'
         ) from None
     rate = asked.rates[0]
-    count = len(narrowed(asked.model).managed)
+    count = len(empty_cache(asked.model).managed)
     layers = spread_layers(max(1, count - 1), count, asked.layers)
     if len(layers) < 2:
         raise UsageError("a map needs at least two layers; name more with --layer")

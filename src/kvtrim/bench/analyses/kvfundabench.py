@@ -24,7 +24,7 @@ def heatmap(asked: Asked) -> Finding:
     lengths: dict[str, list[int]] = {}
     for one in passes(asked):
         name = one.subject.task.name
-        cells, told = looked(one, asked)
+        cells, told = prompt_map(one, asked)
         maps.setdefault(name, []).append(cells)
         figures.setdefault(name, []).append(told)
         lengths.setdefault(name, []).append(one.tokens)
@@ -66,15 +66,17 @@ def heatmap(asked: Asked) -> Finding:
     return Finding("Attention by kind of task", about, columns, rows, panels, across=3)
 
 
-def looked(one: Pass, asked: Asked) -> tuple[Float[Tensor, "bins bins"], Float[Tensor, " 4"]]:
+def prompt_map(one: Pass, asked: Asked) -> tuple[Float[Tensor, "bins bins"], Float[Tensor, " 4"]]:
     """A map, and shares on sinks, near and far tokens with the entropy; means over layers."""
     wanted = spread_layers(len(one.layers), len(one.layers), asked.layers)
-    found = [seen(one.view(index), _BINS) for index in wanted]
+    found = [layer_map(one.view(index), _BINS) for index in wanted]
     maps, figures = zip(*found, strict=True)
     return torch.stack(maps).mean(dim=0), torch.stack(figures).mean(dim=0)
 
 
-def seen(view: LayerView, bins: int) -> tuple[Float[Tensor, "bins bins"], Float[Tensor, " 4"]]:
+def layer_map(
+    view: LayerView, bins: int
+) -> tuple[Float[Tensor, "bins bins"], Float[Tensor, " 4"]]:
     """The same of one layer; queries in blocks, of which only sums stay."""
     count = view.keys.shape[2]
     bins = min(bins, count)

@@ -15,16 +15,15 @@ from kvtrim.bench.analyses.base import Asked, OfPrompts, spread_layers
 from kvtrim.bench.analyses.passes import (
     Pass,
     kept_slots,
-    label,
     mean_over,
     passes,
-    sampled,
+    sample,
     spearman,
     window_weights,
 )
 from kvtrim.hf.attach import attach
 from kvtrim.hf.base import BaseCache
-from kvtrim.hf.keyword import passing
+from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.models.architectures import layout
 from kvtrim.methods.policies import output
 from kvtrim.report.findings import Finding
@@ -35,12 +34,12 @@ _AFTER = 16  # tokens that are read after the eviction, where no question is
 
 def cosine(asked: Asked) -> Finding:
     """How like the full cache's the layers' outputs are after an eviction."""
-    names = [label(cell, True) for cell in asked.cells]
+    names = [cell.said for cell in asked.cells]
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     held: dict[str, list[float]] = {name: [] for name in names}
     for one in passes(asked, hidden=True):
         with attach(asked.model):
-            after = _continued(asked.model, one)
+            after = _continue(asked.model, one)
             whole = outputs(asked.model, one.recording.full.copy(), after)
             for name, cell in zip(names, asked.cells, strict=True):
                 cache = one.cache(cell)
@@ -92,7 +91,7 @@ def _cosines(own: Sequence[Tensor], whole: Sequence[Tensor]) -> Float[Tensor, " 
     return torch.stack([torch.cosine_similarity(a, b, dim=-1).mean() for a, b in pairs])
 
 
-def _continued(model: Any, one: Pass) -> list[int]:
+def _continue(model: Any, one: Pass) -> list[int]:
     """The question, if that comes later, and what the full cache goes on with, greedily."""
     cache, found = one.recording.full.copy(), list(one.question)
     likely, new = int(one.recording.logits[0].argmax()), found
@@ -100,7 +99,7 @@ def _continued(model: Any, one: Pass) -> list[int]:
         if new:
             fed = torch.tensor([new], device=model.device)
             with torch.no_grad():
-                logits = model(input_ids=fed, **passing(cache), logits_to_keep=1).logits
+                logits = model(input_ids=fed, **cache_keyword(cache), logits_to_keep=1).logits
             likely = int(logits[0, -1].argmax())
         new = [likely]
         found += new
@@ -110,13 +109,13 @@ def _continued(model: Any, one: Pass) -> list[int]:
 def outputs(model: Any, cache: BaseCache, after: Sequence[int]) -> list[Float[Tensor, "q M"]]:
     """What every decoder layer gives for tokens read after a cache; the model is attached."""
     fed = torch.tensor([list(after)], device=model.device)
-    with _watched(model) as states, torch.no_grad():
-        model(input_ids=fed, **passing(cache), logits_to_keep=1)
+    with _watch(model) as states, torch.no_grad():
+        model(input_ids=fed, **cache_keyword(cache), logits_to_keep=1)
         return [state[0].double().cpu() for state in states]
 
 
 @contextmanager
-def _watched(model: Any) -> Iterator[list[Tensor]]:
+def _watch(model: Any) -> Iterator[list[Tensor]]:
     """What the decoder layers give while the block runs."""
     states: list[Tensor] = []
 
@@ -149,7 +148,7 @@ def norms(asked: Asked) -> Finding:
             own.append(_relation(attention, value))
             if index in wanted and index not in shown:
                 count = attention.shape[-1] - _SINKS
-                some = _SINKS + sampled(count, _POINTS // len(attention), asked.seed)
+                some = _SINKS + sample(count, _POINTS // len(attention), asked.seed)
                 pairs = [(x[:, :_SINKS], x[:, some]) for x in (attention, value)]
                 shown[index] = list(zip(*pairs, strict=True))
         found.append(own)
@@ -214,7 +213,7 @@ def _scatter(layer: int, own: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]
     }
 
 
-def retained(asked: Asked) -> Finding:
+def retention(asked: Asked) -> Finding:
     """How many tokens each layer and head keeps."""
     counts: dict[str, list[Tensor]] = {}
     layers: list[int] = []
@@ -223,7 +222,7 @@ def retained(asked: Asked) -> Finding:
         for cell in asked.cells:
             masks = kept_slots(one.cache(cell))
             own = torch.stack([mask.double().mean(dim=1) for mask in masks])
-            counts.setdefault(label(cell, True), []).append(100 * own)
+            counts.setdefault(cell.said, []).append(100 * own)
     means = {name: torch.stack(own).mean(dim=0) for name, own in counts.items()}
     rows = []
     for name, own in means.items():
@@ -292,6 +291,6 @@ ANALYSES = (
         uses=frozenset({"methods", "keeps"}),
         methods=("laprox", "adakv", "pyramidkv"),
         keeps=("10%",),
-        compute=retained,
+        compute=retention,
     ),
 )

@@ -140,12 +140,6 @@ def kept_slots(cache: Cache) -> list[Bool[Tensor, "X n"]]:
     return found
 
 
-def label(cell: Candidate, keep: bool = False) -> str:
-    """A method with its settings, and its budget if wanted."""
-    own = " ".join(f"{name}={value}" for name, value in sorted(cell.settings.items()))
-    return " ".join(part for part in (cell.method, own, cell.keep if keep else "") if part)
-
-
 def ranks(numbers: Float[Tensor, "*B N"]) -> Float[Tensor, "*B N"]:
     """The place of each number among the others, in ascending order; equals share their mean."""
     less = torch.searchsorted(numbers.sort(dim=-1).values, numbers.contiguous())
@@ -160,7 +154,7 @@ def spearman(one: Float[Tensor, "*B N"], other: Float[Tensor, "*B N"]) -> Float[
     return (first * second).sum(dim=-1) / scale.clamp(min=1e-300)
 
 
-def sampled(count: int, most: int, seed: int) -> Int[Tensor, " N"]:
+def sample(count: int, most: int, seed: int) -> Int[Tensor, " N"]:
     """At most so many of the numbers below `count`, drawn by a seed, for pictures of points."""
     if count <= most:
         return torch.arange(count)

@@ -38,7 +38,7 @@ def of_tasks(
                 raise UsageError(f"{task.name} has no samples; name another --task")
             for sample in samples:
                 given = encoder.encode(task, sample)
-                found.append(_checked(Subject(f"{task.name}/{sample.id}", task, given)))
+                found.append(_check(Subject(f"{task.name}/{sample.id}", task, given)))
     return found
 
 
@@ -62,7 +62,7 @@ def of_texts(
         for name, text in texts.items():
             task = _text_task(name, chat)
             sample = Sample(name, Document.of(text), asked, ())
-            found.append(_checked(Subject(name, task, encoder.encode(task, sample))))
+            found.append(_check(Subject(name, task, encoder.encode(task, sample))))
     return found
 
 
@@ -80,7 +80,7 @@ def require_tokens(subjects: Sequence[Subject], least: int) -> None:
         )
 
 
-def _checked(subject: Subject) -> Subject:
+def _check(subject: Subject) -> Subject:
     if subject.given.problem:
         raise UsageError(f"{subject.name}: {subject.given.problem}")
     return subject

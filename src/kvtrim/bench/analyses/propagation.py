@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from kvtrim.bench.analyses.base import Asked, OfPrompts, Subject, spread_layers
-from kvtrim.bench.calibrate.tsp import narrowed
+from kvtrim.bench.calibrate.tsp import empty_cache
 from kvtrim.bench.eval.decode import Reference, answers, fits, make_branch
 from kvtrim.hf.attach import attach
 from kvtrim.hf.base import BaseCache
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import synchronize
-from kvtrim.hf.keyword import passing
+from kvtrim.hf.keyword import cache_keyword
 from kvtrim.report.findings import Finding
 from kvtrim.types import Int, Tensor
 
@@ -27,19 +27,19 @@ _SOME_LAYERS = 5
 
 def propagation(asked: Asked) -> Finding:
     """Right answers and first tokens with propagation after some layers, at some rates."""
-    count = len(narrowed(asked.model).managed)
+    count = len(empty_cache(asked.model).managed)
     layers = spread_layers(max(1, count - 1), _SOME_LAYERS, asked.layers)
     wanted: list[tuple[int | None, float | None]] = [(None, None)]
     wanted += [(layer, rate) for rate in asked.rates for layer in layers]
     runs: dict[tuple[int, int | None, float | None], list[tuple[float, float | None, float]]] = {}
     with attach(asked.model):
-        _answered(asked, asked.subjects[0], None, None)  # warms up
+        _answer(asked, asked.subjects[0], None, None)  # warms up
         for number, subject in enumerate(asked.subjects):
             length = int(subject.given.sample.group.get("length", 0)) or subject.tokens
             for at, (layer, rate) in enumerate(wanted):
-                what = f"{subject.name}, {_called(layer, rate)}"
+                what = f"{subject.name}, {_name_of(layer, rate)}"
                 asked.report(what, number * len(wanted) + at, len(asked.subjects) * len(wanted))
-                run = _answered(asked, subject, layer, rate)
+                run = _answer(asked, subject, layer, rate)
                 runs.setdefault((length, layer, rate), []).append(run)
     rows = []
     for (length, layer, rate), own in sorted(runs.items(), key=lambda one: _order(one[0])):
@@ -92,7 +92,7 @@ def _panel(rows: Sequence[Sequence[Any]], at: int, unit: str, title: str, limits
     return made | ({"limits": limits} if limits is not None else {})
 
 
-def _called(layer: int | None, rate: float | None) -> str:
+def _name_of(layer: int | None, rate: float | None) -> str:
     return "full" if rate is None else f"{rate:.0%} after layer {layer}"
 
 
@@ -101,7 +101,7 @@ def _order(key: tuple[int, int | None, float | None]) -> tuple[int, float, int]:
     return length, -1.0 if rate is None else rate, layer or 0
 
 
-def _answered(
+def _answer(
     asked: Asked, subject: Subject, layer: int | None, rate: float | None
 ) -> tuple[float, float | None, float]:
     """Score, loss of the right answer, seconds to the first token."""
@@ -109,7 +109,7 @@ def _answered(
     ids, _, lead = given.read_first(asked.aware)
     cache: BaseCache = Cache(model, "full")
     if layer is not None:
-        cache = narrowed(model, layer=layer, tokens=rate)
+        cache = empty_cache(model, layer=layer, tokens=rate)
     start = _now(model)
     logits = _read(model, torch.tensor([ids], device=model.device), cache)
     int(logits.argmax())
@@ -127,7 +127,7 @@ def _answered(
 
 def _read(model: Any, ids: Int[Tensor, "1 n"], cache: BaseCache) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=ids, **passing(cache), logits_to_keep=1).logits[0, -1]
+        return model(input_ids=ids, **cache_keyword(cache), logits_to_keep=1).logits[0, -1]
 
 
 def _now(model: Any) -> float:

@@ -20,7 +20,7 @@ ANALYSES: Mapping[str, Analysis] = {
 }
 
 
-def named(name: str) -> Analysis:
+def find(name: str) -> Analysis:
     """The analysis of that name. Raises UnknownNameError, which names the nearest."""
     if name not in ANALYSES:
         raise UnknownNameError("analysis", name, ANALYSES)
