@@ -158,11 +158,17 @@ def whole_heads(table, group, n, keep, sinks, window):
     return kept
 
 
-def kvzip_plus(q, k, v, wo, hidden, n, steps, sinks=4):
-    """KVzip+'s scores of the first n slots, sinks 0: [K][n].
+def kvzip_plus(q, k, v, wo, hidden, n, steps):
+    """KVzip+'s scores of the first n slots: `hidden[i]` is what token i of the probe came with."""
+    sizes = [sum(float(x) ** 2 for x in each) ** 0.5 for each in hidden]
+    return probed(q, k, v, wo, [1 / size for size in sizes], n, steps)
 
-    What follows the n slots is a probe: `steps` are its passes as (tokens, start, stop), each of
-    which is about the slots from start to stop; `hidden[i]` is what token i of it came with.
+
+def probed(q, k, v, wo, weights, n, steps, sinks=4):
+    """Largest weighed attention that the first n slots get from a probe, sinks 0: [K][n].
+
+    What follows the n slots is the probe: `steps` are its passes as (tokens, start, stop), each of
+    which is about the slots from start to stop; `weights[i]` is what token i of it counts.
     """
     heads, _, width = q.shape
     kv_heads, first = len(k), n
@@ -175,10 +181,9 @@ def kvzip_plus(q, k, v, wo, hidden, n, steps, sinks=4):
             for i in range(first, first + tokens):
                 there = [*range(sinks), *asked, *range(first, i + 1)]
                 powers = [math.exp(float(q[head, i] @ k[at, j]) * width**-0.5) for j in there]
-                state = sum(float(x) ** 2 for x in hidden[i - n]) ** 0.5
                 for j, power in zip(there, powers, strict=True):
                     if j in sizes:
-                        found = power / sum(powers) * sizes[j] / state
+                        found = power / sum(powers) * sizes[j] * weights[i - n]
                         scores[at][j] = max(scores[at][j], found)
         first += tokens
     return scores
@@ -322,6 +327,29 @@ def write_kvzip_plus():
     file.write()
 
 
+def write_kvgrad():
+    file = File("kvgrad")
+    draw = torch.Generator().manual_seed(11)
+    for sets, n, keep, steps, budget in [
+        (("s0_n200",), 160, 40, [(40, 0, 160)], "global"),
+        (("s1_n200", "s2_n200"), 160, 50, [(24, 0, 80), (16, 80, 160)], "global"),
+        (("s3_n200", "s0_n200"), 170, 30, [(12, 0, 64), (12, 64, 128), (6, 128, 170)], "per-head"),
+    ]:
+        sensitivity = torch.rand(len(sets), 200 - n, generator=draw) ** 4 * 9  # a few matter most
+        wo = [f"h8_d32_l{layer}" for layer in range(len(sets))]
+        scores = [
+            probed(*inputs(name), projection(w), weights.double().tolist(), n, steps)
+            for name, w, weights in zip(sets, wo, sensitivity, strict=True)
+        ]
+        rest = [[row[4:] for row in heads] for heads in scores]
+        kept, gap = (among_layers if budget == "global" else among_heads)(rest, keep - 4)
+        kept = [[[*range(4), *(s + 4 for s in row)] for row in heads] for heads in kept]
+        params = {"budget": budget, "keep": keep, "prompt": n, "steps": steps, "wo": wo}
+        notes = "tokens behind the prompt are the probe's; sensitivity: of each in every layer"
+        file.add(params, sets, kept, scores, gap, notes, sensitivity=sensitivity)
+    file.write()
+
+
 def write_duoattention():
     file = File("duoattention")
     draw = torch.Generator().manual_seed(5)
@@ -345,6 +373,7 @@ def write_duoattention():
 
 if __name__ == "__main__":
     write_kvzip_plus()
+    write_kvgrad()
     write_duoattention()
     write_defensivekv()
     write_expected_attention()

@@ -59,6 +59,8 @@ class Probed:
 
     start: int
     stop: int
+    sensitivity: Float[Tensor, "L Q"] | None = None
+    """Of each token of the probe in each layer, for policies that `differentiate`."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class LayerView:
     received: Float[Tensor, "B H N"] | None = None  # what attention noted, see `Policy.compared`
     decoding: bool = False  # the prompt is over
     probed: Probed | None = None  # the queries are a probe's, and this is what it is about
+    sensitivity: Float[Tensor, "B Q"] | None = None  # of each query of a probe: |d objective / d
+    # what this layer's attention adds|, given where the policy `differentiates`
     hidden: Float[Tensor, "B Q M"] | None = None  # what the layer's attention received for each
     # query's token, after the norm; given where the policy `reads_hidden`
     output: Callable[[], Float[Tensor, "H E M"]] | None = None  # W_O per query head

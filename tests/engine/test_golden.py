@@ -194,17 +194,27 @@ def test_duoattention(case, tmp_path):
 
 @recorded("kvzip_plus")
 def test_kvzip_plus(case):
-    """A prompt and its probe as a model would hand them over, pass by pass."""
+    require_match(case, kept_after_probe("kvzip-plus", case))
+
+
+@recorded("kvgrad")
+def test_kvgrad(case):
+    require_match(case, kept_after_probe("kvgrad", case))
+
+
+def kept_after_probe(name, case):
+    """Positions after a prompt and its probe, handed over as by a model, pass by pass."""
     params, stacks, end = case.params, case.qkv(), case.params["prompt"]
-    method = find("kvzip-plus", budget=params["budget"], floor=0.0)
+    method = find(name, budget=params["budget"], floor=0.0)
     session = Session(method, Keep.parse(params["keep"]), len(stacks[0]))
+    differentiates = method.policy.differentiates
 
     def hand_over(first, last):
         for index, (q, k, v) in enumerate(zip(*stacks, strict=True)):
             weight = golden._tensors("inputs")[f"wo/{params['wo'][index]}"]
             output = weight.unflatten(1, (q.shape[0], -1)).permute(1, 2, 0)
             hidden = torch.ones(1, last - first, 48)
-            if first >= end:
+            if first >= end and not differentiates:
                 hidden = case.tensor("hidden")[index, first - end : last - end][None]
             call = Call(
                 *(each[None, :, first:last] for each in (q, k, v)),
@@ -220,16 +230,18 @@ def test_kvzip_plus(case):
     hand_over(0, end)
     first = end
     for number, (tokens, start, stop) in enumerate(params["steps"], 1):
-        last = number == len(params["steps"])
-        session.begin_probe(tokens, None, [Probed(start, stop)], last)
+        last, behind = number == len(params["steps"]), first - end
+        gradients = None
+        if differentiates:
+            gradients = case.tensor("sensitivity")[:, behind : behind + tokens]
+        session.begin_probe(tokens, None, [Probed(start, stop, gradients)], last)
         hand_over(first, first + tokens)
         first += tokens
     stores = [held.store for held in session.state.layers]
-    kept = [
+    return [
         [
             store.buffers["positions"][at : at + count]
             for at, count in zip(store.start[0].tolist(), store.length[0].tolist(), strict=True)
         ]
         for store in stores
     ]
-    require_match(case, kept)

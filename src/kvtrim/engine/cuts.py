@@ -76,9 +76,8 @@ class Cuts:
         for rows in self._groups(self.now):
             queries = real_queries(call.queries, self.now, rows)
             if queries.shape[2]:
-                hidden = self._hidden(call, rows)
-                part = self._part(shown, rows)
-                view = self._view(index, call, part, queries, rows, keep=0, hidden=hidden)
+                own = self._hidden(call, rows), self._sensitivity(index, rows)
+                view = self._view(index, call, self._part(shown, rows), queries, rows, 0, *own)
                 noted = policy.compared(view) if out is not None else None
                 dense = view.lengths is None and view.bias is None
                 if out is not None and noted is not None and dense:
@@ -271,6 +270,12 @@ class Cuts:
             return None
         return real_queries(call.hidden[:, None], self.now, rows)[:, 0]
 
+    def _sensitivity(self, index: int, rows: slice) -> Float[Tensor, "B Q"] | None:
+        """That of a group's probe tokens, where the policy differentiates."""
+        given = [each.sensitivity for each in (self.probed or [])[rows]]
+        found = [each[index] for each in given if each is not None]
+        return torch.stack(found) if found else None
+
     def _view(
         self,
         index: int,
@@ -280,6 +285,7 @@ class Cuts:
         rows: slice,
         keep: int,
         hidden: Tensor | None = None,
+        sensitivity: Tensor | None = None,
     ) -> LayerView:
         dense, lengths = store.dense()
         return LayerView(
@@ -297,6 +303,7 @@ class Cuts:
             carried=dense.get(CARRIED),
             decoding=not self.prompt,
             probed=None if self.probed is None else self.probed[rows.start],
+            sensitivity=sensitivity,
             hidden=hidden,
             output=call.output,
             factor=call.factor,

@@ -1,5 +1,6 @@
 """Running a probe: the model reads it against the full cache, and forgets it again."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from kvtrim.engine.probe import Step, repetition
 from kvtrim.errors import UsageError
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.keyword import cache_keyword
+from kvtrim.hf.sensitivity import Sensitivity
 from kvtrim.types import Bool, Int, Probed, Tensor
 
 
@@ -34,9 +36,10 @@ def probe(decoder: Any, cache: Cache, known: Known | None = None) -> None:
         for ids, mask in zip(cache.token_ids.cpu(), real, strict=True)
     ]
     steps, untouched = max(len(plan) for plan in plans), cache.mark().sliding
+    gradients = Sensitivity(cache, real) if cache.method.policy.differentiates else None
     for number in range(steps):
         now = [plan[number] if number < len(plan) else None for plan in plans]
-        _read(decoder, cache, now, real, number == steps - 1, known)
+        _read(decoder, cache, now, real, number == steps - 1, known, gradients)
         for layer, state in zip(cache.stock_layers(), untouched, strict=True):
             vars(layer).update(state)
 
@@ -48,6 +51,7 @@ def _read(
     real: Bool[Tensor, "B seen"],
     last: bool,
     known: Known | None,
+    gradients: Sensitivity | None,
 ) -> None:
     """One pass: a step of each prompt's probe, padded behind.
 
@@ -69,6 +73,12 @@ def _read(
         "attention_mask": _whole(real, mask).to(device),
         "position_ids": positions.to(device),
     }
+    if gradients is not None:
+        found = gradients.measure(given)
+        probed = [
+            replace(one, sensitivity=found[:, row, : 0 if step is None else len(step.ids)])
+            for row, (one, step) in enumerate(zip(probed, now, strict=True))
+        ]
     padded = None if bool(mask.all()) else mask
     cache.session.begin_probe(width, padded, probed, last, known)
     with torch.no_grad():

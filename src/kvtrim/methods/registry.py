@@ -29,6 +29,7 @@ from kvtrim.methods.policies.full import Full
 from kvtrim.methods.policies.h2o import H2O
 from kvtrim.methods.policies.keydiff import KeyDiff
 from kvtrim.methods.policies.knorm import KNorm
+from kvtrim.methods.policies.kvgrad import KVgrad
 from kvtrim.methods.policies.kvzip import KVzip
 from kvtrim.methods.policies.laprox import LaProx
 from kvtrim.methods.policies.lava import Lava
@@ -256,6 +257,15 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="NVIDIA/kvpress@8bb29b9",
             use="As kvzip; what an entry adds to the layer's output counts, not attention alone.",
             cost="As kvzip, and one small product per value.",
+            presets={"uniform": {"budget": "uniform"}},
+        ),
+        "kvgrad": Method(
+            KVgrad(),
+            budget=Global(),
+            source="NVIDIA/kvpress 0.5.5",
+            use="As kvzip, at an eighth and below: what counts reaches the model's last states.",
+            cost="Reads the context three times in parts, once with gradients: memory and time of "
+            "a training step on 512 tokens.",
             presets={"uniform": {"budget": "uniform"}},
         ),
         "expected-attention": Method(

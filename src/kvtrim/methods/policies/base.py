@@ -36,6 +36,9 @@ class Policy(Declared, ABC):
     probes: ClassVar[bool] = False
     """It scores what `observe` saw in a probe that is read once the prompt is complete."""
 
+    differentiates: ClassVar[bool] = False
+    """It needs the gradients of its probe: `layer.sensitivity`."""
+
     @property
     def reads_hidden(self) -> bool:
         """Whether it needs `layer.hidden`: what the attention receives for each query's token."""

@@ -36,14 +36,22 @@ class KVzip(Policy):
     def lookback(self) -> int:
         return 0  # `observe` has seen every query of the probe
 
+    @property
+    def weighs_values(self) -> bool:
+        """Whether attention is multiplied by |value W_O|."""
+        return self.plus
+
+    def query_weights(self, layer: LayerView) -> Float[Tensor, "B Q"] | None:
+        """What the attention of each query of the probe is multiplied by; None is 1."""
+        return 1 / ops.length_of(ops.hidden(layer).float()) if self.plus else None
+
     def compared(self, layer: LayerView) -> Noted | None:
         """The sinks and the chunk that is repeated."""
         if layer.probed is None:
             return None
         sinks = min(self.sinks, layer.keys.shape[2] - layer.queries.shape[2])  # of a short prompt
         slots = torch.cat([torch.arange(sinks), torch.arange(*self._chunk(layer.probed))])
-        weights = 1 / ops.length_of(ops.hidden(layer).float()) if self.plus else None
-        return Noted(slots, weights)
+        return Noted(slots, self.query_weights(layer))
 
     def observe(self, layer: LayerView) -> Float[Tensor, "B K S"]:
         """Largest attention so far: probe queries [B, H, Q, D], keys [B, K, S, D] to [B, K, S]."""
@@ -51,7 +59,7 @@ class KVzip(Policy):
         if noted is None or probed is None or layer.carried is None:
             raise TypeError("KVzip observes a probe")
         (begin, stop), most = self._chunk(probed), ops.largest(layer, noted)
-        if self.plus:
+        if self.weighs_values:
             most = most * output.projected_norms(ops.narrow(layer, noted.slots))
         most = most[..., len(noted.slots) - (stop - begin) :]
         most = ops.reduce_group(most, layer.keys.shape[1], "max")
