@@ -68,7 +68,9 @@ def test_gradients_are_those_of_finite_differences(frozen):
     assert found.shape == (len(model.model.layers), 1, 9)
     for layer, token in [(0, 0), (0, 7), (1, 3), (len(model.model.layers) - 1, 8)]:
         want = sensitivity_by_differences(model, ids, probe, layer, token)
-        torch.testing.assert_close(found[layer, 0, token].double(), want, rtol=3e-4, atol=1e-4)  # norms are fp32
+        torch.testing.assert_close(
+            found[layer, 0, token].double(), want, rtol=3e-4, atol=1e-4
+        )  # norms are fp32
     assert all(each.grad is None for each in model.parameters())
 
 
