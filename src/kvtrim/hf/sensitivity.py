@@ -35,7 +35,8 @@ class Sensitivity:
         self._cache, self._real, self._config = cache, real, cache.model.config
         parts = layout(cache.model, allow_untested=True)
         self._attention = [parts.attention[layer] for layer in parts.managed]
-        self._decoder, self._last = parts.decoder, parts.blocks[-1]
+        self._decoder: Any = parts.decoder
+        self._last = parts.blocks[-1]
 
     def measure(self, given: dict[str, Any]) -> Float[Tensor, "L B Q"]:
         """|d objective / d output of the attention| of each token, per layer that is managed.
