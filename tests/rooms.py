@@ -43,7 +43,7 @@ ROOMS = {
     "methods.echo_tables": Room("errors files types", owns="safetensors", shapes=True),
     "methods.schedule": Room("errors methods.ranges", torch=False),
     "methods.unit_numbers": Room("types", shapes=True),
-    "methods.demotion": Room("errors methods.unit_numbers types", shapes=True),
+    "methods.demotion": Room("errors methods.unit_numbers prompts.spans types", shapes=True),
     "methods.unit": Room("errors methods.ranges methods.unit_numbers types", shapes=True),
     "methods.selection": Room("errors methods.unit types", shapes=True),
     "methods.policies": Room(

@@ -29,8 +29,8 @@ import torch
 
 from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.hf.attach import attach
+from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.models.load import default_device, load
 from kvtrim.methods.settings import split
 from kvtrim.version import VERSION

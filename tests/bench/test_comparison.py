@@ -8,7 +8,7 @@ import kvtrim
 import models
 from kvtrim.bench.candidates import Candidate
 from kvtrim.bench.comparison import Comparison
-from kvtrim.hf.keyword import cache_in
+from kvtrim.hf.base import cache_in
 from small import small
 
 DOCUMENT = "The cat sat on the mat and looked at the wide blue sea. " * 4

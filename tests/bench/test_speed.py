@@ -191,7 +191,7 @@ def test_limits_count_what_the_model_does(model):
 FAKE = '''
 """A stand-in for kvpress with its interface: it keeps the last tokens. Not the real package."""
 from contextlib import contextmanager
-from kvtrim.hf.keyword import cache_in
+from kvtrim.hf.base import cache_in
 
 
 class SnapKVPress:

@@ -1,4 +1,4 @@
-"""How much of the house one question passes through, and how often its method is settled.
+"""How much of the house a question and an evaluation pass through; how often a method is settled.
 
 A file counts if one of its functions runs; what loading a module runs does not. The bound is what
 was measured last: whoever comes below it lowers it, nobody raises it without saying why.
@@ -14,7 +14,7 @@ import pytest
 
 from rooms import ROOT
 
-MOST = 54  # one more for what is structure in a text: `demote` needs it named before it is read
+MOST, MOST_OF_AN_EVAL = 48, 71
 
 
 @pytest.fixture
@@ -57,3 +57,10 @@ def test_an_ask_passes_few_files_and_settles_its_method_once(passed):
     assert calls["methods/settings.py", "find"] == 1
     assert calls["methods/keep.py", "parse"] == 1
     assert calls["methods/method.py", "fitted"] == 1
+
+
+def test_an_evaluation_of_two_samples_passes_few_files(passed):
+    asked = "--method snapkv --keep 48 --set window=8 --limit 2 --protocol question-aware".split()
+    calls = passed("eval", "--task", "bench.questions:WORDS_TASK", *asked)
+    files = {name for name, _ in calls}
+    assert len(files) <= MOST_OF_AN_EVAL, sorted(files)

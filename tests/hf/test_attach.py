@@ -19,7 +19,7 @@ from transformers import (
 import kvtrim
 import models
 from kvtrim.errors import UnsupportedModelError, UsageError
-from kvtrim.hf.keyword import cache_keyword
+from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.models.architectures import layout
 from models import is_attached
 

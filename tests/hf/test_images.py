@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration as Llava
 import kvtrim
 import models
 from kvtrim.errors import UnsupportedModelError, UsageError
-from kvtrim.hf.keyword import cache_keyword
+from kvtrim.hf.base import cache_keyword
 from small import small
 
 EYES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "patch_size": 8}

@@ -10,8 +10,8 @@ from transformers import Phi3Config, PhimoeConfig
 import kvtrim
 import models
 from kvtrim.errors import CacheError
+from kvtrim.hf.base import cache_in, cache_keyword
 from kvtrim.hf.batch import join, positions
-from kvtrim.hf.keyword import cache_in, cache_keyword
 from small import small
 
 SWITCH = 64

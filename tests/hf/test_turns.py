@@ -9,8 +9,8 @@ from transformers import GenerationConfig
 import kvtrim
 import models
 from kvtrim.errors import UsageError
+from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.generate import read
-from kvtrim.hf.keyword import cache_keyword
 from small import small
 
 ASKED = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}

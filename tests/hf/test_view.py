@@ -6,7 +6,7 @@ import torch
 import kvtrim
 import models
 from kvtrim.hf.attach import attach
-from kvtrim.hf.keyword import cache_keyword
+from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.view import positions, stop_of
 from kvtrim.prompts.detokenizer import pieces
 from small import small

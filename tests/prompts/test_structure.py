@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import models
 from kvtrim.prompts import encode_context, encode_ends, encode_question, frame
 from kvtrim.prompts.document import Document
-from kvtrim.prompts.structure import structure
+from kvtrim.prompts.spans import structure
 
 
 def found(pieces):

@@ -9,10 +9,10 @@ import torch
 
 from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.hf.attach import attach
+from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.decode import LEAST, open_stepper, why_plain
 from kvtrim.hf.generate import mean_entries, plain_cache, read, stored_bytes
-from kvtrim.hf.keyword import cache_keyword
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.settings import find, spell_out, split
 from kvtrim.methods.variant import Variant

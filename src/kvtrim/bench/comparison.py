@@ -24,10 +24,10 @@ from kvtrim.api import (
 from kvtrim.bench.candidates import Candidate
 from kvtrim.bench.failures import Failure, attempt
 from kvtrim.hf.attach import attach
+from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.decode import one_by_one
 from kvtrim.hf.generate import Progress, synchronize
-from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.replay import Recording, record
 from kvtrim.methods.settings import find
 from kvtrim.prompts import Template, encode_question, repeat_words

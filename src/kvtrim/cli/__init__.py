@@ -1,19 +1,89 @@
 """The command line: parse, call, print, exit.
 
 Every error leaves by one door: one line that says what happened and an exit code. `--debug`,
-anywhere among the arguments, keeps the traceback of errors that nobody foresaw.
+anywhere among the arguments, keeps the traceback of errors that nobody foresaw. Heavy imports
+happen inside the commands, so that `--help` answers at once.
 """
 
 import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Annotated
 
-from kvtrim.cli.app import app
+import typer
+
+from kvtrim.cli import (
+    analyze,
+    ask,
+    caches,
+    calibrate,
+    chat,
+    check,
+    compare,
+    eval,
+    lm_eval,
+    methods,
+    recommend,
+    report,
+    serve,
+    speed,
+    sweep,
+    view,
+)
 from kvtrim.errors import KvtrimError, UsageError
+from kvtrim.version import VERSION
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
 DEBUG = "--debug"
+
+app = typer.Typer(
+    name="kvtrim",
+    help="A small KV cache for Hugging Face language models, without retraining.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("methods")(methods.methods)
+app.command("ask")(ask.ask)
+app.command("chat")(chat.chat)
+app.command("compare")(compare.compare)
+app.command("compress")(ask.compress)
+app.command("view")(view.view)
+app.command("serve")(serve.serve)
+app.command("speed")(speed.speed)
+app.command("eval")(eval.evaluate)
+app.command("sweep")(sweep.sweep)
+app.command("recommend")(recommend.recommend)
+app.command("report")(report.report)
+app.command("analyze")(analyze.analyze)
+app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)(lm_eval.lm_eval)
+app.command("check")(check.check)
+app.add_typer(caches.group, name="caches")
+app.add_typer(calibrate.group, name="calibrate")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"kvtrim {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[  # taken out by `main`, wherever it stands
+        bool, typer.Option("--debug", help="Show where an unforeseen error came from.")
+    ] = False,
+) -> None:
+    """Say what the program is."""
 
 
 def main() -> None:

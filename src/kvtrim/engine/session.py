@@ -22,9 +22,8 @@ from kvtrim.engine.layer import (
 from kvtrim.engine.past import Past, Undoable
 from kvtrim.engine.plan import Plan, plan_pass, plan_probe
 from kvtrim.engine.propagation import Narrowing
-from kvtrim.engine.remark import remark, remark_later
 from kvtrim.engine.reposition import roll
-from kvtrim.engine.state import State
+from kvtrim.engine.state import State, remark, remark_later
 from kvtrim.engine.tokens import Pass
 from kvtrim.errors import CacheError
 from kvtrim.kernels.attend import require_known

@@ -19,9 +19,8 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf.attention import HANDLE, NAME, Mask, managing, padding, register, stock
-from kvtrim.hf.base import BaseCache, Coming
+from kvtrim.hf.base import BaseCache, Coming, cache_in
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.keyword import cache_in
 from kvtrim.hf.layers import Handed
 from kvtrim.hf.models.architectures import Layout, OutputProjection, layout
 from kvtrim.hf.outer import embedded_ids, enter

@@ -1,14 +1,15 @@
 """What transformers, the hooks of `attach` and those who run a model ask of every kvtrim cache."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from inspect import signature
+from typing import Any, NoReturn, cast
 from weakref import ref
 
 import torch
 from transformers import Cache as TransformersCache
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from kvtrim.engine.layer import Attends, Call
 from kvtrim.engine.propagation import Narrowing
@@ -16,6 +17,26 @@ from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf.layers import WindowLayer
 from kvtrim.hf.rotary import LongRope, Rotation
 from kvtrim.types import Int, Tensor
+
+_OLD, _NEW = "past_key_values", "cache"
+
+KEYWORD = (
+    _NEW
+    if _NEW in signature(cast(Any, GenerationMixin).prepare_inputs_for_generation).parameters
+    else _OLD
+)
+"""The name by which transformers takes a cache: `cache` from 5.24 on, whose models take both."""
+
+
+def cache_keyword(cache: Any) -> dict[str, Any]:
+    """The keyword argument that hands a cache, or None, to a model or to `generate`."""
+    return {KEYWORD: cache}
+
+
+def cache_in(keywords: Mapping[str, Any]) -> TransformersCache | None:
+    """The cache among the keyword arguments of a model, a decoder, a layer or its attention."""
+    cache = keywords.get(KEYWORD)
+    return keywords.get(_OLD) if cache is None else cache
 
 
 @dataclass(frozen=True)

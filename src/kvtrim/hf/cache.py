@@ -29,7 +29,7 @@ from kvtrim.methods.ranges import Some, check_arguments
 from kvtrim.methods.request import Request
 from kvtrim.prompts import Template, Words, frame, repeat_words
 from kvtrim.prompts.spans import Given, per_prompt
-from kvtrim.types import Int, Tensor
+from kvtrim.types import Int, Target, Tensor
 
 
 class Cache(BaseCache):
@@ -96,7 +96,7 @@ class Cache(BaseCache):
             require_managed(model, self.managed)
         named = per_prompt(spans)
         aware = not named or any("question" in own for own in named)
-        target = fingerprint.target(model, len(self.managed))
+        target = _target(model, len(self.managed))
         chosen, self.choice = auto.resolve(request.method, target, aware)
         self.request = request if self.choice is None else replace(request, named=self.choice.name)
         turns = chosen.refit.changes and not chosen.policy.probes
@@ -339,3 +339,18 @@ def load_cache(
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values, layer.cumulative_length = keys, values, cache.seen
     return cache
+
+
+def _target(model: PreTrainedModel, layers: int) -> Target:
+    """What a budget is told of a model of which kvtrim manages so many layers."""
+    config = model.config.get_text_config(decoder=True)
+    name = model.config.name_or_path or f"this {config.model_type} model"
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    return Target(
+        name,
+        layers,
+        heads,
+        lambda: fingerprint.identity(model),
+        kv_heads,
+        width=config.hidden_size,
+    )

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from kvtrim.engine.graph import Stepper, Steps, obstacle
+from kvtrim.hf.base import cache_in, cache_keyword
 from kvtrim.hf.batch import positions
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.keyword import cache_in, cache_keyword
 from kvtrim.hf.rotary import changes_with_length
 from kvtrim.kernels.available import WIDEST
 from kvtrim.types import Float, Int, Tensor

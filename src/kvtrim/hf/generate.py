@@ -19,9 +19,8 @@ from transformers import (
 )
 
 from kvtrim.errors import UsageError
-from kvtrim.hf.base import BaseCache
+from kvtrim.hf.base import BaseCache, cache_in, cache_keyword
 from kvtrim.hf.decode import Loop, why_plain
-from kvtrim.hf.keyword import cache_in, cache_keyword
 from kvtrim.methods.ranges import Positive, Range, Share, Some, Tokens, annotations_of, check
 from kvtrim.types import Float, Int, Tensor
 

@@ -11,8 +11,7 @@ from weakref import ref
 
 from kvtrim.errors import UsageError
 from kvtrim.hf.attention import managing
-from kvtrim.hf.base import BaseCache
-from kvtrim.hf.keyword import cache_in
+from kvtrim.hf.base import BaseCache, cache_in
 from kvtrim.types import Tensor
 
 _TEXT = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "cache_position"}

@@ -15,9 +15,8 @@ from kvtrim.engine import branch as branches
 from kvtrim.engine.branch import Branch
 from kvtrim.engine.layer import Attends, Call
 from kvtrim.errors import CacheError
-from kvtrim.hf.base import BaseCache, Coming
+from kvtrim.hf.base import BaseCache, Coming, cache_keyword
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.layers import ManagedLayer
 from kvtrim.types import Float, Int, Tensor
 

@@ -8,8 +8,8 @@ import torch
 from kvtrim.engine.cuts import Known
 from kvtrim.engine.probe import Step, repetition
 from kvtrim.errors import UsageError
+from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.sensitivity import Sensitivity
 from kvtrim.types import Bool, Int, Probed, Tensor
 

@@ -12,8 +12,7 @@ import torch
 
 from kvtrim.engine.layer import Call
 from kvtrim.engine.propagation import Narrowing
-from kvtrim.hf.base import BaseCache
-from kvtrim.hf.keyword import cache_in
+from kvtrim.hf.base import BaseCache, cache_in
 from kvtrim.hf.models.architectures import Layout
 from kvtrim.types import Int, Tensor
 

@@ -16,10 +16,9 @@ from kvtrim.engine.layer import Call
 from kvtrim.engine.refit import Aims
 from kvtrim.errors import UsageError
 from kvtrim.hf.attach import attach
-from kvtrim.hf.base import Coming
+from kvtrim.hf.base import Coming, cache_keyword
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import Progress, watch
-from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.probe import probe
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method

@@ -14,8 +14,8 @@ import torch
 from transformers import DynamicCache
 
 from kvtrim.errors import CacheError, UnsupportedModelError
+from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.layers import WindowLayer
 from kvtrim.hf.models.architectures import layout
 from kvtrim.types import Bool, Float, Tensor

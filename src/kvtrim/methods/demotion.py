@@ -13,13 +13,11 @@ import torch
 
 from kvtrim.errors import UsageError
 from kvtrim.methods.unit_numbers import unit_numbers
+from kvtrim.prompts.spans import STRUCTURE
 from kvtrim.types import LayerView, Scores, Spans
 
 FACTOR = 0.25
 """What a score of structure is scaled by."""
-
-PART = "structure"
-"""The named part of the prompt that is demoted; `kvtrim.prompts.structure` finds it in a text."""
 
 
 def require_named(spans: Sequence[Spans]) -> None:
@@ -28,11 +26,12 @@ def require_named(spans: Sequence[Spans]) -> None:
     Raises:
         UsageError: naming the part and how to give it.
     """
-    if not spans or not all(PART in named for named in spans):
+    if not spans or not all(STRUCTURE in named for named in spans):
         raise UsageError(
-            f"demote=true needs to know where the prompt's {PART} is: read it by kvtrim.generate, "
-            "compress or the command line, with a fast tokenizer, or say so: kvtrim.Cache(..., "
-            f"spans={{'{PART}': [(start, end)]}}); or set demote=false"
+            f"demote=true needs to know where the prompt's {STRUCTURE} is: read it by "
+            "kvtrim.generate, compress or the command line, with a fast tokenizer, or say so: "
+            "kvtrim.Cache(..., "
+            f"spans={{'{STRUCTURE}': [(start, end)]}}); or set demote=false"
         )
 
 
@@ -44,6 +43,8 @@ def demote(scores: Scores, view: LayerView) -> Scores:
     """
     require_named(view.spans)
     places = view.positions[..., : scores.shape[-1]]
-    numbers = [unit_numbers(own, PART, at) for own, at in zip(view.spans, places, strict=True)]
+    numbers = [
+        unit_numbers(own, STRUCTURE, at) for own, at in zip(view.spans, places, strict=True)
+    ]
     lower = torch.where(scores < 0, scores / FACTOR, scores * FACTOR)
     return torch.where(torch.stack(numbers) >= 0, lower, scores)

@@ -21,8 +21,7 @@ from typing import Any
 
 from kvtrim.errors import UsageError
 from kvtrim.prompts.document import Document, require_characters
-from kvtrim.prompts.spans import Spans, join_spans, map_ends, without
-from kvtrim.prompts.structure import STRUCTURE, structure
+from kvtrim.prompts.spans import STRUCTURE, Spans, join_spans, map_ends, structure, without
 
 # what templates may want to escape, quote, strip or format stands in them, so that it shows
 _HARD = "\"'`<&>{}[]\\%é\n\t|"

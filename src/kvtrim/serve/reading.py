@@ -8,8 +8,8 @@ import torch
 
 from kvtrim.engine.batch import joinable
 from kvtrim.engine.branch import Base
+from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.keyword import cache_keyword
 from kvtrim.serve.memory import Document
 
 

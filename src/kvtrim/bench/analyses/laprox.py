@@ -22,8 +22,7 @@ from kvtrim.bench.analyses.passes import (
     window_weights,
 )
 from kvtrim.hf.attach import attach
-from kvtrim.hf.base import BaseCache
-from kvtrim.hf.keyword import cache_keyword
+from kvtrim.hf.base import BaseCache, cache_keyword
 from kvtrim.hf.models.architectures import layout
 from kvtrim.methods.policies import output
 from kvtrim.report.findings import Finding

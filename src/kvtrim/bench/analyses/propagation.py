@@ -15,10 +15,9 @@ from kvtrim.bench.analyses.base import Asked, OfPrompts, Subject, spread_layers
 from kvtrim.bench.calibrate.tsp import empty_cache
 from kvtrim.bench.eval.decode import Reference, answers, fits, make_branch
 from kvtrim.hf.attach import attach
-from kvtrim.hf.base import BaseCache
+from kvtrim.hf.base import BaseCache, cache_keyword
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import synchronize
-from kvtrim.hf.keyword import cache_keyword
 from kvtrim.report.findings import Finding
 from kvtrim.types import Int, Tensor
 

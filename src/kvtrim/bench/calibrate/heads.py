@@ -36,9 +36,9 @@ from kvtrim.bench.provenance import provenance
 from kvtrim.engine.layer import Call
 from kvtrim.errors import ModelError, UsageError
 from kvtrim.hf.attach import attach
+from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import read
-from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.models import fingerprint
 from kvtrim.hf.replay import record as read_once
 from kvtrim.methods.policies import ops

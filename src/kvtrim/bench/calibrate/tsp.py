@@ -40,8 +40,8 @@ from kvtrim.bench.provenance import provenance
 from kvtrim.engine.layer import Call
 from kvtrim.errors import UsageError
 from kvtrim.hf.attach import attach
+from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.models import fingerprint
 from kvtrim.hf.models.architectures import layout
 from kvtrim.methods.keep import Keep

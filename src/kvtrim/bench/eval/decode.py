@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from kvtrim.hf.base import BaseCache
+from kvtrim.hf.base import BaseCache, cache_keyword
 from kvtrim.hf.batch import join, positions
-from kvtrim.hf.keyword import cache_keyword
 from kvtrim.types import Float, Int, Tensor
 
 _LOGITS = 1 << 26  # numbers that one pass over an answer may give: rows x tokens x vocabulary

@@ -16,8 +16,8 @@ import torch
 
 from kvtrim.bench.candidates import Candidate, Subject
 from kvtrim.errors import UsageError
+from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.generate import plain_cache
-from kvtrim.hf.keyword import cache_keyword
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.variant import Variant
 from kvtrim.types import Tensor

@@ -9,9 +9,9 @@ import torch
 
 from kvtrim.errors import KvtrimError
 from kvtrim.hf.attach import attach
+from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import plain_cache
-from kvtrim.hf.keyword import cache_keyword
 from kvtrim.hf.models.architectures import layout
 from kvtrim.types import Tensor
 

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvtrim.errors import ModelError
-from kvtrim.types import Int, Target, Tensor
+from kvtrim.types import Int, Tensor
 
 _SAMPLES = 2**18  # of one tensor at most: more than an embedding has rows
 _BUFFER = 64  # values of a buffer that are stored
@@ -79,14 +79,6 @@ def complete(model: PreTrainedModel) -> dict[str, Any]:
         "adapters": _adapters(model),
         "buffers": _buffers(model),
     }
-
-
-def target(model: PreTrainedModel, layers: int) -> Target:
-    """What a budget is told of a model of which kvtrim manages so many layers."""
-    config = model.config.get_text_config(decoder=True)
-    name = model.config.name_or_path or f"this {config.model_type} model"
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    return Target(name, layers, heads, lambda: identity(model), kv_heads, width=config.hidden_size)
 
 
 def identity(model: PreTrainedModel) -> str:

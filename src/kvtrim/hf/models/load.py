@@ -13,11 +13,11 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from kvtrim.errors import KvtrimError, ModelError, UnsupportedModelError
 from kvtrim.hf.models import gguf
 from kvtrim.hf.models.architectures import ACCEPTED, SUPPORTED, layout
-from kvtrim.hf.models.gguf import quiet
 from kvtrim.hf.models.gguf_header import require_sound
 
 EMBEDDED = "smollm2"
@@ -54,7 +54,7 @@ def load(
         UnsupportedModelError: an architecture that kvtrim was never tested on.
         ModelError: no such file, no network, or files that are no model.
     """
-    with told_plainly(str(name)):
+    with told_plainly(str(name)), quiet():
         where, extra = _locate(os.fspath(name))
     if device == AUTO_MAP:
         device, options = None, {"device_map": "auto", **options}
@@ -76,6 +76,20 @@ def load(
         ACCEPTED.add(model)
     TOKENIZERS[model] = tokenizer
     return (model if "device_map" in options else model.to(device)).eval(), tokenizer
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars, which are put back as they were: they are
+    for whoever calls it directly.
+    """
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -12,8 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kvtrim.errors import UnknownNameError, UsageError
-from kvtrim.hf.models.gguf import quiet
-from kvtrim.hf.models.load import as_device, as_dtype
+from kvtrim.hf.models.load import as_device, as_dtype, quiet
 
 _FOLDER = files("kvtrim.hf.models") / "configs"
 CONFIGS = tuple(

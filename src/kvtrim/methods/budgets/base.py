@@ -1,6 +1,10 @@
-"""What every budget has in common: it turns room and scores into entries per head."""
+"""What every budget has in common: it turns room and scores into entries per head.
+
+And the two that say no more than that: the same number everywhere, and everything.
+"""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -100,3 +104,21 @@ class ModelWide(Budget):
 def everyone(entries: int, scores: Scores) -> Counts:
     """The same number for every head of every prompt."""
     return torch.full(scores.shape[:2], entries, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Uniform(Budget):
+    """Uniform: every layer and every head keeps the same number of entries."""
+
+    def counts(self, room: Room, scores: Scores) -> Counts:
+        return everyone(room.free, scores)
+
+
+@dataclass(frozen=True)
+class Unlimited(Budget):
+    """Everything is kept: the full cache."""
+
+    unlimited: ClassVar[bool] = True
+
+    def counts(self, room: Room, scores: Scores) -> Counts:
+        return everyone(room.candidates, scores)

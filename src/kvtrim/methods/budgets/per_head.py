@@ -15,8 +15,7 @@ from typing import Literal
 import torch
 
 from kvtrim.errors import UsageError
-from kvtrim.methods.budgets.base import Budget, Ledger
-from kvtrim.methods.budgets.uniform import Uniform
+from kvtrim.methods.budgets.base import Budget, Ledger, Uniform
 from kvtrim.methods.ranges import Share
 from kvtrim.types import Counts, Float, Int, Room, Scores, Tensor
 
