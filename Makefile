@@ -35,8 +35,9 @@ demo: $(VENV)/ready
 	$(ASK) --protocol question-aware --method auto --method snapkv --method streaming-llm
 	$(ASK) --protocol question-agnostic --method auto --method kvzip --method snapkv
 
+# processes that tests start share what is compiled, also where the environment asks for no bytecode
 test: setup
-	$(BIN)/python -m pytest -n 2
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2
 
 check: setup
 	$(BIN)/ruff check

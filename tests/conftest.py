@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read as soon as torch imports Triton
 
+import interpreter
 import rooms
 import shapes
 
@@ -30,6 +31,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """What was loaded stays: collecting garbage looks at what tests make, which is little."""
+    interpreter.quicken()
     gc.enable()
     gc.collect()
     gc.freeze()
