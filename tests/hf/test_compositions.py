@@ -4,7 +4,7 @@ import pytest
 
 import compositions
 
-SEED, CASES, BLOCK = 0, 32, 8
+SEED, CASES, BLOCK = 0, 24, 6
 
 
 @pytest.mark.parametrize("first", range(0, CASES, BLOCK))
