@@ -11,7 +11,7 @@ from kvtrim.hf.generate import read
 from small import small
 
 METHODS = sorted(kvtrim.METHODS)
-NEW = 8
+NEW = 6
 KINDS = ["full", "snapkv", "cake", "fastkv", "h2o", "headkv", "kvzip", "shotkv", "tova"]
 """One method for each kind of state that a cache keeps between passes."""
 
