@@ -29,7 +29,7 @@ def run(request, monkeypatch, invoke, tmp_path):
     """Report on a folder with results in `results`."""
     evaluation(tmp_path / "results", TASKS, ["snapkv", "h2o"], ["128"], limit=3)
     if "drawing" not in request.fixturenames:
-        monkeypatch.setattr("kvtrim.cli.report._drawn", lambda *_: {})
+        monkeypatch.setattr("kvtrim.cli.report._draw", lambda *_: {})
     return partial(invoke, "report")
 
 
@@ -285,3 +285,17 @@ def test_reading_results_needs_no_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "1", done.stderr
+
+
+def test_the_leaderboard_is_written_when_asked_for_and_checked(invoke, tmp_path):
+    pytest.importorskip("matplotlib")
+    evaluation(tmp_path / "run", ("a", "b"), ("snapkv", "h2o"), ("64", "512"), limit=3)
+    assert invoke("report", "run")[0] == 0 and not (tmp_path / "run/leaderboard.html").exists()
+    code, _, err = invoke("report", "run", "--leaderboard")
+    assert (code, err) == (0, "") and invoke("report", "run", "--check")[0] == 0
+    page = tmp_path / "run" / "leaderboard.html"
+    page.write_text(page.read_text().replace("snapkv", "other"))
+    code, _, err = invoke("report", "run", "--check")
+    assert code == 1 and "leaderboard.html is not what the data say" in err.replace("\n", "")
+    code, _, err = invoke("report", "run", "--check", "--leaderboard")
+    assert code == 2 and "leave out --leaderboard" in err

@@ -13,6 +13,7 @@ from kvtrim.errors import UsageError
 if TYPE_CHECKING:
     from kvtrim.report.document import Chapter
 
+BOARD = "leaderboard.html"
 Results = Annotated[
     list[Path] | None,
     typer.Argument(
@@ -38,6 +39,14 @@ Fill = Annotated[
     list[Path] | None,
     typer.Option(help="Write the tables into a document's markers; repeat for several."),
 ]
+Leaderboard = Annotated[
+    bool,
+    typer.Option(
+        "--leaderboard",
+        help="Also write leaderboard.html: score against the share held, each point with its "
+        "samples.",
+    ),
+]
 
 
 def report(
@@ -45,6 +54,7 @@ def report(
     out: Out = None,
     check: Check = False,
     fill: Fill = None,
+    leaderboard: Leaderboard = False,
     json: options.Json = False,
 ) -> None:
     """Tables and plots of result folders: report.md and report.html, one page without other files.
@@ -60,7 +70,7 @@ def report(
 
     documents = [path for path in results or [] if path.suffix == ".md"]
     places = [path for path in results or [] if path not in documents]
-    _require(places, documents, check, fill)
+    _require(places, documents, check, fill, leaderboard)
     target = _target(places, out)
     with output.busy("reading and averaging"):
         sections, speeds = folders.read_results(places)
@@ -70,11 +80,15 @@ def report(
     tables = checking.all_tables(made)
     if check:
         derived = [each for one in sections for run in one.runs for each in checking.averages(run)]
-        _check(made, target, documents, derived)
+        _check(made, target, documents, [*derived, *_differences(target, sections, speeds)])
         return
     for path in fill or []:
         _write(path, checking.fill(path, tables).encode())
     _write_report(target, made, methods(sections, speeds))
+    if leaderboard:
+        from kvtrim.report import leaderboard as board
+
+        _write(target / BOARD, board.page(sections, speeds).encode())
     if json:
         output.print_json(_json(target, made))
     else:
@@ -85,15 +99,30 @@ def report(
         output.out.print(f"{target / 'report.md'} and {target / 'report.html'}", highlight=False)
 
 
+def _differences(target: Path, sections: Sequence[Any], speeds: Sequence[Any]) -> list[str]:
+    """What is wrong with a leaderboard that was written before."""
+    from kvtrim.report import leaderboard as board
+
+    path = target / BOARD
+    if not path.exists() or path.read_text("utf-8") == board.page(sections, speeds):
+        return []
+    return [f"{path} is not what the data say; write it again with kvtrim report --leaderboard"]
+
+
 def _require(
-    places: list[Path], documents: list[Path], check: bool, fill: list[Path] | None
+    places: list[Path],
+    documents: list[Path],
+    check: bool,
+    fill: list[Path] | None,
+    leaderboard: bool,
 ) -> None:
     if not places:
         raise UsageError("name a folder that kvtrim eval, sweep or speed wrote with --out")
     if documents and not check:
         raise UsageError(f"{documents[0]} is a document: add --check to compare it, or use --fill")
-    if check and fill:
-        raise UsageError("--check writes nothing; leave out --fill")
+    if check and (fill or leaderboard):
+        wrong = "--fill" if fill else "--leaderboard"
+        raise UsageError(f"--check writes nothing; leave out {wrong}")
 
 
 def _target(places: Sequence[Path], out: Path | None) -> Path:

@@ -18,7 +18,7 @@ from kvtrim.report.tables import Table
 
 DIGEST = "kvtrim-tables"
 _INTERVAL = re.compile(r"(?P<mean>\S+) (?P<spread>\(\S+ to \S+\))(?P<rest>.*)")
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1c1f23; --soft: #5b6470; --paper: #ffffff;
   --line: #d8dde3; --band: #f5f7f9; --link: #0b5cad; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #a2abb5; --paper: #16191d;
@@ -147,7 +147,7 @@ def page(chapters: Sequence[Chapter], drawn: Mapping[str, Sequence[tuple[str, by
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="{DIGEST}" content="{digest(chapters)}">\n'
-        f"<title>{TITLE}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{TITLE}</title>\n<style>{STYLE}</style>\n</head>\n"
     )
     foot = f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     return head + "<body>\n<main>\n" + "\n".join(body) + foot

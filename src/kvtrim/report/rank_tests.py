@@ -127,7 +127,8 @@ def friedman(sections: Sequence[Section], speeds: Sequence[SpeedRun] = ()) -> Fi
 
 
 def _scores(view: View, methods: Sequence[str], keep: str) -> dict[str, list[float]]:
-    """Mean scores of each method on the tasks that all of them have."""
+    """Mean scores of each method that has any, on the tasks that all of these have."""
+    methods = [name for name in methods if view.tasks_with_score(view.tasks, (name, keep))]
     tasks = [
         task for task in view.tasks if all(view.values(task, (name, keep)) for name in methods)
     ]
