@@ -4,7 +4,7 @@ Every point and every cell opens the samples that it was made of. The page needs
 """
 
 from collections.abc import Mapping, Sequence
-from math import log2
+from math import ceil, log2
 from statistics import fmean, median
 
 from kvtrim.report.format import seconds
@@ -21,7 +21,7 @@ ABOUT = (
     "black line is the front: nothing on it is beaten in both. A point or cell opens its samples."
 )
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00")
-_SHAPES = ("circle", "square", "diamond")
+_SHAPES = ("circle", "square", "diamond", "ring")
 _WIDE, _TALL, _LEFT, _LOW, _EDGE = 860, 420, 46, 40, 14
 _LONG = 300  # characters of an answer
 _MORE = """
@@ -81,13 +81,13 @@ def _looks(found: Sequence[Point]) -> dict[str, tuple[str, str]]:
         )
         for place, method in enumerate(methods)
     }
-    return looks | {FULL[0]: ("currentColor", "square")}
+    return looks | {FULL[0]: ("var(--ink)", "square")}
 
 
 def _picture(found: Sequence[Point], links: Mapping[tuple[str, str], str]) -> str:
     """Score by the share held, on a scale of halves."""
     least = max(LEAST, -min(log2(point.share) for point in found if point.share > 0))
-    looks, top = _looks(found), max(point.score.value for point in found) or 1.0
+    looks, top = _looks(found), ceil(10 * max(point.score.value for point in found)) / 10 or 1.0
 
     def place(point: Point) -> tuple[float, float]:
         across = 1 + log2(max(point.share, 2.0**-least)) / (least + 0.1)
@@ -131,7 +131,9 @@ def _picture(found: Sequence[Point], links: Mapping[tuple[str, str], str]) -> st
 
 def _shape(x: float, y: float, colour: str, kind: str) -> str:
     style = f'fill="{colour}" fill-opacity="0.75"'
-    if kind == "circle":
+    if kind == "ring":
+        style = f'fill="none" stroke="{colour}" stroke-width="2.5"'
+    if kind in ("circle", "ring"):
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" {style}/>'
     turned = f' transform="rotate(45 {x:.1f} {y:.1f})"' if kind == "diamond" else ""
     where = f'x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9"'
