@@ -127,7 +127,7 @@ ROOMS = {
     ),
     "serve": Room(
         "api cache engine errors files hf hf.models methods.keep methods.settings prompts "
-        "serve.library serve.stream types",
+        "report.viewer serve.library serve.stream types",
         owns="fastapi starlette pydantic prometheus_client llm",
         shapes=True,
     ),

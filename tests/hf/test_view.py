@@ -1,13 +1,16 @@
 """`kvtrim.view`: what is shown is what the store holds, of the text that was read."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import kvtrim
 import models
+from kvtrim.cache import archive
 from kvtrim.hf.attach import attach
 from kvtrim.hf.base import cache_keyword
-from kvtrim.hf.view import positions, stop_of
+from kvtrim.hf.view import positions, stop_of, view_file
 from kvtrim.prompts.detokenizer import pieces
 from small import small
 
@@ -140,3 +143,43 @@ def test_pieces_hold_every_character_once():
     assert "日" in found and pieces(tokenizer, []) == []
     half = pieces(tokenizer, ids[:-1])
     assert "".join(half) == tokenizer.decode(ids[:-1])
+
+
+def saved(cache, folder):
+    cache.save(folder / "a.kv")
+    return folder / "a.kv"
+
+
+@pytest.mark.parametrize("method", ["full", "snapkv", "adakv", "gemfilter"])
+def test_a_file_shows_what_its_cache_does(llama, tmp_path, method):
+    cache = compressed(llama, method)
+    own = kvtrim.view(cache, models.tokenizer())
+    known = replace(own.stops[0], positions=())
+    made = view_file(saved(cache, tmp_path), models.tokenizer(), cache.managed, known)
+    assert made.html == own.html
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors["layers.1.positions"].add_(1000),
+        lambda tensors: tensors["layers.1.positions"].sub_(1000),
+        lambda tensors: tensors["layers.0.positions"].zero_(),
+        lambda tensors: tensors["layers.0.length"].sub_(1),
+        lambda tensors: tensors["layers.0.length"].neg_(),
+        lambda tensors: tensors.pop("layers.2.positions"),
+        lambda tensors: tensors.pop("token_ids"),
+        lambda tensors: tensors.update(token_ids=tensors["token_ids"][0]),
+        lambda tensors: tensors.update({"layers.0.positions": torch.zeros(2, 2)}),
+        lambda tensors: tensors.update(token_ids=tensors["token_ids"][:, :0]),
+    ],
+)
+def test_a_file_of_positions_that_no_cache_has_is_refused(llama, tmp_path, change):
+    cache = compressed(llama, "snapkv")
+    path = saved(cache, tmp_path)
+    tensors, record = archive.read(path)
+    change(tensors)
+    archive.write(path, tensors, record)
+    known = replace(kvtrim.view(cache, models.tokenizer()).stops[0], positions=())
+    with pytest.raises(kvtrim.KvtrimError):
+        view_file(path, models.tokenizer(), cache.managed, known)

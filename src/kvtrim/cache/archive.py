@@ -8,7 +8,7 @@ itself and every tensor: a truncated or altered file is noticed before any of it
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,20 @@ class Archive:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(_size(*each) for each in self.shapes.values())
+
+    def read_some(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some tensors, to look at: what they hold is not checked, which takes all of them.
+
+        Raises:
+            CacheFileError: they are not there, or not what the record says.
+        """
+        if not {*names} <= {*self.shapes}:
+            raise CacheFileError(f"{self.path} does not hold all that it should; {_AGAIN}")
+        with _open(self.path) as file:
+            tensors = {name: file.get_tensor(name) for name in names}
+        if any((t.dtype, tuple(t.shape)) != self.shapes[name] for name, t in tensors.items()):
+            raise CacheFileError(f"{self.path} was altered after it was written; {_AGAIN}")
+        return tensors
 
     def read(self) -> dict[str, Tensor]:
         """The tensors, on the CPU.

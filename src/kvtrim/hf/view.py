@@ -1,5 +1,6 @@
 """What a cache kept of its prompt, to look at: `kvtrim.view`."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvtrim.errors import UsageError
+from kvtrim.cache import archive as archives
+from kvtrim.errors import CacheFileError, UsageError
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.models.load import TOKENIZERS
 from kvtrim.prompts.detokenizer import pieces
 from kvtrim.report.viewer import evidence as places
 from kvtrim.report.viewer.exhibit import Exhibit, Said, Stop
+from kvtrim.types import Int, Tensor
 
 ABOUT = {
     "question-agnostic": "Question-agnostic: the document was cut before any question was known.",
@@ -73,6 +76,48 @@ def view(
         question,
         evidence=found,
     )
+
+
+def view_file(
+    path: str | os.PathLike[str], tokenizer: Any, layers: Sequence[int], stop: Stop
+) -> Exhibit:
+    """What a saved cache of one document kept, with none of its keys and values loaded.
+
+    Args:
+        layers: the model's numbers of those that do not slide.
+        stop: what is known of it; its positions are read from the file.
+
+    Raises:
+        CacheFileError: it is no cache file, or holds positions that no cache has.
+    """
+    archive = archives.open_archive(path)
+    parts = [[f"layers.{n}.{x}" for x in ("positions", "length")] for n in range(len(layers))]
+    found = archive.read_some(["token_ids", *(name for pair in parts for name in pair)])
+    try:
+        ids = found["token_ids"][0].tolist()
+        held = [_heads(*(found[name] for name in pair), len(ids)) for pair in parts]
+        made = replace(stop, positions=held)
+        return Exhibit(pieces(tokenizer, ids), [made], [ABOUT["question-agnostic"]], layers)
+    except (IndexError, OverflowError, RuntimeError, TypeError, ValueError, UsageError) as error:
+        raise CacheFileError(f"{path} holds what no cache does: {error}") from None
+
+
+def _heads(numbers: Int[Tensor, " T"], counts: Int[Tensor, "1 K"], end: int) -> list[np.ndarray]:
+    """Positions of one layer, head by head. Raises ValueError if they cannot be."""
+    ends = counts[0].cumsum(0).tolist()
+    if numbers.ndim != 1 or min(counts[0].tolist(), default=0) < 0 or ends[-1] != len(numbers):
+        raise ValueError("positions without heads")
+    found = np.split(numbers.numpy(), ends[:-1])
+    if not all(_ascend(head, end) for head in found):
+        raise ValueError("positions that do not ascend")
+    return found
+
+
+def _ascend(numbers: np.ndarray, end: int) -> bool:
+    """Whether they are places of so many tokens, each once."""
+    if not len(numbers):
+        return True
+    return bool(numbers[0] >= 0 and numbers[-1] < end and (np.diff(numbers) > 0).all())
 
 
 def stop_of(cache: Cache, said: Said | None = None) -> Stop:

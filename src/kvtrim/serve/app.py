@@ -320,6 +320,10 @@ def _add_documents(app: FastAPI, service: Service) -> None:
             }
         return _document(service, service.find_document(name))
 
+    @app.get("/v1/documents/{name}/kept")
+    def show(name: str) -> HTMLResponse:
+        return HTMLResponse(service.show(name))
+
     @app.delete("/v1/documents/{name}")
     def remove(name: str) -> dict[str, Any]:
         service.remove(name)

@@ -12,9 +12,12 @@ from kvtrim.cache import archive
 from kvtrim.errors import CacheError, CacheFileError, FileError
 from kvtrim.hf.cache import Cache, load_cache
 from kvtrim.hf.models import fingerprint
+from kvtrim.hf.models.architectures import layout
+from kvtrim.hf.view import view_file
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.settings import places
 from kvtrim.prompts.document import Document
+from kvtrim.report.viewer.exhibit import Exhibit, Stop
 from kvtrim.serve.library import Entry, Library, check_name, key_of
 
 Progress = Callable[[str, int, int], None]
@@ -176,6 +179,17 @@ def load(
     cache = load_cache(library.cache_path(entry), model, tokenizer, method)
     library.use(entry)
     return entry, cache
+
+
+def show(library: Library, entry: Entry, model: Any, tokenizer: Any) -> Exhibit:
+    """What was kept of a document of this model, as a page; its cache is not loaded.
+
+    Raises:
+        CacheFileError: its file is damaged.
+    """
+    layers = layout(model, allow_untested=True).managed
+    held = Stop(entry.method, entry.keep, (), entry.held_bytes, entry.full_bytes, entry.remark)
+    return view_file(library.cache_path(entry), tokenizer, layers, held)
 
 
 def verify(library: Library, entry: Entry) -> str | None:

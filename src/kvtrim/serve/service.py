@@ -11,7 +11,7 @@ from kvtrim.errors import KvtrimError, UsageError
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.settings import find
 from kvtrim.prompts import conversation
-from kvtrim.serve import protocol
+from kvtrim.serve import documents, protocol
 from kvtrim.serve.documents import How, Prints
 from kvtrim.serve.library import Entry, Library, check_name
 from kvtrim.serve.request import (
@@ -204,6 +204,16 @@ class Service:
         self.scheduler.submit(upload)
         self.uploads[name] = upload
         return done
+
+    def show(self, name: str) -> str:
+        """What was kept of a document, as a page.
+
+        Raises:
+            Refused: there is none of that name.
+            CacheFileError: its file is damaged.
+        """
+        model = self.scheduler.reader.model
+        return documents.show(self.library, self.find_document(name), model, self.tokenizer).html
 
     def remove(self, name: str) -> None:
         """Remove a document.
