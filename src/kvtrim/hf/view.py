@@ -95,7 +95,7 @@ def view_file(
     found = archive.read_some(["token_ids", *(name for pair in parts for name in pair)])
     try:
         ids = found["token_ids"][0].tolist()
-        held = [_heads(*(found[name] for name in pair), len(ids)) for pair in parts]
+        held = [_heads(found[at], found[length], len(ids)) for at, length in parts]
         made = replace(stop, positions=held)
         return Exhibit(pieces(tokenizer, ids), [made], [ABOUT["question-agnostic"]], layers)
     except (IndexError, OverflowError, RuntimeError, TypeError, ValueError, UsageError) as error:
