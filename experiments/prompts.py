@@ -1,4 +1,4 @@
-"""Prompts that the experiments share: needles of words in essays, and short LongBench rows."""
+"""Prompts that the experiments share: word needles in essays, short LongBench rows, RULER's."""
 
 import gzip
 import json
@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from kvtrim.tasks.base import Request
+from kvtrim.tasks.rows import reader
+from kvtrim.tasks.ruler import OFFLINE
 
 COLOURS = "purple golden silver crimson hidden frozen gentle ancient broken quiet hollow yellow"
 THINGS = (
@@ -34,6 +38,7 @@ class Asked:
     question: str
     answer: str
     words: tuple[str, ...]
+    prefix: str = ""  # how the answer begins: given, and not judged
 
 
 def needles(tokenizer: Any, data: Path, count: int, length: int, seed: int = 0) -> Iterator[Asked]:
@@ -78,6 +83,19 @@ def longbench(tokenizer: Any, data: Path, count: int, longest: int) -> list[Aske
                 sized.append((longest - size, task, number, asked))
         found += sorted(sized, key=lambda one: one[:3])[:MOST_OF_A_TASK]
     return [asked for *_, asked in sorted(found, key=lambda one: one[:3])[:count]]
+
+
+def ruler(tokenizer: Any, data: Path, length: int, each: int = 1, seed: int = 0) -> list[Asked]:
+    """RULER's tasks that need no rows of others, `each` samples of all of them in turn."""
+    size, rows = (lambda text: len(tokenizer(text).input_ids)), reader(data)
+    request = Request(rows=rows, tokens=size, length=length, limit=each, seed=seed)
+    made = [[(task.name, sample) for sample in task.samples(request)] for task in OFFLINE]
+    found = []
+    for name, sample in (one for turn in zip(*made, strict=True) for one in turn):
+        ids = tokenizer(" " + ", ".join(sample.answers)).input_ids[:ANSWER]
+        given = sample.document.text, sample.question, tokenizer.decode(ids), sample.answers
+        found.append(Asked(name, *given, sample.prefix))
+    return found
 
 
 def _words(answer: str) -> tuple[str, ...]:

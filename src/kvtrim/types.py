@@ -105,6 +105,9 @@ class LayerView:
     # RoPE: vectors turned on by so many positions each; given where the policy `turns`
     bias: Float[Tensor, "B K S"] | None = None  # added to the logits of each slot, see `refit`
     spans: tuple[Spans, ...] = ()  # named parts, one mapping per prompt; empty if none were given
+    whole: bool = False  # the prompt is complete, and nothing of it was evicted
+    asked: Float[Tensor, "B H r D"] | None = None  # some of the prompt's own queries, in order and
+    # turned to a position behind it; given with `whole` where the policy has `asked`
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 import kvtrim
 import models
 from kvtrim.bench.calibrate import echo, echo_texts
-from kvtrim.errors import UsageError
+from kvtrim.errors import UnsupportedModelError, UsageError
 from kvtrim.hf.replay import record
 from kvtrim.methods import echo_tables
 
@@ -50,11 +50,42 @@ def test_sums_give_what_the_tokens_themselves_give():
 def test_a_fit_foretells_the_scores_of_the_probe(llama):
     fitted = echo.fit(llama, models.tokenizer(), PLAN, texts())
     assert fitted.table.weight.shape == (3, 2, 48) and fitted.explained.shape == (3, 2)
-    assert [x["held_out"] for x in fitted.texts] == [False, True, False, False, False, True]
-    assert sum(x["tokens"] for x in fitted.texts) == PLAN.tokens
+    held_out = [number in (1, 5) for number in range(7)]
+    assert [x["held_out"] for x in fitted.texts] == held_out
+    assert [x["tokens"] for x in fitted.texts] == [150, 150, 75, 150, 64, 150, 150]
     assert fitted.tried[fitted.ridge] == max(fitted.tried.values())
     assert float(fitted.explained.mean()) == pytest.approx(fitted.tried[fitted.ridge])
     assert float(fitted.explained.mean()) > 0.05
+    first, end, asked = (
+        float(x.mean()) for x in (fitted.explained, fitted.second["end"], fitted.second["asked"])
+    )
+    assert asked > end > first
+
+
+def test_sums_of_a_view_are_those_of_what_it_shows():
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(50, n, generator=draw, dtype=torch.float64) for n in (4, 2))
+    view = torch.randn(5, 3, generator=draw, dtype=torch.float64)
+    view[:, -1] = torch.tensor([0, 0, 0, 0, 1])
+    whole, shown = echo.Sums.empty(4, 2), echo.Sums.empty(2, 2)
+    whole.add(x, y)
+    shown.add(x @ view[:4, :-1] + view[4, :-1], y)
+    for found, wanted in zip(
+        vars(whole.seen_by(view)).values(), vars(shown).values(), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_model_whose_queries_cannot_be_turned_has_no_map_of_what_they_look_at(
+    llama, monkeypatch
+):
+    def rotations(model):
+        raise UnsupportedModelError("of another kind")
+
+    monkeypatch.setattr(echo, "rotations", rotations)
+    fitted = echo.fit(llama, models.tokenizer(), PLAN, texts())
+    assert fitted.table.asked is None and fitted.table.end is not None
+    assert set(fitted.second) == {"end"}
 
 
 @pytest.mark.parametrize("target", ["kvzip", "kvzip-plus"])
@@ -85,19 +116,25 @@ def test_a_record_says_what_was_fitted_on_what(llama, tmp_path):
     path = tmp_path / "tiny.safetensors"
     echo_tables.write(path, fitted.table, written)
     kept = echo_tables.record_of(path)
-    assert kept["identity"] and kept["target"] == "kvzip" and kept["read"] == PLAN.tokens
-    assert len(kept["explained"]) == 3 and kept["texts"][0]["sha256"]
+    assert kept["identity"] and kept["target"] == "kvzip" and kept["read"] == 889
+    assert (
+        len(kept["explained"]) == len(kept["explained_asked"]) == 3 and kept["texts"][0]["sha256"]
+    )
     table = echo_tables.read(str(path))
     torch.testing.assert_close(table.weight, fitted.table.weight)
     torch.testing.assert_close(table.bias, fitted.table.bias)
+    torch.testing.assert_close(table.lengths, fitted.table.lengths)
+    torch.testing.assert_close(table.asked.weight, fitted.table.asked.weight)
+    torch.testing.assert_close(table.end.bias, fitted.table.end.bias)
 
 
 def test_made_texts_are_of_several_kinds_and_the_same_again(llama):
     made = echo_texts.compose(100, seed=1)
     assert made == echo_texts.compose(100, seed=1) != echo_texts.compose(100, seed=2)
-    assert {name.split()[0] for name in made} == {"documentation", "code", "records"}
+    assert {name.split()[0] for name in made} == {"documentation", "code", "records", "facts"}
     own = echo_texts.write(llama, models.tokenizer(), 12)
     assert own == echo_texts.write(llama, models.tokenizer(), 12)
     turns = list(echo_texts.mix(own, made))
-    assert {name.split()[0] for name in turns[:4]} == {"own", "documentation", "code", "records"}
+    kinds = {"own", "documentation", "code", "records", "facts"}
+    assert {name.split()[0] for name in turns[:5]} == kinds
     assert sorted(turns) == sorted([*own, *made])

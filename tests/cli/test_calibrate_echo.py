@@ -22,7 +22,7 @@ TEXTS = tuple(x for name in ("one", "two", "three") for x in ("--texts", f"{name
 def test_a_fitted_table_is_one_that_echo_reads(run, tmp_path):
     code, out, _ = run(*CALIBRATE, *TEXTS, "--tokens", "300")
     assert code == 0 and "--method echo --set table=own.safetensors" in out
-    assert "300 tokens of 3 texts" in " ".join(out.split())
+    assert "264 tokens of 3 texts" in " ".join(out.split())
     assert (tmp_path / "own.png").exists()
     record = json.loads((tmp_path / "own.record.json").read_text())
     assert [text["name"] for text in record["texts"]] == ["one.txt", "two.txt", "three.txt"]

@@ -1,6 +1,7 @@
 """Echo: every token is scored when it is read, and the whole model shares one pool."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from kvtrim.errors import UsageError
 from kvtrim.hf.models import fingerprint
 from kvtrim.hf.replay import record
 from kvtrim.methods import echo_tables
-from kvtrim.methods.echo_tables import EchoTable
+from kvtrim.methods.echo_tables import EchoTable, Linear
 from kvtrim.methods.settings import find
 from small import small
 
-N, KEEP, SINKS = 48, 20, 4
+N, KEEP, SINKS, BEHIND = 48, 20, 4, 64
 TABLE = small("echo")
 
 
@@ -65,6 +66,115 @@ def read(model, cache, ids, *widths):
     return cache
 
 
+@pytest.fixture(scope="module")
+def with_second(tmp_path_factory):
+    """A table with every map, of the tiny model."""
+    draw = torch.Generator().manual_seed(5)
+
+    def numbers(*shape):
+        return torch.randn(*shape, generator=draw)
+
+    seconds = [Linear(numbers(3, 2, count), numbers(3, 2)) for count in (6, 10)]
+    first = numbers(3, 2, 48) / 8, numbers(3, 2), numbers(3, 2, 8) / 4
+    path = tmp_path_factory.mktemp("table") / "all.safetensors"
+    echo_tables.write(path, EchoTable(*first, *seconds), {})
+    return {"table": str(path)}
+
+
+def turned_on(model, vector, by):
+    """A vector at a later position, pair by pair."""
+    frequencies, half = model.model.rotary_emb.inv_freq.tolist(), len(vector) // 2
+    found = list(vector)
+    for pair, frequency in enumerate(frequencies):
+        one, other, angle = vector[pair], vector[pair + half], by * frequency
+        found[pair] = one * math.cos(angle) - other * math.sin(angle)
+        found[pair + half] = other * math.cos(angle) + one * math.sin(angle)
+    return found
+
+
+def at_the_end(model, ids, table, asked):
+    """Scores of a complete prompt by both maps, number by number: first ones, then second ones."""
+    table, n = echo_tables.read(table), ids.shape[1]
+    firsts, seconds = [], []
+    for layer, call in enumerate(record(model, ids).calls):
+        hidden, keys, values = (
+            x[0].double().tolist() for x in (call.hidden, call.keys, call.values)
+        )
+        said, sizes = [], []
+        for at in range(n):
+            own = [math.hypot(*keys[head][at]) for head in range(2)]
+            own += [math.hypot(*values[head][at]) for head in range(2)]
+            sizes.append(own + [math.log(x) for x in own])
+            read = torch.tensor([*hidden[at], *sizes[-1]], dtype=torch.float64)
+            weight = torch.cat(
+                [table.weight[layer].double(), table.lengths[layer].double()], dim=1
+            )
+            said.append((weight @ read + table.bias[layer].double()).tolist())
+        firsts.append([[math.exp(own[head]) for own in said] for head in range(2)])
+        most, mean = ([[0.0] * n for _ in range(2)] for _ in range(2))
+        queries = call.queries[0].double().tolist()
+        chosen = sorted({-(-i * n // asked) for i in range(asked)}) if asked < n else range(n)
+        for head in range(6 if asked else 0):
+            for at in chosen:
+                query = turned_on(model, queries[head][at], n + BEHIND - at)
+                logits = [
+                    call.scale * sum(a * b for a, b in zip(query, key, strict=True))
+                    for key in keys[head // 3]
+                ]
+                total = sum(map(math.exp, logits))
+                for slot, logit in enumerate(logits):
+                    weight = math.exp(logit) / total
+                    most[head // 3][slot] = max(most[head // 3][slot], weight)
+                    mean[head // 3][slot] += weight / (3 * len(chosen))
+        second = table.asked if asked else table.end
+        found = [[], []]
+        for at in range(n):
+            read = [*said[at], *(math.exp(-(n - 1 - at) / x) for x in (16, 64, 256))]
+            read.append(math.exp(-at / 32))
+            if asked:
+                read += [math.log(most[head][at] + 1e-4) for head in range(2)]
+                read += [math.log(mean[head][at] * n + 1e-4) for head in range(2)]
+            weight, read = second.weight[layer].double(), torch.tensor(read, dtype=torch.float64)
+            for head, score in enumerate((weight @ read + second.bias[layer].double()).tolist()):
+                found[head].append(math.exp(score))
+        seconds.append(found)
+    return firsts, seconds
+
+
+@pytest.mark.parametrize(("asked", "each"), [(0, 0), (30, 10), (96, 32), (600, 200)])
+@pytest.mark.parametrize("widths", [(N,), (5, 20, 23)])
+def test_a_cut_at_the_end_knows_where_that_is_and_what_is_looked_at(
+    llama, with_second, asked, each, widths
+):
+    ids = models.prompt(N)
+    _, wanted = at_the_end(llama, ids, with_second["table"], each)
+    for refit in ("none", "values"):
+        settings = {"asked": asked, "refit": refit, "prompt_tokens": N, **with_second}
+        cache = kvtrim.Cache(llama, "echo", KEEP, **settings)
+        assert models.positions(read(llama, cache, ids, *widths)) == best_of_all(wanted, KEEP)
+
+
+def test_cuts_before_the_end_and_after_it_go_by_what_each_token_was_worth_when_read(
+    llama, with_second
+):
+    ids = models.prompt(N)
+    first, second = at_the_end(llama, ids, with_second["table"], 32)
+    assert best_of_all(first, KEEP) != best_of_all(second, KEEP)
+    cache = kvtrim.Cache(llama, "echo", KEEP, chunks=True, prompt_tokens=N, **with_second)
+    assert models.positions(read(llama, cache, ids, 20, 28)) == best_of_all(first, KEEP)
+
+
+def test_query_heads_with_entries_of_their_own_have_their_groups_second_scores(llama, with_second):
+    settings = {"granularity": "query", "budget": "uniform", "asked": 0, **with_second}
+    cache = kvtrim.Cache(llama, "echo", KEEP, **settings)
+    _, wanted = at_the_end(llama, models.prompt(N), with_second["table"], 0)
+    for layer, heads in enumerate(models.positions(read(llama, cache, models.prompt(N)))):
+        assert heads[0] == heads[1] == heads[2] and heads[3] == heads[4] == heads[5]
+        for head in range(2):
+            best = sorted(range(SINKS, N), key=lambda at: -wanted[layer][head][at])[: KEEP - SINKS]
+            assert heads[3 * head][SINKS:] == sorted(best)
+
+
 def test_the_best_of_the_whole_model_stay(llama):
     ids = models.prompt(N)
     cache = read(llama, kvtrim.Cache(llama, "echo", KEEP, **TABLE), ids)
@@ -97,8 +207,8 @@ def noted(cache):
 
     @dataclasses.dataclass(frozen=True)
     class Noting(type(policy)):
-        def foresee(self, index, hidden):
-            found = policy.foresee(index, hidden)
+        def foresee(self, index, hidden, keys, values):
+            found = policy.foresee(index, hidden, keys, values)
             first = read_so_far.get(index, 0)
             for head, own in enumerate(found[0].tolist()):
                 scores.update({(index, head, first + i): x for i, x in enumerate(own)})

@@ -273,6 +273,9 @@ def echo(
         _print_fit(out, picture, fitted, written)
 
 
+_WITH = {"end": "where the end is known", "asked": "and with queries that were asked"}
+
+
 def _print_fit(out: Path, picture: Path | None, fitted: "Fitted", written: dict[str, Any]) -> None:
     explained = fitted.explained
     rows = [
@@ -284,6 +287,7 @@ def _print_fit(out: Path, picture: Path | None, fitted: "Fitted", written: dict[
     summary = (
         f"{written['read']:,} tokens of {len(fitted.texts)} texts, ridge {fitted.ridge:g}, mean "
         f"R^2 {float(explained.mean()):.3f}"
+        + "".join(f", {_WITH[name]} {float(x.mean()):.3f}" for name, x in fitted.second.items())
     )
     for line in (summary, where, f"use it: --method echo --set table={out}"):
         output.out.print(line, markup=False, highlight=False, soft_wrap=True)

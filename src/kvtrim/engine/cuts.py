@@ -11,7 +11,14 @@ from kvtrim.engine.eviction import Cutters, Evictor, merge
 from kvtrim.engine.generated import trimmers
 from kvtrim.engine.layer import Call, real_queries
 from kvtrim.engine.propagation import Narrowing, narrow_pass
-from kvtrim.engine.refit import Aims, Refitting, gather_references
+from kvtrim.engine.refit import (
+    BEHIND,
+    Aims,
+    Refitting,
+    gather_references,
+    of_one_use,
+    references_of_head,
+)
 from kvtrim.engine.state import State
 from kvtrim.engine.tokens import Pass
 from kvtrim.errors import UsageError
@@ -99,16 +106,18 @@ class Cuts:
         """
         if call.hidden is None:
             raise UsageError("this method reads hidden states; pass hidden=[states, ...]")
-        own = self.method.policy.foresee(index, call.hidden)
+        own = self.method.policy.foresee(index, call.hidden, call.keys, call.values)
         return own.repeat_interleave(call.keys.shape[1] // own.shape[1], dim=1)
 
     def refer(self, index: int, call: Call) -> None:
-        """Gather reference queries for a refit: the probe's, or else the prompt's own."""
-        if self.method.policy.probes != (self.probed is not None):
+        """Gather reference queries, if any are wanted: the probe's, or else the prompt's own."""
+        refit, counts = self.method.refit, self._references(call)
+        if not counts or self.method.policy.probes != (self.probed is not None):
             return
         totals = [length + self.coming for length in self._lengths(self.whole)]
         held = self.state.layers[index]
-        given = self.method.refit, call, self.now, held, totals, self.probed
+        behind = refit.behind if refit.changes else BEHIND
+        given = counts, behind, call, self.now, held, totals, self.probed
         held.references = gather_references(*given)
 
     def propagate(self, index: int, call: Call, shown: LayerStore) -> Narrowing | None:
@@ -148,7 +157,7 @@ class Cuts:
             ahead: the new tokens are still to come: leave room for them.
             hidden: what the attention received for them, where the policy reads it.
         """
-        competing = self.method.budget.model_wide
+        competing, refits = self.method.budget.model_wide, self.method.refit.changes
         references, self.state.layers[index].references = self.state.layers[index].references, None
         if competing:
             store.add_column(SCORE)
@@ -156,8 +165,13 @@ class Cuts:
         for rows, cutter in self._cutters_for(call, ahead):
             own, part = None if hidden is None else hidden[rows], self._part(shown, rows)
             view = self._view(index, call, part, last[rows], rows, cutter.keep, own)
-            if isinstance(cutter, Evictor) and cutter.cuts and references is not None:
-                self._refitting.aim(index, view, rows, references)
+            if self._whole:
+                view = replace(
+                    view, whole=True, asked=self._queries_to_ask(call, references, rows)
+                )
+            if refits and isinstance(cutter, Evictor) and cutter.cuts and references is not None:
+                given = self._fitted_on(call, references, rows)
+                self._refitting.aim(index, view, rows, given)
             won = self.state.layers[index].share_of(rows) if self.method.budget.settles else None
             parts.append((rows, cutter.choose(view, won)))
             if cutter.scored is not None:
@@ -166,8 +180,43 @@ class Cuts:
         if competing:
             store.settle()
             self._cut_again(index)
-        elif references is not None:
+        elif refits and references is not None:
             self._refitting.apply(index, store)
+
+    def _references(self, call: Call) -> list[int]:
+        """How many reference queries of each query head are gathered, for each use."""
+        refit, policy = self.method.refit, self.method.policy
+        asked = 0 if self.method.schedule.chunks else policy.asked
+        wanted = (refit.queries if refit.changes else 0, asked)
+        return [references_of_head(count, call) for count in wanted if count]
+
+    def _queries_to_ask(
+        self, call: Call, references: Sequence[Tensor] | None, rows: slice
+    ) -> Float[Tensor, "B H r D"] | None:
+        """Those of a group's reference queries that the policy asks."""
+        asked = self.method.policy.asked
+        if references is None or not asked:
+            return None
+        total, counts = self._lengths(self.whole)[rows.start], self._references(call)
+        given = torch.stack(list(references[rows]))
+        return of_one_use(given, counts, references_of_head(asked, call), total)
+
+    def _fitted_on(
+        self, call: Call, references: Sequence[Tensor], rows: slice
+    ) -> Sequence[Tensor]:
+        """Those of a group's reference queries that are for the refit."""
+        counts = self._references(call)
+        if len(counts) == 1:
+            return references
+        total = self._lengths(self.whole)[rows.start]
+        return [of_one_use(own, counts, counts[0], total) for own in references]
+
+    @property
+    def _whole(self) -> bool:
+        """The prompt is complete, and what is cut from is all of it."""
+        return (self.prompt or self.probed is not None) and not (
+            self.coming or self.method.schedule.chunks or self.narrowing
+        )
 
     def _cut_again(self, index: int) -> None:
         """Layers compete: what this one won, the earlier ones lose; the last one settles it."""

@@ -16,12 +16,16 @@ from kvtrim.errors import UsageError
 from kvtrim.methods.refit import Refit, aim_of
 from kvtrim.types import Aim, Float, Int, LayerView, Probed, Tensor
 
+BEHIND = 64
+"""So many positions behind the prompt its own queries are turned to where no refit says."""
+
 Aims = dict[int, dict[int, Aim]]
 """For each layer and prompt what its full cache answers."""
 
 
 def gather_references(
-    refit: Refit,
+    counts: Sequence[int],
+    behind: int,
     call: Call,
     now: Pass,
     held: Held,
@@ -31,6 +35,9 @@ def gather_references(
     """Each prompt's reference queries so far, this pass's included.
 
     Args:
+        counts: how many of each query head, for each use; what one use shares with another is
+            gathered once.
+        behind: so many positions behind the prompt its own queries are turned to.
         totals: tokens of each complete prompt.
         probed: what each prompt's probe is about, if this pass reads one; its queries stand behind
             the prompt already.
@@ -38,24 +45,42 @@ def gather_references(
     Raises:
         UsageError: the prompt's own queries have to be turned, and the call has no rotation.
     """
-    heads = call.queries.shape[1]
-    most = -(-refit.queries * call.keys.shape[1] // heads)
     found = []
     for row, total in enumerate(totals):
         real = torch.arange(now.columns) if now.real is None else now.real[row]
         own = call.queries[row][:, real.to(call.queries.device)]
         if probed is None:
             at = now.row_positions(row, torch.device("cpu"))[0, 0].long()
-            chosen = _evenly(at, most, total).to(own.device)
-            own = _turn(call, own[:, chosen], total + refit.behind - at.to(own.device)[chosen])
+            chosen = torch.cat([_evenly(at, most, total) for most in counts]).unique()
+            chosen = chosen.to(own.device)
+            own = _turn(call, own[:, chosen], total + behind - at.to(own.device)[chosen])
         else:
             about = probed[row].stop - probed[row].start
-            share = -(-most * about // max(1, total))
+            share = -(-max(counts) * about // max(1, total))
             chosen = _evenly(torch.arange(len(real)), share, max(1, len(real)))
             own = own[:, chosen.to(own.device)]
         before = () if held.references is None else (held.references[row],)
         found.append(torch.cat([*before, own], dim=1))
     return tuple(found)
+
+
+def references_of_head(for_kv_head: int, call: Call) -> int:
+    """How many queries of each query head are so many of a KV head, all taken together."""
+    return -(-for_kv_head * call.keys.shape[1] // call.queries.shape[1])
+
+
+def of_one_use(
+    references: Float[Tensor, "*B r D"], counts: Sequence[int], most: int, total: int
+) -> Float[Tensor, "*B a D"]:
+    """Those of the prompt's own reference queries that were gathered for one of the uses.
+
+    Args:
+        most: the count of that use, one of `counts`.
+    """
+    every = torch.arange(total)
+    gathered = torch.cat([_evenly(every, count, total) for count in counts]).unique()
+    own = torch.searchsorted(gathered, _evenly(every, most, total))
+    return references[..., own.to(references.device), :]
 
 
 def _evenly(at: Int[Tensor, " n"], most: int, total: int) -> Int[Tensor, " r"]:
@@ -72,8 +97,9 @@ def _turn(
 ) -> Float[Tensor, "H r D"]:
     if call.rotate is None:
         raise UsageError(
-            "a refit turns the prompt's queries with the model's rotary embedding, and none was "
-            "given; use kvtrim.Cache on a model, or set refit=none"
+            "a refit and echo turn the prompt's queries with the model's rotary embedding, and "
+            "none was given; use kvtrim.Cache on a model, pass select(..., rotate=...), or set "
+            "refit=none and, with echo, asked=0"
         )
     flat = queries.flatten(0, 1)
     return call.rotate(flat, by.repeat(queries.shape[0])).view_as(queries)

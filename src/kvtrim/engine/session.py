@@ -376,7 +376,7 @@ class Session(Undoable):
         known = self._cuts.known
         if plan.observe and known is not None and (plan.after or not plan.probe):
             known.statistics.setdefault(index, store.column(CARRIED).clone())
-        if self.method.refit.changes and (self.in_prompt or plan.probe):
+        if self.in_prompt or plan.probe:
             self._cuts.refer(index, call)
         if plan.after or plan.again:
             last = last_queries(held.queries, call.queries, self._now, plan.lookback)

@@ -51,9 +51,9 @@ def rotations(model: PreTrainedModel) -> list[Rotation]:
     rotary: Any = getattr(plan.decoder, "rotary_emb", None)
     if config.model_type not in _TURNED or rotary is None:
         raise UnsupportedModelError(
-            f"turning keys or queries (positions='rolled', a refit, expected-attention) is tested "
-            f"on {', '.join(_TURNED)}, not on {config.model_type!r}; use positions='original' "
-            "(preset=bounded), refit=none, another method"
+            f"turning keys or queries (positions='rolled', a refit, expected-attention, echo) is "
+            f"tested on {', '.join(_TURNED)}, not on {config.model_type!r}; use "
+            "positions='original' (preset=bounded), refit=none, asked=0 (echo), another method"
         )
     return [_rotation(rotary, config, layer) for layer in plan.managed]
 
@@ -73,10 +73,10 @@ def _rotation(rotary: Any, config: Any, layer: int) -> Rotation:
         kind, name = kind.get(layer_type), f"{layer_type}_inv_freq"
     if kind is None or kind in _CHANGING:
         raise UnsupportedModelError(
-            "turning keys or queries (positions='rolled', a refit, expected-attention) needs "
-            f"fixed rotary frequencies; layer {layer} of this {config.model_type} model has RoPE "
-            f"of type {kind!r}; use positions='original' (preset=bounded), refit=none, another "
-            "method"
+            "turning keys or queries (positions='rolled', a refit, expected-attention, echo) "
+            f"needs fixed rotary frequencies; layer {layer} of this {config.model_type} model has "
+            f"RoPE of type {kind!r}; use positions='original' (preset=bounded), refit=none, "
+            "asked=0 (echo), another method"
         )
     return Rotation(rotary, name)
 

@@ -1,12 +1,16 @@
 """Tables of echo: per layer and KV head a linear map of hidden states, fitted once per model.
 
 A table is a safetensors file with `weight` [L, K, M], fp16, and `bias` [L, K], fp32, over the
-layers that kvtrim manages; the record beside it (NAME.record.json) says what it was fitted on and
-how well it foretells held-out texts.
+layers that kvtrim manages: the first map. It may have, in fp32, what the first map makes of the
+lengths of keys and values, `lengths` [L, K, 4 K], and two second maps, with and without queries
+that were asked: `asked.weight` [L, K, 3 K + 4] and `end.weight` [L, K, K + 4], each with its bias
+[L, K] (`policies/echo.py` says what they read). The record beside it (NAME.record.json) says what
+it was fitted on and how well it foretells held-out texts.
 """
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,29 +26,71 @@ from kvtrim.types import Float, Target, Tensor
 
 SHIPPED = Path(__file__).parent / "tables" / "echo"
 SUFFIX, RECORD = ".safetensors", ".record.json"
+_WIDTHS: Mapping[str, Callable[[int, int], list[int]]] = {
+    "weight": lambda heads, width: [width],
+    "bias": lambda heads, width: [],
+    "lengths": lambda heads, width: [4 * heads],
+    "end.weight": lambda heads, width: [heads + 4],
+    "end.bias": lambda heads, width: [],
+    "asked.weight": lambda heads, width: [3 * heads + 4],
+    "asked.bias": lambda heads, width: [],
+}  # how many numbers a head has in each tensor of a table
+_PAIRS = (("weight", "bias"), ("end.weight", "end.bias"), ("asked.weight", "asked.bias"))
 HOW_TO = "kvtrim calibrate echo --model MODEL --out FILE"
 HOW_LONG = "about four prefills of 20,000 tokens: minutes on a GPU, a quarter of an hour on CPUs"
 
 
 @dataclass(frozen=True)
+class Linear:
+    """A linear map of every layer to its KV heads, or of one layer."""
+
+    weight: Float[Tensor, "*L K F"]
+    bias: Float[Tensor, "*L K"]
+    lengths: Float[Tensor, "*L K G"] | None = None  # of keys and values, where they count
+
+    def of(self, layer: int, device: torch.device) -> "Linear":
+        """One layer's, in fp32."""
+        weight, bias = self.weight[layer], self.bias[layer]
+        lengths = None if self.lengths is None else self.lengths[layer].to(device, torch.float32)
+        return Linear(weight.to(device, torch.float32), bias.to(device, torch.float32), lengths)
+
+
+@dataclass(frozen=True)
 class EchoTable:
-    """One linear map per layer and KV head."""
+    """What echo knows of a model."""
 
     weight: Float[Tensor, "L K M"]
     bias: Float[Tensor, "L K"]
-    _placed: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    lengths: Float[Tensor, "L K G"] | None = None
+    end: Linear | None = None
+    asked: Linear | None = None
+    _placed: dict[tuple[str, int, torch.device], Linear] = field(default_factory=dict)
 
-    def of(
-        self, layer: int, device: torch.device
-    ) -> tuple[Float[Tensor, "K M"], Float[Tensor, " K"]]:
-        """A layer's weight and bias in fp32, where they are needed."""
-        key = layer, device
+    def first(self, layer: int, device: torch.device) -> Linear:
+        """A layer's first map, where it is needed."""
+        return self._place("first", Linear(self.weight, self.bias, self.lengths), layer, device)
+
+    def second(self, layer: int, asked: bool, device: torch.device) -> Linear | None:
+        """A layer's second map, if there is one; the one with queries that were asked, or not."""
+        name, whole = ("asked", self.asked) if asked else ("end", self.end)
+        return None if whole is None else self._place(name, whole, layer, device)
+
+    def _place(self, name: str, whole: Linear, layer: int, device: torch.device) -> Linear:
+        key = name, layer, device
         if key not in self._placed:
-            self._placed[key] = (
-                self.weight[layer].to(device, torch.float32),
-                self.bias[layer].to(device),
-            )
+            self._placed[key] = whole.of(layer, device)
         return self._placed[key]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they stand in a file."""
+        found = {"weight": self.weight.half(), "bias": self.bias.float()}
+        if self.lengths is not None:
+            found["lengths"] = self.lengths.float()
+        for name, second in (("end", self.end), ("asked", self.asked)):
+            if second is not None:
+                found[f"{name}.weight"] = second.weight.float()
+                found[f"{name}.bias"] = second.bias.float()
+        return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
 def shipped_tables() -> dict[str, Path]:
@@ -110,8 +156,7 @@ def write(path: Path, table: EchoTable, record: dict[str, Any]) -> None:
     Raises:
         UsageError: the folder cannot be written to.
     """
-    tensors = {"weight": table.weight.half().contiguous(), "bias": table.bias.float().contiguous()}
-    content = save(tensors)
+    content = save(table.tensors())
     digest = hashlib.sha256(content).hexdigest()
     try:
         beside = json.dumps(record | {"sha256": digest}, indent=1) + "\n"
@@ -128,9 +173,28 @@ def _read(path: Path, *stamp: int) -> EchoTable:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} is no echo table: {error}") from error
-    weight, bias = tensors.get("weight"), tensors.get("bias")
-    if weight is None or bias is None or weight.ndim != 3 or bias.shape != weight.shape[:2]:
-        raise UsageError(f"{path} is no echo table: expected weight [L, K, M] and bias [L, K]")
-    if not (bool(weight.isfinite().all()) and bool(bias.isfinite().all())):
+    names = tensors.keys()
+    paired = all(set(pair) <= names or not set(pair) & names for pair in _PAIRS)
+    if not (paired and "weight" in names and all(_fits(tensors, name) for name in names)):
+        raise UsageError(
+            f"{path} is no echo table: expected weight [L, K, M] and bias [L, K], and beside them "
+            "only what belongs to a table"
+        )
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise UsageError(f"{path} is no echo table: its numbers are not all finite")
-    return EchoTable(weight, bias.float())
+    end, asked = (
+        Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+        if f"{name}.weight" in names
+        else None
+        for name in ("end", "asked")
+    )
+    first = tensors["weight"], tensors["bias"].float(), tensors.get("lengths")
+    return EchoTable(*first, end, asked)
+
+
+def _fits(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """A tensor belongs to a table, and has the shape that it has there."""
+    shape = list(tensors["weight"].shape)
+    if name not in _WIDTHS or len(shape) != 3:
+        return False
+    return list(tensors[name].shape) == [*shape[:2], *_WIDTHS[name](*shape[1:])]

@@ -247,8 +247,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             budget=Global(anew=True),
             source="arXiv 2601.07891",
             use="Many questions on one context, none of them known, at the price of one prefill.",
-            cost="A product with the hidden states; the table is fitted once per model "
-            "(`kvtrim calibrate echo`).",
+            cost="A product with the hidden states, attention of a few queries at a prompt's end; "
+            "a table (`kvtrim calibrate echo`).",
             presets={"uniform": {"budget": "uniform"}, "stream": {"chunks": True, "every": 64}},
         ),
         "kvzip-plus": Method(

@@ -1,11 +1,14 @@
 """Fitting echo: ridge regression of the log of KVzip's scores on hidden states, in closed form.
 
 Each text is read once and probed as `kvzip` does. Per layer only sums over its tokens are kept
-(x x', x y, y y of hidden states x and log scores y), so memory does not depend on how much text is
-read; every sixth text is held out, chooses the ridge and gives R^2 per layer and head.
+(x x', x y, y y of what the maps read and of log scores y), so memory does not depend on how much
+text is read. The second maps read what the first one says, which is linear in the same sums. Every
+sixth text is held out, chooses the ridge and gives R^2 per layer and head. Texts are of several
+lengths, so that what comes with the end of a text is told from what comes with its length.
 
 Paper: KVzap, https://arxiv.org/abs/2601.07891 (gradient descent on the logs of KVzip+'s scores).
-Ours:  closed form over sums; the held-out texts choose the ridge.
+Ours:  closed form over sums; the held-out texts choose the ridge; what a chat template puts before
+       a text counts, too, with KVzip's score for it, which is 0.
 """
 
 import hashlib
@@ -16,13 +19,15 @@ from typing import Any, Literal
 import torch
 
 from kvtrim.bench.provenance import provenance
-from kvtrim.errors import UsageError
+from kvtrim.errors import UnsupportedModelError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.models import fingerprint
 from kvtrim.hf.replay import Recording, record
+from kvtrim.hf.rotary import rotations
 from kvtrim.methods.budgets import Global
-from kvtrim.methods.echo_tables import EchoTable
+from kvtrim.methods.echo_tables import EchoTable, Linear
 from kvtrim.methods.method import Method
+from kvtrim.methods.policies.echo import Echo, lengths, seen_at_the_end
 from kvtrim.methods.policies.kvzip import KVzip
 from kvtrim.prompts import encode_context, frame, repeat_words
 from kvtrim.types import Float, LayerView, Scores, Tensor
@@ -31,7 +36,11 @@ Target = Literal["kvzip", "kvzip-plus"]
 Report = Callable[[str, int, int], None]
 
 RIDGES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # shares of the mean variance, to choose from
-LEAST = 1e-6  # added to a score before its log
+SECOND = 1e-4  # the ridge of the second maps, which read few numbers
+LEAST = 1e-3  # added to a score before its log: entries below it go at any budget
+PARTS = (1, 1, 0.5, 1, 0.25)  # of the longest length, text by text
+ENDS = 4  # numbers that say how near an entry is to either end
+SHORTEST = 64  # tokens of a text
 HOLD_OUT = 6  # every sixth text is not fitted on
 
 
@@ -48,10 +57,10 @@ class Plan:
 
 @dataclass
 class Sums:
-    """Sums over tokens of one layer: all that the regression needs."""
+    """Sums over tokens of one layer: all that the regressions need."""
 
-    xx: Float[Tensor, "M1 M1"]  # the last row and column belong to the constant 1
-    xy: Float[Tensor, "M1 K"]
+    xx: Float[Tensor, "F1 F1"]  # the last row and column belong to the constant 1
+    xy: Float[Tensor, "F1 K"]
     yy: Float[Tensor, " K"]
 
     @classmethod
@@ -60,8 +69,8 @@ class Sums:
         zeros = (width + 1, width + 1), (width + 1, heads), (heads,)
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in zeros))
 
-    def add(self, x: Float[Tensor, "n M"], y: Float[Tensor, "n K"]) -> None:
-        """Tokens with their hidden states and log scores."""
+    def add(self, x: Float[Tensor, "n F"], y: Float[Tensor, "n K"]) -> None:
+        """Tokens: what is read of each, and its log scores."""
         x, y = x.double().cpu(), y.double().cpu()
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         self.xx += x.T @ x
@@ -73,8 +82,12 @@ class Sums:
         """Tokens so far."""
         return float(self.xx[-1, -1])
 
-    def solve(self, ridge: float) -> Float[Tensor, "M1 K"]:
-        """Weights and, in the last row, bias of the ridge regression on standardised states."""
+    def seen_by(self, view: Float[Tensor, "F1 G1"]) -> "Sums":
+        """The sums that one would have of `[x, 1] @ view`, whose last column is the constant."""
+        return Sums(view.T @ self.xx @ view, view.T @ self.xy, self.yy)
+
+    def solve(self, ridge: float) -> Float[Tensor, "F1 K"]:
+        """Weights and, in the last row, bias of the ridge regression on standardised numbers."""
         mean, target = self.xx[-1, :-1] / self.count, self.xy[-1] / self.count
         spread = self.xx[:-1, :-1] / self.count - mean[:, None] * mean
         size = spread.diagonal().clamp(min=1e-12).sqrt()
@@ -84,7 +97,7 @@ class Sums:
         weight = torch.linalg.solve(spread, both) / size[:, None]
         return torch.cat([weight, (target - mean @ weight)[None]])
 
-    def r2(self, weight: Float[Tensor, "M1 K"]) -> Float[Tensor, " K"]:
+    def r2(self, weight: Float[Tensor, "F1 K"]) -> Float[Tensor, " K"]:
         """R^2 of given weights on these tokens, per head."""
         error = (weight * (self.xx @ weight)).sum(dim=0) - 2 * (weight * self.xy).sum(dim=0)
         mean = self.xy[-1] / self.count
@@ -96,7 +109,8 @@ class Fitted:
     """A table, and how well it foretells texts that it was not fitted on."""
 
     table: EchoTable
-    explained: Float[Tensor, "L K"]  # R^2 on the held-out texts
+    explained: Float[Tensor, "L K"]  # R^2 on the held-out texts, of the first map
+    second: dict[str, Float[Tensor, "L K"]]  # and of the second ones
     ridge: float
     tried: dict[float, float]  # mean R^2 by ridge
     texts: list[dict[str, Any]]
@@ -114,6 +128,33 @@ class _Noting(KVzip):
         return scores
 
 
+@dataclass(frozen=True)
+class _Reading(Echo):
+    """Echo, noting what its maps read: F numbers of each token."""
+
+    notes: dict[int, Tensor] = field(default_factory=dict, compare=False)
+
+    def fitted(self, target: Any) -> "_Reading":
+        return self
+
+    def foresee(
+        self,
+        index: int,
+        hidden: Float[Tensor, "B Q M"],
+        keys: Float[Tensor, "B K Q D"],
+        values: Float[Tensor, "B K Q E"],
+    ) -> Float[Tensor, "B N Q"]:
+        heads = keys.shape[1]
+        self.notes[index] = torch.cat([hidden.float(), lengths(keys, values, heads)], dim=-1)
+        return torch.ones_like(keys[..., 0], dtype=torch.float32)
+
+    def score(self, layer: LayerView) -> Scores:
+        heads = layer.keys.shape[1]
+        rest = seen_at_the_end(layer, heads)[..., heads:]  # but for what the first map says
+        self.notes[layer.index] = torch.cat([self.notes[layer.index], rest], dim=-1)
+        return super().score(layer)
+
+
 def fit(
     model: Any,
     tokenizer: Any,
@@ -129,7 +170,8 @@ def fit(
         report: told what goes on, how many tokens are done, and out of how many.
 
     Raises:
-        UsageError: fewer than two texts of at least 64 tokens, so that none can be held out.
+        UsageError: fewer than two texts of at least `SHORTEST` tokens, so that none can be held
+            out.
     """
     around = frame(tokenizer, plan.chat)
     words = repeat_words(tokenizer, around)
@@ -141,22 +183,24 @@ def fit(
             if done >= total:
                 break
             ids = encode_context(tokenizer, around, text).context
-            ids = ids[: len(words.prefix) + min(plan.length, total - done)]
+            part = int(plan.length * PARTS[len(noted) % len(PARTS)])
+            ids = ids[: len(words.prefix) + min(max(SHORTEST, part), total - done)]
             own = len(ids) - len(words.prefix)
-            if own < 64:
+            if own < SHORTEST:
                 continue
             report(name, done, total)
             held_out = len(noted) % HOLD_OUT == HOLD_OUT - 1 or len(noted) == 1
             recording = record(model, torch.tensor([ids], device=model.device), None, words)
-            _add(sums.setdefault(held_out, []), recording, plan, len(words.prefix))
+            _add(sums.setdefault(held_out, []), recording, plan)
             digest = hashlib.sha256(text.encode()).hexdigest()
             noted.append({"name": name, "tokens": own, "held_out": held_out, "sha256": digest})
             done += own
     if len(sums) < 2:
         raise UsageError(
-            "echo is fitted on some texts and judged on others: give at least two of 64 tokens"
+            "echo is fitted on some texts and judged on others: give at least two of "
+            f"{SHORTEST} tokens"
         )
-    return _solve(sums[False], sums[True], noted)
+    return _solve(sums[False], sums[True], noted, model.config.get_text_config().hidden_size)
 
 
 def scores_of(recording: Recording, target: Target) -> list[Float[Tensor, "K n"]]:
@@ -166,30 +210,102 @@ def scores_of(recording: Recording, target: Target) -> list[Float[Tensor, "K n"]
     return [policy.notes[layer][0] for layer in sorted(policy.notes)]
 
 
-def _add(sums: list[Sums], recording: Recording, plan: Plan, prefix: int) -> None:
-    """One text's tokens, those before the context left out: they are not probed."""
-    found = scores_of(recording, plan.target)
-    for layer, (call, scores) in enumerate(zip(recording.calls, found, strict=True)):
-        if call.hidden is None:
-            raise UsageError("the pass was recorded without hidden states")
-        x, y = call.hidden[0, prefix:], (scores[:, prefix:] + LEAST).log().T
+def read_by_echo(recording: Recording) -> list[Float[Tensor, "n F"]]:
+    """What echo's maps read of every token of each layer."""
+    policy = _Reading(asked=Echo.asked if _turns(recording.model) else 0)
+    recording.cache(Method(policy, budget=Global()), policy.sinks + 1)
+    return [policy.notes[layer][0] for layer in sorted(policy.notes)]
+
+
+def _turns(model: Any) -> bool:
+    """Whether the model's queries can be turned."""
+    try:
+        rotations(model)
+    except UnsupportedModelError:
+        return False
+    return True
+
+
+def _add(sums: list[Sums], recording: Recording, plan: Plan) -> None:
+    """One text's tokens, but for the sinks, which always stay."""
+    found = zip(read_by_echo(recording), scores_of(recording, plan.target), strict=True)
+    for layer, (x, scores) in enumerate(found):
+        x, y = x[Echo.sinks :], (scores[:, Echo.sinks :] + LEAST).log().T
         if layer == len(sums):
             sums.append(Sums.empty(x.shape[1], y.shape[1]))
         sums[layer].add(x, y)
 
 
-def _solve(fitted: Sequence[Sums], held_out: Sequence[Sums], texts: list[Any]) -> Fitted:
+@dataclass(frozen=True)
+class _Layout:
+    """Where the F numbers that echo's maps read stand."""
+
+    width: int  # of hidden states
+    heads: int
+    numbers: int  # F
+
+    @property
+    def first(self) -> int:
+        """How many the first map reads."""
+        return self.width + 4 * self.heads
+
+    @property
+    def asked(self) -> bool:
+        """Queries were asked."""
+        return self.numbers > self.first + ENDS
+
+    def first_of(self, count: int) -> Float[Tensor, "F1 G1"]:
+        """A view of so many numbers and the constant."""
+        everything = torch.eye(self.numbers + 1, dtype=torch.float64)
+        return everything[:, [*range(count), self.numbers]]
+
+    def second(self, first: Float[Tensor, "G1 K"], asked: bool) -> Float[Tensor, "F1 H1"]:
+        """A view of what the first map says, and of what the second one reads beside it."""
+        said = self.first_of(self.first) @ first
+        rest = self.first_of(self.numbers if asked else self.first + ENDS)[:, self.first :]
+        return torch.cat([said, rest], dim=1)
+
+
+def _solve(
+    fitted: Sequence[Sums], held_out: Sequence[Sums], texts: list[Any], width: int
+) -> Fitted:
     """The ridge that foretells the held-out texts best, one for all layers."""
-    found = {}
+    layout = _Layout(width, fitted[0].xy.shape[1], len(fitted[0].xx) - 1)
+    view, found = layout.first_of(layout.first), {}
+    own, other = ([sums.seen_by(view) for sums in each] for each in (fitted, held_out))
     for ridge in RIDGES:
-        weights = [sums.solve(ridge) for sums in fitted]
-        explained = [sums.r2(weight) for sums, weight in zip(held_out, weights, strict=True)]
-        found[ridge] = torch.stack(weights), torch.stack(explained)
+        maps = [sums.solve(ridge) for sums in own]
+        found[ridge] = maps, _r2_of_layers(other, maps)
     tried = {ridge: float(explained.mean()) for ridge, (_, explained) in found.items()}
     best = max(tried, key=tried.__getitem__)
-    weight, explained = found[best]
-    table = EchoTable(weight[:, :-1].transpose(1, 2).half(), weight[:, -1].float())
-    return Fitted(table, explained, best, tried, texts)
+    first, explained = found[best]
+    second, well = {}, {}
+    for name in ("end", "asked") if layout.asked else ("end",):
+        views = [layout.second(_round(map_, width), name == "asked") for map_ in first]
+        own, other = (
+            [sums.seen_by(view) for sums, view in zip(each, views, strict=True)]
+            for each in (fitted, held_out)
+        )
+        maps = [sums.solve(SECOND) for sums in own]
+        second[name], well[name] = _linear(maps), _r2_of_layers(other, maps)
+    whole = _linear(first)
+    weight, of_lengths = whole.weight.split([width, layout.first - width], dim=2)
+    table = EchoTable(weight.half(), whole.bias, of_lengths, **second)
+    return Fitted(table, explained, well, best, tried, texts)
+
+
+def _r2_of_layers(sums: Sequence[Sums], maps: Sequence[Tensor]) -> Float[Tensor, "L K"]:
+    return torch.stack([own.r2(map_) for own, map_ in zip(sums, maps, strict=True)])
+
+
+def _round(first: Float[Tensor, "G1 K"], width: int) -> Float[Tensor, "G1 K"]:
+    """A first map as a file keeps it: weights of hidden states in fp16."""
+    return torch.cat([first[:width].half().double(), first[width:].float().double()])
+
+
+def _linear(maps: Sequence[Float[Tensor, "G1 K"]]) -> Linear:
+    every = torch.stack([*maps]).float()
+    return Linear(every[:, :-1].transpose(1, 2).contiguous(), every[:, -1])
 
 
 def fit_record(
@@ -202,5 +318,10 @@ def fit_record(
     own |= {"tokenizer": fingerprint.of_tokenizer(tokenizer), "machine": provenance(model.device)}
     layers, heads = fitted.explained.shape
     own |= {"layers": layers, "kv_heads": heads, "read": sum(x["tokens"] for x in fitted.texts)}
-    own["explained"] = [[round(x, 4) for x in row] for row in fitted.explained.tolist()]
+    own["explained"] = _as_lists(fitted.explained)
+    own |= {f"explained_{name}": _as_lists(well) for name, well in fitted.second.items()}
     return own | {"texts": fitted.texts}
+
+
+def _as_lists(explained: Float[Tensor, "L K"]) -> list[list[float]]:
+    return [[round(x, 4) for x in row] for row in explained.tolist()]

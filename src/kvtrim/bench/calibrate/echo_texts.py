@@ -4,6 +4,8 @@ model's own.
     documentation  topics of `pydoc_data`, which comes with Python
     code           modules of Python's standard library
     records        JSON lines, a Markdown table, a log, drawn from a seed
+    facts          lists of names with codes, numbers and words that nothing foretells, and such
+                   sentences scattered over repeated or plain text, drawn from a seed
     own            what the model itself writes when asked for articles, stories, code, dialogue,
                    contracts and so on, in several languages, sampled from a seed
 
@@ -19,6 +21,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from kvtrim.bench.calibrate import echo_facts
 
 Report = Callable[[str, int, int], None]
 
@@ -58,6 +62,9 @@ def compose(length: int, seed: int = 0) -> dict[str, str]:
         while sum(map(len, lines)) < characters // 2:
             lines.append(line(draw, len(lines)))
         cut[f"records {name}"] = "\n".join(lines)
+    prose = [cut[f"documentation {name}"] for name in longest]
+    for name, text in echo_facts.facts(characters * 2 // 3, draw, prose).items():
+        cut[f"facts {name}"] = text
     return cut
 
 

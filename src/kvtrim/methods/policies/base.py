@@ -44,14 +44,19 @@ class Policy(Declared, ABC):
         """Whether it needs `layer.hidden`: what the attention receives for each query's token."""
         return False
 
-    turns: ClassVar[bool] = False
-    """It turns vectors to other positions by `layer.rotate`, and knows where queries stand."""
+    asked: int = 0
+    """How many of the prompt's queries per KV head, turned behind it, are `layer.asked`."""
+
+    @property
+    def turns(self) -> bool:
+        """Whether vectors are turned for it to other positions than those where they were read."""
+        return self.asked > 0
 
     chunk: int = 0
     """Tokens of the prompt that one pass of its probe is about."""
 
     foresees: ClassVar[bool] = False
-    """It scores each token once, when that is read and by its hidden state alone: `foresee`."""
+    """It scores each token when that is read, by what its layer makes of it: `foresee`."""
 
     local: int = 0
     """So many of the newest tokens stay at every cut after the prompt, or half of the budget."""
@@ -64,12 +69,19 @@ class Policy(Declared, ABC):
         """
         return self
 
-    def foresee(self, index: int, hidden: Float[Tensor, "B Q M"]) -> Float[Tensor, "B K Q"]:
+    def foresee(
+        self,
+        index: int,
+        hidden: Float[Tensor, "B Q M"],
+        keys: Float[Tensor, "B K Q D"],
+        values: Float[Tensor, "B K Q E"],
+    ) -> Float[Tensor, "B N Q"]:
         """What new tokens are worth to a layer (if `foresees`): `layer.carried` of `score`.
 
         Args:
             index: the layer, as in `LayerView`.
             hidden: what its attention receives for each token.
+            keys, values: what it makes of them.
         """
         raise TypeError(f"{type(self).__name__} does not score a token by its hidden state")
 

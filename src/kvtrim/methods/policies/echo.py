@@ -1,32 +1,45 @@
-"""Echo: foretell, as each token is read, how much a repetition of the text would look at it.
+"""Echo: foretell, without reading it again, how much a repetition of the text would look at it.
 
-Rule:  per layer and KV head a linear map of the hidden state that the attention block receives to
-       the log of KVzip's score, fitted once per model on the scores of its own probe
-       (`kvtrim calibrate echo`). No token is needed but the one at hand, and no second pass.
+Rule:  as each token is read, a linear map of the hidden state that the attention block receives,
+       and of the lengths of the key and value made of it, to the log of KVzip's score per layer
+       and KV head, fitted once per model on the scores of its own probe (`kvtrim calibrate echo`).
+       No other token is needed for that, so it may be cut by in chunks and while generating. A
+       cut at the end of a prompt knows more, and a second, small map corrects the first by it:
+       how far from the end an entry stands, and what `asked` of the prompt's own queries, turned
+       to a position behind it, look at.
 Paper: Jegou and Jeblick 2026 (KVzap), https://arxiv.org/abs/2601.07891.
 Code:  NVIDIA/kvpress@8bb29b9, kvzap/ and presses/kvzap_press.py (which masks, and frees nothing).
 Ours:  one pool for the model in place of a threshold (`budget.threshold` gives that too); KVzip's
        scores as well as KVzip+'s as target; closed form; exp of the map, so that scores are
-       attention again; a table belongs to exactly the weights it was fitted on.
+       attention again; a table belongs to exactly the weights it was fitted on; the second map.
 """
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 
 from kvtrim.errors import UsageError
 from kvtrim.methods import echo_tables
+from kvtrim.methods.policies import ops
 from kvtrim.methods.policies.base import Policy
 from kvtrim.methods.ranges import Tokens
 from kvtrim.types import Float, LayerView, Scores, Target, Tensor
 
 AUTO = "auto"
+_REACHES = (16, 64, 256)  # tokens over which being near the end fades
+_BEGINNING = 32  # and near the beginning
+_LEAST = 1e-4  # added to attention before its log
+_FAINT = 1e-30
+_AT_ONCE = 64  # queries whose weights over all entries exist at once
 
 
 @dataclass(frozen=True)
 class Echo(Policy):
     table: str = AUTO  # a file, or the name of a shipped table; auto: one of this very model
+    asked: Tokens = 96  # of the prompt's own queries per KV head, turned behind it, that say what
+    # they look at; 0: none, for models whose queries cannot be turned
     sinks: Tokens = 4
     local: Tokens = 128  # newest tokens that stay while generating, or half of the budget
     foresees: ClassVar[bool] = True
@@ -48,8 +61,8 @@ class Echo(Policy):
         if found is None:
             raise UsageError(
                 f"echo needs a table fitted on {target.name}; those that come with kvtrim "
-                f"({', '.join(echo_tables.shipped_tables())}) were fitted on other weights. "
-                f"Fit one: {echo_tables.HOW_TO} ({echo_tables.HOW_LONG}), then pass table=FILE "
+                f"({', '.join(echo_tables.shipped_tables())}) were fitted on other weights. Fit "
+                f"one: {echo_tables.HOW_TO} ({echo_tables.HOW_LONG}), then pass table=FILE "
                 "(--set table=FILE)"
             )
         return replace(self, table=found).fitted(target)
@@ -57,15 +70,89 @@ class Echo(Policy):
     def lookback(self) -> int:
         return 0
 
-    def foresee(self, index: int, hidden: Float[Tensor, "B Q M"]) -> Float[Tensor, "B K Q"]:
-        """exp(hidden @ weight + bias) of a layer's KV heads, fp32."""
+    def foresee(
+        self,
+        index: int,
+        hidden: Float[Tensor, "B Q M"],
+        keys: Float[Tensor, "B K Q D"],
+        values: Float[Tensor, "B K Q E"],
+    ) -> Float[Tensor, "B N Q"]:
+        """Exp of the first map, of a layer's KV heads, fp32."""
         if self.table == AUTO:
             raise UsageError(f"no table for echo was given. Fit one: {echo_tables.HOW_TO}")
-        weight, bias = echo_tables.read(self.table).of(index, hidden.device)
-        return F.linear(hidden.float(), weight, bias).exp().transpose(1, 2)
+        first = echo_tables.read(self.table).first(index, hidden.device)
+        found = F.linear(hidden.float(), first.weight, first.bias)
+        if first.lengths is not None:
+            heads = first.weight.shape[0]
+            found = found + F.linear(lengths(keys, values, heads), first.lengths)
+        return found.exp().transpose(1, 2)
 
     def score(self, layer: LayerView) -> Scores:
-        """What was foretold when each slot's token was read, [B, K, S]."""
+        """What was foretold when each slot's token was read, corrected at a prompt's end.
+
+        [B, K, S].
+        """
         if layer.carried is None:
             raise TypeError("Echo scores what it foretold")
-        return layer.carried
+        if not layer.whole or self.table == AUTO:
+            return layer.carried
+        asked = layer.asked is not None
+        second = echo_tables.read(self.table).second(layer.index, asked, layer.carried.device)
+        if second is None:
+            return layer.carried
+        heads = second.weight.shape[0]
+        found = F.linear(seen_at_the_end(layer, heads), second.weight, second.bias)
+        found = found.exp().transpose(1, 2)
+        return found.repeat_interleave(layer.carried.shape[1] // heads, dim=1)
+
+
+def lengths(
+    keys: Float[Tensor, "B K Q D"], values: Float[Tensor, "B K Q E"], heads: int
+) -> Float[Tensor, "B Q F"]:
+    """Lengths of the keys and values of `heads` KV heads, and the logs of them."""
+    apart = keys.shape[1] // heads  # where query heads have entries of their own
+    sizes = [ops.length_of(x[:, ::apart].float()).transpose(1, 2) for x in (keys, values)]
+    both = torch.cat(sizes, dim=-1)
+    return torch.cat([both, both.clamp(min=_FAINT).log()], dim=-1)
+
+
+def seen_at_the_end(layer: LayerView, heads: int) -> Float[Tensor, "B S F"]:
+    """What the second map reads of a complete prompt, of `heads` KV heads.
+
+    The logs of what the first map said of every head, how near each entry stands to either end,
+    and, if queries were asked, the largest and the mean weight that they give it.
+    """
+    if layer.carried is None:
+        raise TypeError("Echo scores what it foretold")
+    apart = layer.carried.shape[1] // heads
+    at = layer.positions[:, 0].float()
+    behind = layer.tokens - 1 - at
+    near = [(-behind / reach).exp() for reach in _REACHES] + [(-at / _BEGINNING).exp()]
+    found = [layer.carried[:, ::apart].clamp(min=_FAINT).log().transpose(1, 2)]
+    found.append(torch.stack(near, dim=-1))
+    if layer.asked is not None:
+        keys = layer.keys[:, ::apart]
+        most, mean = looked_at(layer.asked, keys, layer.scale, layer.softcap)
+        weights = torch.cat([most, mean * layer.tokens], dim=1)
+        found.append((weights + _LEAST).log().transpose(1, 2))
+    return torch.cat(found, dim=-1)
+
+
+def looked_at(
+    asked: Float[Tensor, "B H r D"],
+    keys: Float[Tensor, "B K S D"],
+    scale: float,
+    softcap: float | None,
+) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B K S"]]:
+    """The largest and the mean weight that queries behind the prompt give every entry."""
+    packed = asked.float().unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+    wide, count = keys.float().transpose(-1, -2), packed.shape[2]
+    most, total = torch.zeros_like(wide[:, :, 0]), torch.zeros_like(wide[:, :, 0])
+    for part in packed.split(_AT_ONCE, dim=2):
+        logits = (part * scale) @ wide
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        weights = logits.softmax(dim=-1)
+        most = most.maximum(weights.amax(dim=2))
+        total = total + weights.sum(dim=2)
+    return most, total / count

@@ -12,7 +12,6 @@ Ours:  queries are turned back to position 0 with the model's own rotary embeddi
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -31,7 +30,10 @@ class ExpectedAttention(Policy):
     eps: Weight = 0.0  # added before that; the authors' leaderboard has 0.01
     remembered: Some = 128  # newest queries that stand for those to come while generating
     sinks: Tokens = 4  # slots that always stay, and queries that are left out
-    turns: ClassVar[bool] = True
+
+    @property
+    def turns(self) -> bool:
+        return True
 
     def lookback(self) -> int:
         return WHOLE
