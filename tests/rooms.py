@@ -18,7 +18,8 @@ class Room:
 
 
 _BENCH = (
-    "api bench errors files hf hf.models methods.keep methods.settings methods.variant prompts "
+    "api bench errors files hf hf.models methods.keep methods.method methods.request "
+    "methods.settings methods.variant prompts "
 )
 _BENCH += "prompts.spans records types"
 ROOMS = {
@@ -121,7 +122,7 @@ ROOMS = {
     "bench.sweep": Room(f"{_BENCH} bench.eval tasks", owns="ray"),
     "bench.speed": Room(_BENCH, owns="kvpress"),
     "bench.calibrate": Room(
-        f"{_BENCH} engine methods.budgets methods.echo_tables methods.method methods.policies "
+        f"{_BENCH} engine methods.budgets methods.echo_tables methods.policies "
         "methods.propagation tasks",
         owns="safetensors",
     ),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from kvtrim.hf.cache import Cache
 from kvtrim.hf.decode import LEAST, open_stepper, why_plain
 from kvtrim.hf.generate import mean_entries, plain_cache, read, stored_bytes
 from kvtrim.methods.keep import Keep
+from kvtrim.methods.method import Method
+from kvtrim.methods.request import Request
 from kvtrim.methods.settings import find, spell_out, split
 from kvtrim.methods.variant import Variant
 from kvtrim.types import Tensor
@@ -58,6 +61,20 @@ class Candidate:
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
     peer: str = ""
 
+    @cached_property
+    def settled(self) -> Method:
+        """The method with its parameters, as `find` gives it; not yet ready for any model."""
+        return find(self.method, **self.settings)
+
+    @cached_property
+    def request(self) -> Request:
+        """Method and budget, as caches take them; the full cache where there is no budget.
+
+        Raises:
+            BudgetError: a budget below what the method always keeps.
+        """
+        return Request.of(self.method, self.keep or 1.0, self.settings)
+
     @property
     def label(self) -> str:
         """The method with its parameters, as it may be asked for: snapkv:window=16."""
@@ -73,9 +90,8 @@ class Candidate:
         own = {"method": self.label, "keep": self.keep}
         if self.peer or self.method == PLAIN:
             return own | {"peer": self.peer}
-        found = find(self.method, **self.settings)
-        more = {"name": self.method, "settings": self.settings, "parameters": spell_out(found)}
-        return own | more
+        parameters = spell_out(self.settled)
+        return own | {"name": self.method, "settings": self.settings, "parameters": parameters}
 
     @contextmanager
     def open(
@@ -88,9 +104,7 @@ class Candidate:
             return
         prompt = length if chunk is not None else None
         with attach(model):
-            cache = Cache(
-                model, self.method, self.keep or 1, prompt_tokens=prompt, **self.settings
-            )
+            cache = Cache(model, self.request, prompt_tokens=prompt)
             yield Subject(
                 cache, make_feed(model, cache), captured=capture_steps(model, cache, capture)
             )
@@ -165,7 +179,7 @@ def require_chunks(cells: Sequence[Candidate], prefill_chunk: int | None) -> Non
     Raises:
         UsageError: one of them without the other.
     """
-    own = [find(cell.method, **cell.settings) for cell in cells if cell.method != PLAIN]
+    own = [cell.settled for cell in cells if cell.method != PLAIN]
     for method in own:
         method.require_passes(prefill_chunk)
     if prefill_chunk is not None and not any(method.schedule.chunks for method in own):
@@ -173,6 +187,16 @@ def require_chunks(cells: Sequence[Candidate], prefill_chunk: int | None) -> Non
             "--prefill-chunk changes no score of methods that are cut at the end of the prompt; "
             "leave it out, or add --set chunks=true"
         )
+
+
+def require_support(model: Any, cells: Sequence[Candidate]) -> None:
+    """Refuse at once a method that this model lacks something for, whatever the budget.
+
+    Raises:
+        KvtrimError: naming it.
+    """
+    for cell in {cell.label: cell for cell in cells}.values():
+        Cache(model, cell.method, 1.0, prompt_tokens=1, **cell.settings)
 
 
 def read_prompt(model: Any, ids: Tensor, cache: Cache, prefill_chunk: int | None) -> Tensor:

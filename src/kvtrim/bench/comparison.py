@@ -29,7 +29,6 @@ from kvtrim.hf.cache import Cache
 from kvtrim.hf.decode import one_by_one
 from kvtrim.hf.generate import Progress, synchronize
 from kvtrim.hf.replay import Recording, record
-from kvtrim.methods.settings import find
 from kvtrim.prompts import Template, encode_question, repeat_words
 from kvtrim.prompts.document import Document
 from kvtrim.types import Tensor
@@ -91,9 +90,7 @@ class Comparison:
         self.read_ids = self._read_first.ids  # before anything is cut
         self.then_ids = self._whole.ids[len(self.read_ids) :]  # before the answer
         self._words = repeat_words(tokenizer, around)
-        self._hidden = any(
-            find(cell.method, **cell.settings).policy.reads_hidden for cell in cells
-        )
+        self._hidden = any(cell.settled.policy.reads_hidden for cell in cells)
         self._once = one_by_one(model.generation_config)
         self._once &= prefill_chunk is None or len(self._read_first) <= prefill_chunk
         self._recording: Recording | None = None
@@ -139,9 +136,7 @@ class Comparison:
             yield cell, self._read_alone(cell)[0]
 
     def _cut(self, recording: Recording, cell: Candidate) -> Cache:
-        return recording.cache(
-            cell.method, cell.keep or 1.0, template=self._template, **cell.settings
-        )
+        return recording.cache(cell.request, template=self._template)
 
     def _continue(
         self, recording: Recording, cell: Candidate, progress: Progress | None, look: Look | None
@@ -170,8 +165,8 @@ class Comparison:
         """A method's cache after its own reading of the prompt, and the logits [1, V] then."""
         model, prompt, chunk = self._given[0], self._read_first, self._how["prefill_chunk"]
         more = {"words": self._words, "template": self._template, "spans": prompt.spans}
-        length, keep = len(prompt), cell.keep or 1.0
-        cache = Cache(model, cell.method, keep, prompt_tokens=length, **more, **cell.settings)
+        length = len(prompt)
+        cache = Cache(model, cell.request, prompt_tokens=length, **more)
         ids = torch.tensor([prompt.ids], device=model.device)
         logits = torch.empty(0)  # of no part: a prompt has some
         with torch.no_grad(), attach(model):
@@ -181,14 +176,14 @@ class Comparison:
         return cache, logits
 
     def _by_itself(self, cell: Candidate, progress: Progress | None) -> Result:
-        own = {"method": cell.method, "keep": cell.keep or 1.0, "progress": progress}
-        made = generate(*self._given, **(own | self._how | cell.settings))
+        own = {"method": cell.request, "progress": progress}
+        made = generate(*self._given, **(own | self._how))
         return replace(made, method=cell.label)
 
     def _share(self, cell: Candidate, progress: Progress | None) -> Recording | None:
         """The reading, if this method can go on from it."""
         model = self._given[0]
-        own = Cache(model, cell.method, cell.keep or 1.0, prompt_tokens=1, **cell.settings).method
+        own = Cache(model, cell.request, prompt_tokens=1).method
         if not self._once or own.propagation.narrows or own.schedule.chunks:
             return None
         if self._recording is None:

@@ -66,7 +66,9 @@ def compare(
     cells = cells_of(methods, keeps, set_, prefill_chunk)
     text = options.read_document(document, shots_separator, library)
     loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
-    _require_support(loaded, cells)
+    from kvtrim.bench import candidates
+
+    candidates.require_support(loaded, cells)
     with output.progress() as report:
         _warm_up(loaded, tokenizer)
         from kvtrim.bench.comparison import Comparison
@@ -108,22 +110,12 @@ def cells_of(
 ) -> list["Candidate"]:
     """Every method with every budget, checked before anything runs; the full cache first, once."""
     from kvtrim.bench.candidates import PLAIN, candidates
-    from kvtrim.methods.request import Request
 
     chosen = candidates(["full", *methods], keeps, options.parse_settings(set_))
     cells = [cell for cell in chosen if cell.method != PLAIN]
     for cell in cells:
-        found = Request.of(cell.method, cell.keep or 1.0, cell.settings)
-        found.method.require_passes(prefill_chunk)
+        cell.request.method.require_passes(prefill_chunk)
     return cells
-
-
-def _require_support(model: Any, cells: list["Candidate"]) -> None:
-    """Refuse at once a method that this model lacks something for."""
-    from kvtrim.hf.cache import Cache
-
-    for cell in {cell.label: cell for cell in cells}.values():
-        Cache(model, cell.method, 1.0, **cell.settings)
 
 
 def _warm_up(model: Any, tokenizer: Any) -> None:

@@ -68,6 +68,7 @@ def recommend(
     if prompts is None:
         raise UsageError("name a file with your prompts: --prompts FILE (.jsonl or .txt)")
     from kvtrim.bench import recommend as bench
+    from kvtrim.bench.candidates import require_support
 
     cells = _cells(method or list(METHODS), keep or list(KEEPS), set_)
     asked = bench.read(prompts)
@@ -77,7 +78,7 @@ def recommend(
     if method is None:
         cells = _servable(loaded, cells)
         plan = replace(plan, cells=cells)
-    _require_support(loaded, cells)
+    require_support(loaded, cells)
     given = bench.encode(loaded, tokenizer, plan, asked)
     with output.progress() as report:
         lines = bench.measure(loaded, tokenizer, plan, given, report)
@@ -103,12 +104,13 @@ def _cells(methods: list[str], keeps: list[str], set_: list[str] | None) -> Any:
 
 def _servable(model: Any, cells: Any) -> Any:
     """Those of the methods tried by default that this model can serve; the others are named."""
+    from kvtrim.bench.candidates import require_support
     from kvtrim.errors import KvtrimError
 
     refused = {}
     for cell in {cell.label: cell for cell in cells}.values():
         try:
-            _require_support(model, [cell])
+            require_support(model, [cell])
         except KvtrimError as error:
             refused[cell.label] = error
             output.note(f"{cell.label} is left out: {error}")
@@ -116,14 +118,6 @@ def _servable(model: Any, cells: Any) -> Any:
     if not left:
         raise next(iter(refused.values()))
     return left
-
-
-def _require_support(model: Any, cells: Any) -> None:
-    """Refuse at once a method that this model lacks something for."""
-    from kvtrim.hf.cache import Cache
-
-    for cell in {cell.label: cell for cell in cells}.values():
-        Cache(model, cell.method, 1.0, prompt_tokens=1, **cell.settings)
 
 
 def _outcome(

@@ -22,6 +22,7 @@ from kvtrim.hf.generate import Progress, watch
 from kvtrim.hf.probe import probe
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method
+from kvtrim.methods.request import Request
 from kvtrim.prompts import Words
 from kvtrim.prompts.spans import Given
 from kvtrim.types import Float, Int, Probed, Tensor
@@ -42,7 +43,10 @@ class Recording:
     _aims: dict[Hashable, Aims] = field(default_factory=dict)
 
     def cache(
-        self, method: str | Method, keep: int | float | str | Keep, **settings: Any
+        self,
+        method: str | Method | Request,
+        keep: int | float | str | Keep = 1.0,
+        **settings: Any,
     ) -> Cache:
         """The cache that a method would have after this prompt.
 
@@ -55,13 +59,13 @@ class Recording:
         other = self.full.copy_stock(Cache(self.model, method, keep, **settings))
         if other.method.propagation.narrows or other.method.schedule.chunks:
             raise UsageError(
-                f"{method} changes the prefill itself and needs one of its own: read the prompt "
-                "into a kvtrim.Cache"
+                f"{other.request.name} changes the prefill itself and needs one of its own: read "
+                "the prompt into a kvtrim.Cache"
             )
         if other.method.policy.reads_hidden and any(call.hidden is None for call in self.calls):
             raise UsageError(
-                f"{method} reads hidden states, and this pass was recorded without them; "
-                "use record(..., hidden=True)"
+                f"{other.request.name} reads hidden states, and this pass was recorded without "
+                "them; use record(..., hidden=True)"
             )
         calls = self.calls
         if other.rotations:

@@ -61,7 +61,7 @@ class Pass:
 
     def cache(self, cell: Candidate) -> Cache:
         """The cache of a method after what was read. Errors as of `Recording.cache`."""
-        return self.recording.cache(cell.method, cell.keep or 1, **cell.settings)
+        return self.recording.cache(cell.request)
 
 
 def passes(asked: Asked, hidden: bool = False) -> Iterator[Pass]:

@@ -14,7 +14,6 @@ from kvtrim.bench.failures import Failure, attempt
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import mean_entries, synchronize
 from kvtrim.hf.replay import Recording, record
-from kvtrim.methods.settings import find
 from kvtrim.prompts import repeat_words
 from kvtrim.records import Times
 from kvtrim.types import Float, Tensor
@@ -33,12 +32,12 @@ class Ready:
 
 def replayable(cell: Candidate) -> bool:
     """Whether a method leaves the pass over the prompt as it is."""
-    method = find(cell.method, **cell.settings)
+    method = cell.settled
     return not method.propagation.narrows and not method.schedule.chunks
 
 
 def _reads_hidden(cell: Candidate) -> bool:
-    found = attempt(lambda: find(cell.method, **cell.settings).policy.reads_hidden)
+    found = attempt(lambda: cell.settled.policy.reads_hidden)
     return found is True
 
 
@@ -99,7 +98,7 @@ class Prefill:
     def _replay(self, recording: Recording, cell: Candidate) -> Ready:
         recording = recording if self._shared else recording.unshare()
         start, before = self._now(), recording.observed
-        cache = recording.cache(cell.method, cell.keep or 1, **cell.settings)
+        cache = recording.cache(cell.request)
         times: Times = {"prefill_s": self._recorded_s, "evict_s": self._now() - start}
         times["observed"] = recording.observed > before  # else an earlier budget did it
         return Ready(cell, cache, recording.logits[0], figures_of(cache), times)
@@ -108,12 +107,10 @@ class Prefill:
         start, tokens = self._now(), self._ids.shape[1]
         cache = Cache(
             self._model,
-            cell.method,
-            cell.keep or 1,
+            cell.request,
             prompt_tokens=tokens,
             spans=self._spans,
             words=self._words,
-            **cell.settings,
         )
         logits = read_prompt(self._model, self._ids, cache, self._chunk)
         times: Times = {"prefill_s": self._now() - start, "evict_s": None}
