@@ -53,6 +53,8 @@ docs: setup
 	mv docs/methods.new docs/methods.md
 	$(BIN)/python -m kvtrim.tasks > docs/tasks.new
 	mv docs/tasks.new docs/tasks.md
+	$(BIN)/python -m kvtrim papers --markdown > docs/papers.new
+	mv docs/papers.new docs/papers.md
 	$(BIN)/python experiments/choosing.py
 
 # build/site: the pages of docs/, README and experiments/, with the reference; a warning is an error

@@ -109,7 +109,8 @@ ROOMS = {
     ),
     "tasks.ruler": Room("errors prompts tasks", owns="wonderwords", torch=False),
     "tasks.sandbox": Room("errors", torch=False),
-    "report": Room("errors files methods.variant records", torch=False),
+    "papers": Room("errors files methods.variant records", torch=False),
+    "report": Room("errors files methods.variant papers records", torch=False),
     "report.viewer": Room("errors files report", torch=False),
     "report.rank_tests": Room("errors report", owns="scipy", torch=False),
     "report.plots": Room("errors files", owns="matplotlib", torch=False),
@@ -139,7 +140,7 @@ ROOMS = {
         "api bench bench.analyses bench.calibrate bench.eval bench.speed bench.sweep engine "
         "errors files hf hf.models lm_eval methods.budgets methods.describe methods.echo_tables "
         "methods.keep methods.method methods.registry methods.request methods.settings prompts "
-        "records report report.plots report.viewer serve serve.library serve.stream "
+        "papers records report report.plots report.viewer serve serve.library serve.stream "
         "tasks version",
         owns="typer rich uvicorn prompt_toolkit",
     ),

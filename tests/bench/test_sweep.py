@@ -336,7 +336,7 @@ def test_no_more_ray_workers_than_there_is_room_for(
     assert pool_ray.RayPool(**asked_for).size == room
     assert needs.items() <= given.items()
     own = SimpleNamespace(threads=asked_for.get("threads"), gpus=asked_for.get("gpus", 1))
-    pool = sweep._pool(own, 99, True, None)
+    pool = sweep.make_pool(own, 99, True, None)
     assert f"the cluster has room for {pool.size} of 99 workers" in capsys.readouterr().err
 
 

@@ -259,59 +259,87 @@ def test_a_folder_without_results_is_refused(tmp_path, inside):
         results.read_results([tmp_path])
 
 
+LLAMA = {"model": "meta-llama/Llama-3.1-8B-Instruct", "protocol": "question-aware"}
+FASTKV, KVF = "snapkv:preset=fastkv-v1", "snapkv:preset=kvf"
+
+
 def test_published_figures_stand_beside_ours_where_everything_matches(tmp_path):
-    model = "meta-llama/Llama-3.1-8B-Instruct"
     tasks = [*map(longbench, families.LONGBENCH_TASKS[:3]), "gsm8k-1", "mmlu-5", "csqa-0"]
-    how = {"model": model, "protocol": "question-aware"}
-    place = evaluation(tmp_path / "a", tasks, ["snapkv"], ["512", "10%", "77"], **how)
+    place = evaluation(tmp_path / "a", tasks, [FASTKV, KVF], ["512", "10%", "77"], **LLAMA)
     rows = rows_of(tables(view_of(place))["published"])
-    own = [row for row in rows if row["keep"] == "512" and "FastKV" in row["source"]]
+    own = [row for row in rows if row["keep"] == "512"]
     (line,) = (row for row in own if row["task"] == "longbench-qasper")
-    assert (line["published"], line["method"]) == ("41.62", "snapkv")
+    assert (line["published"], line["method"]) == ("41.62", FASTKV)
     assert "arXiv 2502.01068" in line["source"] and "Table" in line["source"]
     assert {row["keep"] for row in rows} == {"all", "512", "10%"}
     assert any(row["task"] == "gsm8k-1" and "1 shots" in row["source"] for row in rows)
-    assert any(row["task"] == "mmlu-5" and row["keep"] == "10%" for row in rows)
+    shares = {row["method"] for row in rows if row["keep"] == "10%"}
+    assert any(row["task"] == "mmlu-5" for row in rows) and shares == {KVF}
     assert not any(row["task"] == "csqa-0" for row in rows)  # theirs has four shots
-    assert {row["read"] for row in rows} == {"question-aware", "question-agnostic"}
-    other = evaluation(tmp_path / "b", tasks, ["snapkv"], ["512"])
+    other = evaluation(tmp_path / "b", tasks, [FASTKV], ["512"])
     assert "published" not in tables(view_of(other))
 
 
-LLAMA = {"model": "meta-llama/Llama-3.1-8B-Instruct", "protocol": "question-aware"}
-
-
-def compared(folder, tasks, change=lambda place: None, **how):
-    """The tasks beside which published figures stand."""
-    place = evaluation(folder, tasks, ["snapkv", "curdkv"], ["512", "10%", "70%"], **LLAMA, **how)
+def compare(folder, tasks, change=lambda place: None, methods=(FASTKV, KVF), **how):
+    """The rows beside which published figures stand."""
+    place = evaluation(folder, tasks, [*methods], ["512", "10%", "70%"], **LLAMA | how)
     change(place)
     table = tables(view_of(place)).get("published")
-    return {row["task"] for row in rows_of(table)} if table else set()
+    return rows_of(table) if table else []
+
+
+def tasks_compared(*given, **how):
+    return {row["task"] for row in compare(*given, **how)}
+
+
+def recorded(**changed):
+    """A change of what a run's record says."""
+
+    def change(place):
+        record = json.loads((place / "run.json").read_text()) | changed
+        (place / "run.json").write_text(json.dumps(record))
+
+    return change
 
 
 def test_published_figures_need_the_same_number_of_examples(tmp_path):
     zero = ["humaneval", "jailbreakv", "mmlu", "gsm8k-0", "longbench-trec"]
-    assert compared(tmp_path / "zero", zero) == {"longbench-trec"}
+    assert tasks_compared(tmp_path / "zero", zero) == {"longbench-trec"}
     eight = ["humaneval-8", "jailbreakv-8", "mmlu-5", "gsm8k-8"]
-    assert compared(tmp_path / "eight", eight) == {"humaneval-8", "mmlu-5", "gsm8k-8"}
+    assert tasks_compared(tmp_path / "eight", eight) == {"humaneval-8", "mmlu-5", "gsm8k-8"}
 
 
-def test_published_ruler_is_of_one_length(tmp_path):
-    tasks = [ruler("niah_single_1")]
-    assert compared(tmp_path / "short", tasks, length=4096) == set()
-    assert compared(tmp_path / "none", tasks, length=None) == set()
-    assert compared(tmp_path / "same", tasks, length=16384) == {*tasks}
+def test_published_ruler_is_of_one_length_and_agnostic(tmp_path):
+    tasks, how = [ruler("niah_single_1")], {"protocol": "question-agnostic"}
+    assert tasks_compared(tmp_path / "short", tasks, length=4096, **how) == set()
+    assert tasks_compared(tmp_path / "none", tasks, length=None, **how) == set()
+    assert tasks_compared(tmp_path / "same", tasks, length=16384, **how) == {*tasks}
+    assert tasks_compared(tmp_path / "aware", tasks, length=16384) == set()
 
 
-def test_published_methods_have_no_settings_of_ours(tmp_path):
-    place = evaluation(
-        tmp_path / "a", ["gsm8k-8"], ["snapkv"], ["10%"], settings={"window": 512}, **LLAMA
-    )
-    rows = rows_of(tables(view_of(place))["published"])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("snapkv", None), ("snapkv", {"window": 512}), (KVF + ",window=16", None), (FASTKV, None)],
+)
+def test_published_figures_are_of_the_papers_settings_alone(tmp_path, method, settings):
+    rows = compare(tmp_path / "a", ["gsm8k-8"], methods=[method], settings=settings)
     assert {row["method"] for row in rows} == {"full"}
 
 
-def test_prompts_that_were_cut_are_not_compared_with_published_figures(tmp_path):
+def test_what_decides_a_prompt_is_the_papers(tmp_path):
+    tasks = [longbench("qasper")]
+    chatted = compare(tmp_path / "no", tasks, recorded(chat=False))
+    assert {row["source"].partition(",")[0] for row in chatted} == {"CircuitKV"}
+    assert compare(tmp_path / "yes", tasks, recorded(chat=True)) == []
+    same = compare(tmp_path / "same", tasks, recorded(truncate_at=127500))
+    assert any("FastKV" in row["source"] for row in same)
+    other = compare(tmp_path / "other", tasks, recorded(truncate_at=4000))
+    assert not any("FastKV" in row["source"] for row in other)
+    longer = compare(tmp_path / "longer", tasks, recorded(raised=tasks))
+    assert longer == []
+
+
+def test_what_was_left_out_or_shortened_is_not_compared_and_cuts_are_marked(tmp_path):
     tasks = [longbench("trec"), longbench("qasper"), "gsm8k-8"]
 
     def truncate(place):
@@ -320,20 +348,18 @@ def test_prompts_that_were_cut_are_not_compared_with_published_figures(tmp_path)
 
         edited(place / "inputs.jsonl", change)
 
-    def fitting(place):
-        record = json.loads((place / "run.json").read_text())
-        (place / "run.json").write_text(json.dumps(record | {"fitting": True}))
-
     def shorten(place):
         record = json.loads((place / "run.json").read_text())
         for name, most in zip(tasks, (8, 9, 8), strict=True):
             record["tasks"][name]["max_new_tokens"] = most
         (place / "run.json").write_text(json.dumps(record | {"max_new_tokens": 8}))
 
-    assert compared(tmp_path / "short", tasks, shorten) == {tasks[0], tasks[2]}
-    assert compared(tmp_path / "whole", tasks) == {*tasks}
-    assert compared(tmp_path / "cut", tasks, truncate) == {*tasks[1:]}
-    assert compared(tmp_path / "left", tasks, fitting) == set()
+    assert tasks_compared(tmp_path / "short", tasks, shorten) == {tasks[0], tasks[2]}
+    assert tasks_compared(tmp_path / "whole", tasks) == {*tasks}
+    cut = compare(tmp_path / "cut", tasks, truncate)
+    marked = {row["task"] for row in cut if row["ours"].endswith("1 of 12 prompts cut")}
+    assert {row["task"] for row in cut} == {*tasks} and marked == {tasks[0]}
+    assert tasks_compared(tmp_path / "left", tasks, recorded(fitting=True)) == set()
 
 
 def test_published_figures_are_those_of_the_sources():
@@ -348,7 +374,7 @@ def test_published_figures_are_those_of_the_sources():
         "share",
     }
     assert all(0 <= p.value <= 100 for p in found)
-    assert {p.method for p in found} >= {"adakv", "curdkv", "circuitkv", "shotkv", "fastkv"}
+    assert {p.method for p in found} >= {"adakv", "curdkv", "circuitkv", "shotkv", "key+random"}
 
 
 def test_tasks_of_one_sample_are_drawn_themselves():

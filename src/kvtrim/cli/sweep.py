@@ -69,13 +69,14 @@ def sweep(
     if not out.parent.is_dir():
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
     scores.require_programs(asked.jobs()[0].grid().tasks, allow_code_execution, unconfined)
-    pool = _pool(asked, workers, ray or ray_address is not None, ray_address)
+    pool = make_pool(asked, workers, ray or ray_address is not None, ray_address)
     with output.progress(left=True) as report:
         folders = Driver(asked, out, pool, allow_code_execution, unconfined, report).run()
     _show(folders, json)
 
 
-def _pool(asked: "Sweep", workers: int | None, ray: bool, address: str | None) -> "Pool":
+def make_pool(asked: "Sweep", workers: int | None, ray: bool, address: str | None) -> "Pool":
+    """The workers asked for: processes here, or actors of a Ray cluster."""
     if ray:
         from kvtrim.bench.sweep.pool_ray import RayPool
 

@@ -42,6 +42,11 @@ class View:
         return {task for record in records if record.get("fitting") for task in record["tasks"]}
 
     @cached_property
+    def raised(self) -> set[str]:
+        """The tasks whose answers could be longer than they may be by themselves."""
+        return {task for run in self.section.runs for task in run.record.get("raised", [])}
+
+    @cached_property
     def shortened(self) -> set[str]:
         """The tasks whose answers had to be shorter than they may be by themselves."""
         bounds = [

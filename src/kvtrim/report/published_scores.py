@@ -1,31 +1,24 @@
-"""Scores that papers print, beside ours where model, task, method and budget are the same.
+"""Scores that papers print, beside ours where everything that decides them is the paper's.
 
-Shots and, where prompts are made to one, their length have to be the same too; methods with
-settings of their own, and tasks whose prompts were cut, are not set beside anything.
+What a paper did is its recipe (`kvtrim.papers`): the model, whether methods see the question, the
+chat template, where long prompts are cut, how long answers may be, examples, lengths, and each
+method with its parameters. One difference, and no published figure stands beside ours. Prompts
+that our model's window cut are counted in the cell.
 
-The files in `published/` hold what the sources print, nothing corrected; figures that a source is
+The files in `papers/` hold what the sources print, nothing corrected; figures that a source is
 known or likely to have wrong are marked.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
+from kvtrim.papers.recipe import Recipe, paper_model, recipes, short_model
 from kvtrim.report import families
-from kvtrim.report.lookup import Row, View, budget
+from kvtrim.report.lookup import FULL, Row, View, budget
 from kvtrim.report.tables import MISSING, Column, Table, keep, score, section_table
 
-_FILES = {  # file: how prompts are read there, and the short name of the source
-    "fastkv-scores": ("question-aware", "FastKV"),
-    "circuitkv": ("question-aware", "CircuitKV's results file"),
-    "curdkv": ("question-agnostic", "CurDKV"),
-    "kvfundabench": ("question-aware", "KVFundaBench"),
-}
-_METHODS = {"ada-snapkv": "adakv"}  # theirs: ours, where the names differ
-_MODELS = {"mistral-nemo-instruct-2407": "mistral-nemo-12b-instruct"}  # the Hub's: the paper's
 _TASKS = {  # ours begins with: theirs
     "mmlu": "mmlu",
     "csqa": "commonsenseqa",
@@ -34,24 +27,25 @@ _TASKS = {  # ours begins with: theirs
     "longgenbench": "longgenbench_gsm8k",
 }  # not jailbreakv, whose answers others judge in another way
 _COLUMNS: list[Column] = [("task", "left"), ("method", "left"), ("keep", "right")]
-_COLUMNS += [("ours", "right"), ("published", "right"), ("source", "left"), ("read", "left")]
+_COLUMNS += [("ours", "right"), ("published", "right"), ("source", "left"), ("but", "left")]
 
 
 @dataclass(frozen=True)
 class Printed:
     """One figure of a source."""
 
+    recipe: Recipe
     model: str
     task: str  # "average" of the tasks in `tasks`
     tasks: tuple[str, ...]
     shots: int | None
     length: int | None  # tokens of its prompts, where they are made to a length
-    method: str
+    method: str  # as the paper calls it, or its variant of one
+    label: str  # ours
     kind: str  # of the budget: tokens, share, full
     amount: float
     value: float  # 0 to 100
     source: str
-    read: str
     doubtful: bool
 
 
@@ -59,54 +53,59 @@ class Printed:
 def printed_scores() -> tuple[Printed, ...]:
     """Every score of every source; one that is printed twice counts once."""
     met: dict[Any, Printed] = {}
-    for name, (read, short) in _FILES.items():
-        path = files("kvtrim") / "papers" / f"{name}.json"
-        source = json.loads(path.read_text(encoding="utf-8"))
-        for table in source["tables"]:
-            for row in table["rows"]:
-                for one in _row(table, row, _cite(short, source["source"], table), read):
-                    key = (
-                        name,
-                        one.model,
-                        one.task,
-                        one.shots,
-                        one.length,
-                        one.method,
-                        one.kind,
-                        one.amount,
-                    )
-                    met.setdefault((*key, one.value), one)
+    for recipe in recipes():
+        for one in recipe_scores(recipe):
+            how = one.model, one.task, one.shots, one.length
+            key = recipe.paper, *how, one.method, one.kind, one.amount, one.value
+            met.setdefault(key, one)
     return tuple(met.values())
 
 
-def _cite(short: str, source: Mapping[str, Any], table: Mapping[str, Any]) -> str:
+def recipe_scores(recipe: Recipe) -> Iterator[Printed]:
+    """The scores that a paper's table prints."""
+    for table in recipe.tables:
+        for row in table["rows"]:
+            if "scores" in row and table.get("model") is not None:
+                yield from _row(recipe, table, row)
+
+
+def _cite(recipe: Recipe, table: Mapping[str, Any]) -> str:
     """Paper and table: FastKV (arXiv 2502.01068), Table 2."""
-    where = f" (arXiv {source['arxiv']})" if source.get("arxiv") else ""
+    where = f" (arXiv {recipe.arxiv})" if recipe.arxiv else ""
     shots = f", {table['shots']} shots" if table.get("shots") else ""
-    return f"{short}{where}, {table['caption'].partition(':')[0]}{shots}"
+    return f"{recipe.title}{where}, {table['caption'].partition(':')[0]}{shots}"
 
 
-def _row(
-    table: Mapping[str, Any], row: Mapping[str, Any], source: str, read: str
-) -> Iterator[Printed]:
-    if "variant" in row or table.get("model") is None:
+def _row(recipe: Recipe, table: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[Printed]:
+    method = row.get("variant", row["method"])
+    if method not in recipe.methods:  # rows that say what a variant of the prompts gives
         return
     scale = 100 if table["unit"] == "fraction_0_1" else 1
-    method = str(_METHODS.get(row["method"], row["method"]))
     kind, amount = _amount(row["budget"])
     tasks, doubt = tuple(row["scores"]), row.get("suspect", ())
     values = {**row["scores"], "average": row.get("average")}
     for task, value in values.items():
         if value is None or (task == "average" and len(tasks) < 2):
             continue
-        wrong = ("average" if task == "average" else "scores") in doubt
-        how = table.get("shots"), table.get("length")
-        about = (table["model"], task, tasks, *how, method, kind, amount)
-        yield Printed(*about, round(scale * value, 4), source, read, wrong)
+        yield Printed(
+            recipe=recipe,
+            model=table["model"],
+            task=task,
+            tasks=tasks,
+            shots=table.get("shots"),
+            length=table.get("length"),
+            method=method,
+            label=recipe.methods[method],
+            kind=kind,
+            amount=amount,
+            value=round(scale * value, 4),
+            source=_cite(recipe, table),
+            doubtful=("average" if task == "average" else "scores") in doubt,
+        )
 
 
 def _amount(given: Mapping[str, Any]) -> tuple[str, float]:
-    """Kind and amount of a budget, as `views.budget` has them."""
+    """Kind and amount of a budget, as `lookup.budget` has them."""
     kind = given["kind"]
     if kind == "full":
         return "full", 1.0
@@ -117,33 +116,80 @@ def _amount(given: Mapping[str, Any]) -> tuple[str, float]:
 
 
 def beside(view: View) -> Table:
-    """Our figure beside every published one that it can be set beside."""
-    model = _model(view.section.model)
-    cells = []
+    """Our figure beside every published one whose settings are ours."""
+    model, cells = short_model(view.section.model), []
+    same = {one.name: not differences(view, one) for one in recipes()}
     for one in printed_scores():
-        if _model(one.model) != model:
-            continue
-        for row in view.rows:
-            if (row[0], *_budget(row)) == (one.method, one.kind, one.amount):
-                cells += _compare(view, one, row)
+        if short_model(one.model) == model and same[one.recipe.name]:
+            for row in view.rows:
+                if (row[0], *_budget(row)) == (one.label, one.kind, one.amount):
+                    cells += _compare(view, one, row)
     about = (
         "Published figures are what the sources print, measured there with other code, on other "
-        "machines and on all samples; read says whether the source's methods saw the question. "
-        "A question mark: the source is known or likely to have this figure wrong."
+        "machines and on all samples. They stand here only where model, protocol, template, cut, "
+        "answer length, examples, method with its parameters, and budget are the paper's. A "
+        "question mark: the source is known or likely to have this figure wrong. But: in what its "
+        "method is not ours."
     )
     return section_table(view, "published", "Published beside ours", about, _COLUMNS, cells)
+
+
+def differences(view: View, recipe: Recipe) -> list[str]:
+    """In what a section was measured otherwise than a paper's table, whatever the method."""
+    found, section = [], view.section
+    name = paper_model(recipe, section.model)
+    if name not in recipe.models:
+        found.append(f"the model: {section.model} here, {', '.join(recipe.models)} there")
+    if section.protocol != recipe.protocol:
+        found.append(f"the protocol: {section.protocol} here, {recipe.protocol} there")
+    for chat, cut in dict.fromkeys(_cut_and_chat(run.record) for run in section.runs):
+        if chat != recipe.chat:
+            ours, theirs = _template(chat), _template(recipe.chat)
+            found.append(f"the chat template: {ours} here, {theirs} there")
+        own = recipe.truncation(name)
+        if cut != own and (cut is not None or _reaches(view, own)):
+            found.append(f"long prompts: cut at {cut or 'the window'} here, at {own} tokens there")
+    return found
+
+
+def task_differences(view: View) -> list[str]:
+    """In what single tasks were measured otherwise, beside which nothing published stands."""
+    told = [
+        (view.fitted, "of samples that did not have to be cut alone"),
+        (view.shortened, "with shorter answers than it allows"),
+        (view.raised, "with longer answers than it allows"),
+    ]
+    found = [f"{task}: {what}" for tasks, what in told for task in sorted(tasks)]
+    limits = dict.fromkeys(run.record.get("limit") for run in view.section.runs)
+    return found + [f"samples: at most {limit} of a task" for limit in limits if limit]
+
+
+def _cut_and_chat(record: Mapping[str, Any]) -> tuple[Any, Any]:
+    return record.get("chat"), record.get("truncate_at")
+
+
+def _template(chat: bool | None) -> str:
+    return {None: "as each task has it", True: "always", False: "never"}[chat]
+
+
+def _reaches(view: View, bound: int | None) -> bool:
+    """Whether a prompt is so long that a cut at this length would have changed it."""
+    if bound is None:
+        return False
+    sizes = (line.figure("prompt_tokens") or 0 for line in view.section.lines)
+    return any(size > bound for size in sizes)
 
 
 def _compare(view: View, one: Printed, row: Row) -> list[list[str]]:
     """The line of one published figure, if we have the same."""
     if one.task == "average":
-        found = [_ours(view, task, one) for task in one.tasks]
+        found = [find_task(view, task, one) for task in one.tasks]
         tasks = [task for task in found if task is not None]
         if len(tasks) < len(one.tasks):
             return []
         label = f"average of {len(tasks)}"
     else:
-        task = _ours(view, one.task, one)
+        task = find_task(view, one.task, one)
         if task is None:
             return []
         tasks, label = [task], task
@@ -152,27 +198,36 @@ def _compare(view: View, one: Printed, row: Row) -> list[list[str]]:
         if len(view.tasks_with_score(tasks, row)) == len(tasks)
         else MISSING
     )
+    if own == MISSING:
+        return []
     value = f"{one.value:.2f}{'?' if one.doubtful else ''}"
-    line = [label, row[0], keep(row), own, value, one.source, one.read]
-    return [] if own == MISSING else [line]
+    but = one.recipe.notes.get(one.method, "")
+    return [[label, row[0], keep(row), own + cut_mark(view, tasks, row), value, one.source, but]]
 
 
-def _ours(view: View, task: str, one: Printed) -> str | None:
-    """Our task that asks the same as a source's; nothing was cut from samples or answers."""
+def cut_mark(view: View, tasks: list[str], row: Row = FULL) -> str:
+    """How many of these tasks' prompts lost their middle, unless it was cut as the paper cuts."""
+    lines = [line for task in tasks for line in view.lines(task, row)]
+    cut = sum(line.truncated for line in lines)
+    asked = any(run.record.get("truncate_at") for run in view.section.runs)
+    return f", {cut} of {len(lines)} prompts cut" if cut and not asked else ""
+
+
+def find_task(view: View, task: str, one: Printed) -> str | None:
+    """Our task that asks the same as a source's, of samples that were not chosen by length."""
     shots, ruled = one.shots or 0, view.tasks_by_name(families.ruler)
     if task in ruled:
-        same = view.section.length == str(one.length)
-        return ruled[task] if same and ruled[task] not in view.cut | view.shortened else None
+        return ruled[task] if view.section.length == str(one.length) else None
     if task in ("gsm8k", "manyshot_gsm8k"):
         own = view.shots.get(shots)
     else:
         known = view.tasks_by_name(families.longbench)
         for name in view.others:
             for begin, theirs in _TASKS.items():
-                if name.startswith(begin) and _shots(name) == shots:
+                if name.startswith(begin) and (_shots(name) == shots or begin == "longgenbench"):
                     known.setdefault(theirs, name)
         own = known.get(task)
-    return None if own in view.cut | view.fitted | view.shortened else own
+    return None if own in view.fitted | view.shortened | view.raised else own
 
 
 def _shots(task: str) -> int:
@@ -184,9 +239,3 @@ def _shots(task: str) -> int:
 def _budget(row: Row) -> tuple[str, float]:
     kind, amount = budget(row[1])
     return kind, round(amount, 6)
-
-
-def _model(name: str) -> str:
-    """A model's name without owner and company: llama-3.1-8b-instruct."""
-    short = name.rstrip("/").rpartition("/")[2].lower().removeprefix("meta-")
-    return _MODELS.get(short, short)

@@ -25,6 +25,7 @@ class Grid(EvalSpec):
     tasks: tuple[Task, ...]
     cells: tuple[Candidate, ...]  # the full cache first
     own_tasks: tuple[str, ...] = ()  # those that do not come with kvtrim, as module:NAME
+    raised: tuple[str, ...] = ()  # tasks whose answers may be longer than they say
     full_known: bool = False  # the full cache is only compared with: its lines are there already
 
     def __post_init__(self) -> None:
@@ -46,9 +47,14 @@ class Grid(EvalSpec):
         Raises:
             UsageError: as `tasks` and `cells`, or `prefill_chunk` that no method acts on.
         """
-        chosen = tuple(_apply(task, spec) for task in tasks(names))
-        own = cells(methods, keeps, settings)
-        return cls(chosen, own, outside_tasks(names), **spec.options())
+        named, most = tasks(names), spec.max_new_tokens or 0
+        return cls(
+            tuple(_apply(task, spec) for task in named),
+            cells(methods, keeps, settings),
+            outside_tasks(names),
+            tuple(task.name for task in named if task.max_new_tokens < most),
+            **spec.options(),
+        )
 
     @property
     def aware(self) -> bool:
@@ -107,6 +113,7 @@ class Grid(EvalSpec):
             "methods": [cell.record() for cell in self.cells],
             "outside": outside({*own, *self.own_tasks}),
             **self.options(),
+            "raised": list(self.raised),
             "decoding": "greedy",
         }
 

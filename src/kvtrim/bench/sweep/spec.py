@@ -126,24 +126,37 @@ def load(path: Path) -> Sweep:
         given = files.toml_of(path)
     except FileError as error:
         raise UsageError(str(error)) from None
+    return settle(given, str(path), path.parent)
+
+
+def settle(given: Mapping[str, Any], where: str, folder: Path) -> Sweep:
+    """The sweep of such keys and values.
+
+    Args:
+        where: they were given, for messages.
+        folder: from which `data` is seen.
+
+    Raises:
+        UsageError: an unknown key, one that is missing, or a value that cannot be.
+    """
     for name in given:
         if name not in KEYS:
-            raise UnknownNameError(f"key in {path}", name, KEYS)
+            raise UnknownNameError(f"key in {where}", name, KEYS)
     missing = [n for n in ("tasks", "methods", "keeps", "protocols") if n not in given]
     if missing:
-        raise UsageError(f"{path} names no {' and no '.join(missing)}")
+        raise UsageError(f"{where} names no {' and no '.join(missing)}")
     try:
         for name, value in given.items():
             _require(name, value)
         made = {name: _value(name, value) for name, value in given.items()}
         if made.get("data"):
-            made["data"] = str((path.parent / made["data"]).resolve())
+            made["data"] = str((folder / made["data"]).resolve())
         asked: dict[str, Any] = {name: made.pop(name) for name in SHARED if name in made}
         return Sweep(**made, spec=EvalSpec(**{"batch": BATCH, **asked}))
     except UnknownNameError:
         raise
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+        raise UsageError(f"{where}: {error}") from None
 
 
 def _value(name: str, value: Any) -> Any:

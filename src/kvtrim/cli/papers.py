@@ -1,0 +1,232 @@
+"""`papers`: the tables and figures of papers, run on any model, drawn beside what they print."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvtrim.cli import options, output
+from kvtrim.cli import speed as timing
+from kvtrim.cli.eval import AllowCode, Data, Unconfined
+from kvtrim.cli.sweep import Address, UseRay, Workers, make_pool
+from kvtrim.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvtrim.papers.recipe import Recipe
+
+group = typer.Typer(
+    help="The tables and figures of five papers: list, run, draw.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+)
+Name = Annotated[
+    str, typer.Argument(help="A name of `kvtrim papers`, for example curdkv/table-2.")
+]
+Markdown = Annotated[bool, typer.Option("--markdown", help="As docs/papers.md.")]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", "-m", help="As in `ask`; repeat for several. Default: the paper's."),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Samples of a task. Default: the paper's.")]
+Lengths = Annotated[
+    list[int] | None,
+    typer.Option("--length", min=64, help="Other lengths than the paper's; repeat for several."),
+]
+NewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Bound of answers. Default: the paper's.")
+]
+Keeps = Annotated[
+    list[str] | None, typer.Option("--keep", help="Only these of its budgets; repeat for several.")
+]
+Repeats = Annotated[int, typer.Option(min=1, help="Counted rounds, where seconds are measured.")]
+OutFolder = Annotated[
+    Path,
+    typer.Option("--out", "-o", help="A folder; the same command goes on where it was cut off."),
+]
+Folder = Annotated[
+    Path | None,
+    typer.Argument(help="The --out folder of its run. Default: what the paper prints."),
+]
+
+
+@group.callback()
+def papers(context: typer.Context, markdown: Markdown = False, json: options.Json = False) -> None:
+    """List every table and figure: what runs it, what it needs, hours on one large GPU (a guess).
+
+    `kvtrim papers run NAME --out DIR` measures one, `kvtrim papers show NAME DIR` draws it.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from kvtrim.papers.recipe import recipes
+
+    known = recipes()
+    if markdown:
+        from kvtrim.papers.manual import manual
+
+        typer.echo(manual(), nl=False)
+        return
+    if json:
+        output.print_json([_to_record(one) for one in known])
+        return
+    columns = [("name", "left"), ("what", "left"), ("needs", "left"), ("hours", "right")]
+    columns += [("command", "left")]
+    rows = [
+        [one.name, one.about, one.needs, _hours(one), one.command or one.reason] for one in known
+    ]
+    output.table("Tables and figures", columns, rows, wide=True)
+
+
+def _to_record(one: "Recipe") -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "kind": one.kind,
+        "about": one.about,
+        "needs": one.needs,
+        "hours": round(one.hours, 1) if one.command else None,
+        "command": one.command,
+        "reason": one.reason,
+        "models": dict(one.models),
+        "methods": dict(one.methods),
+        "keeps": list(one.keeps),
+    }
+
+
+def _hours(one: "Recipe") -> str:
+    return f"{one.hours:.1f}" if one.kind in ("eval", "speed") else "-"
+
+
+@group.command()
+def run(
+    name: Name,
+    out: OutFolder,
+    model: Models = None,
+    data: Data = None,
+    limit: Limit = None,
+    length: Lengths = None,
+    keep: Keeps = None,
+    max_new_tokens: NewTokens = None,
+    repeats: Repeats = 3,
+    config: timing.Config = None,
+    workers: Workers = None,
+    ray: UseRay = False,
+    ray_address: Address = None,
+    allow_code_execution: AllowCode = False,
+    unconfined: Unconfined = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+) -> None:
+    """Measure a table or figure: with the paper's methods, budgets, prompts and protocol.
+
+    Whatever is asked for otherwise is recorded, and `kvtrim papers show` says it.
+    """
+    from kvtrim.papers import recipe as known
+
+    found = known.find(name)
+    known.require_run(found)
+    if not out.parent.is_dir():
+        raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
+    keeps = _keeps(found, keep)
+    if found.kind == "speed":
+        given = [*found.methods.values()]
+        where = {"device": device, "dtype": dtype, "threads": threads}
+        for each in model or ([None] if config else list(found.models.values())):
+            timing.speed(
+                length=length or [*found.lengths],
+                method=given,
+                keep=keeps,
+                new_tokens=max_new_tokens or found.new_tokens,
+                repeats=repeats,
+                model=each,
+                config=config,
+                out=_place(out, each or "", model),
+                **where,
+            )
+        return
+    if config is not None:
+        raise UsageError(f"--config has random weights, and {name} measures answers: use --model")
+    changed = {"limit": limit, "lengths": length, "max_new_tokens": max_new_tokens}
+    own = {"device": device, "dtype": dtype, "threads": threads, "data": data and str(data)}
+    for each in model or list(found.models.values()):
+        asked = found.sweep(known.paper_model(found, each), **changed) | {"keeps": keeps}
+        asked |= {"models": [each], **{key: value for key, value in own.items() if value}}
+        how = workers, ray or ray_address is not None, ray_address
+        _sweep(asked, name, _place(out, each, model), how, allow_code_execution, unconfined)
+
+
+def _keeps(found: "Recipe", keep: list[str] | None) -> list[str]:
+    """The budgets, or those of them that were asked for."""
+    other = [each for each in keep or [] if each not in found.keeps]
+    if other:
+        raise UsageError(f"--keep {other[0]}: {found.name} has {', '.join(found.keeps)}")
+    return keep or [*found.keeps]
+
+
+def _place(out: Path, model: str, asked: list[str] | None) -> Path:
+    """The folder, or one of its own for each of several models."""
+    from kvtrim import files
+
+    if asked is not None and len(asked) == 1:
+        return out
+    files.make_folder(out, parents=True)
+    return out / (model.strip("/").rpartition("/")[2].lower() or "run")
+
+
+def _sweep(
+    asked: dict[str, Any],
+    name: str,
+    out: Path,
+    how: tuple[int | None, bool, str | None],
+    allow_code_execution: bool,
+    unconfined: bool,
+) -> None:
+    from kvtrim.bench.eval import scores
+    from kvtrim.bench.sweep.queue import Driver
+    from kvtrim.bench.sweep.spec import settle
+
+    made = settle(asked, name, Path())
+    grid = made.jobs()[0].grid()
+    scores.require_programs(grid.tasks, allow_code_execution, unconfined)
+    pool = make_pool(made, *how)
+    with output.progress(left=True) as report:
+        Driver(made, out, pool, allow_code_execution, unconfined, report).run()
+    output.out.print(f"{out}: draw it with `kvtrim papers show {name} {out}`", highlight=False)
+
+
+@group.command()
+def show(name: Name, folder: Folder = None, json: options.Json = False) -> None:
+    """Draw a table in the paper's shape, published figures below ours where settings are the same.
+
+    Below the table: in what the run is not the paper's. Without a folder: what the paper prints.
+    """
+    from kvtrim.papers import recipe as known
+    from kvtrim.report import papers as report
+    from kvtrim.report import results
+
+    found = known.find(name)
+    if found.kind in ("analyze", "reason"):
+        known.require_run(found)
+    if folder is None:
+        drawn = [report.Drawn(table, ()) for table in report.tables_in_print(found)]
+        if not drawn:
+            raise UsageError(f"nothing printed of {name} is at hand; name the folder of a run")
+    else:
+        drawn = report.draw(found, *results.read_results([folder]))
+        if not drawn:
+            raise UsageError(f"{folder} holds no run of {name}: see {found.command}")
+    if json:
+        output.print_json([_to_json(one) for one in drawn])
+        return
+    for one in drawn:
+        output.table(one.table.title, list(one.table.columns), _texts(one.table.rows), wide=True)
+        output.lines([f"differs: {line}" for line in one.differences])
+
+
+def _texts(rows: Any) -> list[list[str]]:
+    return [list(row) for row in rows]
+
+
+def _to_json(one: Any) -> dict[str, Any]:
+    columns = [heading for heading, _ in one.table.columns]
+    own = {"title": one.table.title, "columns": columns, "rows": _texts(one.table.rows)}
+    return own | {"differences": list(one.differences)}

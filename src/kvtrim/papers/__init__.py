@@ -1,0 +1,1 @@
+"""What papers report: their figures as data, and the recipes of their tables and figures."""

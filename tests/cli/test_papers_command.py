@@ -1,0 +1,55 @@
+"""`kvtrim papers` as a user types it."""
+
+import json
+
+import pytest
+
+
+def test_the_list_and_what_is_printed(invoke):
+    code, out, _ = invoke("papers", "--json")
+    listed = {one["name"]: one for one in json.loads(out)}
+    assert code == 0 and listed["curdkv/table-2"]["command"] == "kvtrim papers run curdkv/table-2"
+    assert listed["curdkv/figure-3"]["command"] == "kvtrim analyze leverage"
+    code, out, _ = invoke("papers", "show", "kvfundabench/table-5", "--json")
+    assert code == 0 and len(json.loads(out)) == 2  # two models
+
+
+def test_a_recipe_runs_and_is_drawn(invoke, model_folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    text = "A sentence of an essay about small and large things. " * 400
+    (tmp_path / "data" / "essays.txt").write_text(text)
+    few = ("--limit", 1, "--length", 448, "--max-new-tokens", 2, "--keep", 512, "--threads", 1)
+    run = (
+        "papers",
+        "run",
+        "fastkv/figure-needle",
+        "--model",
+        model_folder,
+        "--data",
+        "data",
+        *few,
+    )
+    code, out, err = invoke(*run, "--out", "run")
+    assert code == 0, err
+    assert "kvtrim papers show fastkv/figure-needle run" in " ".join(out.split())
+    code, out, err = invoke("papers", "show", "fastkv/figure-needle", "run", "--json")
+    assert code == 0, err
+    (first, *_) = json.loads(out)
+    assert any("the model" in line for line in first["differences"]) and first["rows"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "curdkv/table2", "--out", "x"), "did you mean"),
+        (("run", "curdkv/figure-3", "--out", "x"), "kvtrim analyze leverage"),
+        (("run", "curdkv/table-2", "--out", "x", "--keep", "11%"), "has 70%, 10%"),
+        (("run", "curdkv/table-2", "--out", "no/x"), "there is no folder"),
+        (("run", "curdkv/table-2", "--out", "x", "--config", "llama-3.1-8b"), "use --model"),
+        (("show", "laprox/longbench"), "nothing printed of laprox/longbench"),
+        (("show", "curdkv/tables-5-to-12"), "nothing to run"),
+    ],
+)
+def test_mistakes_are_named(invoke, arguments, message):
+    code, _, err = invoke("papers", *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1
