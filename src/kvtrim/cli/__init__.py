@@ -24,6 +24,7 @@ from kvtrim.cli import (
     eval,
     lm_eval,
     methods,
+    papers,
     recommend,
     report,
     serve,
@@ -66,6 +67,7 @@ app.command(
 app.command("check")(check.check)
 app.add_typer(caches.group, name="caches")
 app.add_typer(calibrate.group, name="calibrate")
+app.add_typer(papers.group, name="papers")
 
 
 def _version(asked: bool) -> None:
