@@ -52,7 +52,8 @@ class Asked:
         lengths = sorted({subject.tokens for subject in self.subjects})
         sizes = f"{lengths[0]:,}" + (f" to {lengths[-1]:,}" if len(lengths) > 1 else "")
         count = len(self.subjects)
-        cut = " (middle cut out)" if any(one.given.truncated for one in self.subjects) else ""
+        lost = sum(one.given.truncated for one in self.subjects)
+        cut = f" (middle of {lost} cut out)" if lost else ""
         kind = "question-aware" if self.aware else "question-agnostic"
         prompts = f"{count} prompt{'s' * (count > 1)} of {sizes} tokens{cut}"
         return f"{self.name}, {prompts} ({names}), {kind}"
