@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from kvtrim.errors import CacheError, UsageError
-from kvtrim.hf.attention import HANDLE, NAME, Mask, managing, padding, register, stock
+from kvtrim.hf.attention import HANDLE, NAME, Handle, Mask, managing, padding, register, stock
 from kvtrim.hf.base import BaseCache, Coming, cache_in
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.layers import Handed
@@ -223,7 +223,8 @@ def _hand_over(
         if attending is None:
             return None
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    return args, {**kwargs, **handed, HANDLE: (attending, number, output, rotate, hidden)}
+    handle = Handle(attending, number, output, rotate, hidden)
+    return args, {**kwargs, **handed, HANDLE: handle}
 
 
 def _require_implementation(module: torch.nn.Module) -> None:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 from weakref import ref
 
 import torch
@@ -18,15 +18,28 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from kvtrim.engine.layer import Call
+from kvtrim.engine.layer import Attends, Call
 from kvtrim.errors import UnsupportedModelError, UsageError
+from kvtrim.hf.models.architectures import OutputProjection
+from kvtrim.hf.rotary import Rotation
 from kvtrim.types import Tensor
 
 NAME = "kvtrim"
 """Name of both functions in the registries; holds no word that transformers looks for."""
 
 HANDLE = "kvtrim_cache"
-"""Keyword of the attention pre-hook: (session, number, projection, rotation, hidden states)."""
+"""Keyword by which the attention pre-hook hands over a `Handle`."""
+
+
+class Handle(NamedTuple):
+    """What a managed layer needs to know of the cache that it reads into."""
+
+    attends: Attends
+    number: int
+    output: OutputProjection
+    rotate: Rotation | None
+    hidden: Tensor  # what the attention received
+
 
 _KNOWN_KEYWORDS = {"position_ids", "use_cache", "sliding_window", "output_attentions", "is_causal"}
 _OF_OTHERS = {"output_router_logits", "output_hidden_states", "num_items_in_batch"}
@@ -206,7 +219,7 @@ def attention(
     **keywords: Any,
 ) -> tuple[Tensor, Any]:
     """Attention function of transformers' `AttentionInterface`: [B, H, Q, D] to [B, Q, H, D]."""
-    handle = keywords.pop(HANDLE, None)
+    handle: Handle | None = keywords.pop(HANDLE, None)
     if handle is None:
         made = attention_mask.redeem() if isinstance(attention_mask, Mask) else attention_mask
         given = {} if softcap is None else {"softcap": softcap}
@@ -232,10 +245,10 @@ def attention(
             f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which kvtrim "
             "does not implement"
         )
-    session, index, output, rotate, hidden = handle
+    attends, index, output, rotate, hidden = handle
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = Call(query, key, value, scale, softcap, output.weight, output.factor, rotate, hidden)
-    out = session.attend(index, call).transpose(1, 2).contiguous()
+    out = attends.attend(index, call).transpose(1, 2).contiguous()
     if torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)):
         out = cast(Tensor, _NoGradient.apply(out, query, key, value))
     return out, None
