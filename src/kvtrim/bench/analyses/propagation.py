@@ -49,7 +49,7 @@ def propagation(asked: Asked) -> Finding:
         shown = "full" if rate is None else f"{rate:.0%}"
         loss = fmean(losses) if losses else None
         rows.append([length, shown, layer, len(own), score, loss, seconds, seconds / base])
-    columns = ["tokens", "rate", "layer", "prompts", "score", "loss", "TTFT [s]", "to full"]
+    columns = ["length", "rate", "layer", "prompts", "score", "loss", "TTFT [s]", "to full"]
     about = (
         f"{asked.about}. Above the layer only the share of tokens called rate is read on; nothing "
         "is evicted otherwise. Score 0 to 1; loss: nats per token of the right answer; time to "
@@ -61,6 +61,7 @@ def propagation(asked: Asked) -> Finding:
         [(name, "right") for name in columns],
         rows,
         [_panel(rows, *which) for which in _PANELS],
+        across=3,
     )
 
 
