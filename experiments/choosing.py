@@ -188,7 +188,9 @@ SITUATIONS = (
         "1/4",
         "one prefill",
         "echo's KL {divergence:echo|4} at 1/4, {divergence:echo|8} at 1/8, beside kvzip's "
-        "{divergence:kvzip|4} and {divergence:kvzip|8} (five prompts: a direction, "
+        "{divergence:kvzip|4} and {divergence:kvzip|8}, and "
+        "{divergence:echo, values and biases|4} and "
+        "{divergence:echo, values and biases|8} with `--set refit=values+bias` (16 prompts, "
         "[echo](../experiments/echo/echo.md)); headkv's loss {loss:agnostic|headkv|512} and "
         f"{{loss:agnostic|headkv|256}} ({QUALITY})",
     ),
