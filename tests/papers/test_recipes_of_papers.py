@@ -102,6 +102,16 @@ def test_of_another_model_or_protocol_nothing_published_is_shown(tmp_path):
     assert "not the paper's: snapkv" in told and "not measured: h2o" in told
 
 
+def test_what_was_refused_is_said(tmp_path):
+    place = evaluation(tmp_path / "a", ["gsm8k-8"], ["snapkv:preset=kvf"], ["10%"])
+    path = place / "samples.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line | {"outcome": "refused", "reason": "too narrow"} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, told = drawn("kvfundabench/table-5", place)
+    assert any(line.startswith("refused: gsm8k-8") and "too narrow" in line for line in told)
+
+
 def test_speed_is_drawn_with_what_differs(tmp_path):
     table, told = drawn("fastkv/table-5", speed(tmp_path / "s", ["snapkv:preset=fastkv-v1"]))
     assert table.rows and any("lengths: [1024, 4096] here" in line for line in told)
