@@ -145,8 +145,8 @@ def test_a_prompt_scores_the_same_alone_and_in_a_batch(name):
     def score(rows):
         seen = view(rows)
         if policy.foresees:
-            states = hidden(3)[rows]
-            seen = dataclasses.replace(seen, carried=policy.foresee(1, states))
+            states = hidden(3)[rows], seen.keys, seen.values
+            seen = dataclasses.replace(seen, carried=policy.foresee(1, *states))
         if policy.carries:
             seen = dataclasses.replace(seen, carried=policy.observe(seen))
         return policy.score(seen)
