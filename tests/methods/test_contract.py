@@ -198,3 +198,31 @@ def test_every_preset_can_be_built_and_selects(name):
             assert mean == 3 * N
         else:
             assert 59 <= mean <= 89, (preset, mean)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_heads_that_hold_their_window_alone_are_scored(name):
+    """Nothing competes there; with budgets of their own, heads come to that."""
+    policy = method(name).policy
+    window = policy.recent(10**6)
+    if not 0 < window < N or policy.lookback() > window:
+        return
+    q, k, v = (each[:1, :, -window:] for each in qkv(layers=1))
+    view = LayerView(
+        index=0,
+        layers=1,
+        keep=window,
+        tokens=N,
+        queries=q,
+        keys=k,
+        values=v,
+        positions=torch.arange(N - window, N).expand(1, K, -1),
+        scale=D**-0.5,
+        carried=torch.zeros(1, K, window),
+        hidden=hidden(1, window),
+        output=lambda: output(1)[0].unflatten(1, (H, D)).permute(1, 2, 0),
+        factor=lambda: output_factor(output(1)[0].unflatten(1, (H, D)).permute(1, 2, 0)),
+        rotate=rope,
+        decoding=True,
+    )
+    assert policy.score(view).shape[-1] in (0, window)

@@ -40,6 +40,8 @@ class Defensive(WindowPolicy):
     def score(self, layer: LayerView) -> Scores:
         """Queries [B, H, W, D], keys and values [B, K, S, D], W_O to scores [B, K, S - W]."""
         kv_heads, weights = layer.keys.shape[1], ops.window_attention(layer, self.window)
+        if not weights.shape[-1]:  # heads that hold their window alone
+            return weights.new_zeros(*layer.keys.shape[:2], 0)
         there = self._there(layer, weights.shape[-1])
         rows = ops.pool(weights, self.kernel, "avg").unflatten(1, (kv_heads, -1))
         rows = rows.masked_fill(~there[:, :, None, None], 0)

@@ -31,4 +31,5 @@ class Lava(WindowPolicy):
         votes = ops.pool(weights.mean(dim=-2), self.kernel, self.pool)
         values = ops.clear_window(layer, layer.values, self.window)[:, :, :candidates]
         size = values.float().abs().sum(dim=-1)
-        return ops.reduce_group(votes, kv_heads, "max") * size.amax(dim=-1, keepdim=True)
+        votes = ops.reduce_group(votes, kv_heads, "max")
+        return votes * size.amax(dim=-1, keepdim=True) if candidates else votes
