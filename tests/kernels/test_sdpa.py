@@ -70,7 +70,7 @@ def test_many_queries_go_in_blocks_and_make_no_mask_of_all_pairs(monkeypatch):
     mixed = sdpa._mix
     monkeypatch.setattr(sdpa, "_ROWS_AT_ONCE", 4)
     monkeypatch.setattr(
-        sdpa, "_mixed", lambda *given: masks.append(tuple(given[3].shape)) or mixed(*given)
+        sdpa, "_mix", lambda *given: masks.append(tuple(given[3].shape)) or mixed(*given)
     )
     for softcap in (None, 5.0):
         whole = reference_of(queries, keys, values, softcap)

@@ -152,8 +152,7 @@ def candidates(
     for name in methods:
         variant, method = Variant.parse(name), find(name)
         left = {key: value for key, value in settings.items() if key not in variant.settings}
-        shared, _ = split(name, left)
-        shared = {} if method.full else shared
+        shared = {} if method.full else split(name, left)[0]
         own = variant.merge(shared)
         find(variant.name, **own)
         unused = {key: value for key, value in unused.items() if key not in shared}

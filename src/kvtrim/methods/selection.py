@@ -97,7 +97,7 @@ def _raise_window(scores: Scores, lengths: Counts, recent: int) -> Float[Tensor,
     """Give each head's recent window a score above every other (kvpress)."""
     slot, width = torch.arange(int(lengths.max())), scores.shape[-1]
     window = (slot >= lengths[..., None] - recent).to(scores.device)
-    top = scores.amax(dim=(1, 2), keepdim=True) + 1
+    top = scores.amax(dim=(1, 2), keepdim=True) + 1 if width else scores.new_ones(1)
     padded = F.pad(scores, (0, max(0, len(slot) - width)))[..., : len(slot)]
     return torch.where(window, top, padded)
 
