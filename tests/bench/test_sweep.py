@@ -246,7 +246,8 @@ def test_ray_workers_do_the_same_and_a_killed_one_is_replaced(
 ):
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'kvtrim[ray]'")
     here = Path(__file__).parents[1]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent / "src")]))
+    paths = [str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         pool, killed = pool_ray.RayPool(size=2), []

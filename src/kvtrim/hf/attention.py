@@ -83,9 +83,15 @@ class _Stock:
             config._attn_implementation_internal = name
 
     def of(self, config: Any) -> str | None:
-        """The name that stood there, or stands there."""
+        """The name that stood there, or stands there.
+
+        In a pass over a kvtrim cache, layers that cap their logits take the plain attention in the
+        place of torch's, which leaves the cap out (transformers does so itself from 5.23 on).
+        """
         known = self._names.get(id(config))
-        return config._attn_implementation if known is None else known[1]
+        name = config._attn_implementation if known is None else known[1]
+        caps = managing.cache and getattr(config, "attn_logit_softcapping", None) is not None
+        return "eager" if caps and name == "sdpa" else name
 
     def attention(self, module: torch.nn.Module) -> Callable[..., Any]:
         """The function that a module's attention goes through when nothing is attached."""

@@ -77,12 +77,11 @@ class Sensitivity:
         text = self._config.get_text_config(decoder=True)
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         ordinary = DynamicCache(config=self._config)
-        for number, held in zip(
-            self._cache.managed, self._cache.session.state.layers, strict=True
-        ):
-            dense, _ = held.store.dense()
-            parts = (self._by_column(dense[name], heads) for name in ("keys", "values"))
-            ordinary.layers[number].update(*parts)
+        stores = self._cache.session.state.stores()
+        for number, store in zip(self._cache.managed, stores, strict=True):
+            dense, _ = store.dense()
+            keys, values = (self._by_column(dense[name], heads) for name in ("keys", "values"))
+            ordinary.update(keys, values, number)
         for number, layer in enumerate(self._cache.layers):
             if isinstance(layer, WindowLayer):
                 ordinary.layers[number] = copy.copy(layer)

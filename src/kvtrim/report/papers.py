@@ -95,7 +95,8 @@ def _draw_scores(recipe: Recipe, view: View) -> Drawn:
         view, recipe.id, f"{recipe.name}, {view.section.model}", about, columns, cells
     )
     notes = [f"{name}: {text}" for name, text in recipe.notes.items()]
-    notes += [f"refused: {', '.join(row)}" for row in evaluation.refusals(view).rows]
+    refused = evaluation.refusals(view)
+    notes += [f"refused: {', '.join(row)}" for row in (refused.rows if refused else [])]
     return Drawn(table, [*told, *task_differences(view), *_list_absent(recipe, view), *notes])
 
 
