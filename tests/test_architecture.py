@@ -160,7 +160,7 @@ def test_files_stay_short(path):
 PLAIN = {"embed", "feed", "read", "seed", "shed", "speed", "spread", "string"}
 PLAIN |= {"hidden", "padding", "ragged", "sampling"}
 # hooks that methods of other packages define, and one that transformers calls
-FOREIGN = {"fitted", "compared", "activate_past_recording"}
+FOREIGN = {"fitted", "compared", "activate_past_recording", "_weighed"}
 IRREGULAR = """
 begun bought broken brought built caught chosen dealt done drawn driven fed felt forgotten
 foreseen found frozen given gone got grown heard held kept known laid led left lent lost made

@@ -67,7 +67,7 @@ class PerHead(Budget):
             ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
             scores = scores.masked_fill((ranks < safe) & ~scores.isneginf(), torch.inf)
         elif self.normalize:
-            scores = self._weigh(scores, base)
+            scores = self._weighed(scores, base)
         order = scores.flatten(1).argsort(dim=-1, descending=True, stable=True)
         return (order // max(1, scores.shape[-1])).int()
 
@@ -85,7 +85,7 @@ class PerHead(Budget):
         caps = caps.clamp(max=room.candidates)
         return torch.where(base >= room.candidates, base, caps)
 
-    def _weigh(self, scores: Scores, base: Counts) -> Scores:
+    def _weighed(self, scores: Scores, base: Counts) -> Scores:
         """Scores times the share of their head's that its best `base` entries hold.
 
         Slots that a head does not have (-inf) count nothing and stay last.
