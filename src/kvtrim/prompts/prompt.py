@@ -27,6 +27,7 @@ from kvtrim.prompts.spans import STRUCTURE, Spans, join_spans, map_ends, structu
 _HARD = "\"'`<&>{}[]\\%é\n\t|"
 _CONTEXT, _QUESTION = f"\u2980context{_HARD}\u2980", f"\u2980question{_HARD}\u2980"
 _BETWEEN = "\n\n"
+_BLANKS = "\t \n\t"  # which a template may trim, and none begins or ends with
 _WITHOUT_CHAT = "use chat=False (--no-chat)"
 _TEMPLATE_S = 10.0  # a template takes milliseconds
 _LARGEST = 10_000_000  # number in a template: repeated texts and ranges take their length
@@ -61,7 +62,8 @@ class Frame:
         """
         if not tokenizer.chat_template:
             raise UsageError(f"this tokenizer has no chat template; {_WITHOUT_CHAT}")
-        messages = [{"role": "user", "content": f"{_CONTEXT}{_BETWEEN}{_QUESTION}"}]
+        message = f"{_BLANKS}{_CONTEXT}{_BETWEEN}{_QUESTION}{_BLANKS}"
+        messages = [{"role": "user", "content": message}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         text = render(tokenizer, messages)
@@ -76,16 +78,13 @@ class Frame:
             raise UsageError(f"the chat template alters the user's message; {_WITHOUT_CHAT}")
         if system is not None and text == render(tokenizer, messages[1:]):
             raise UsageError("the chat template ignores the system message; leave it out")
-        blank = " \n\n "
-        messages[-1] = {**messages[-1], "content": f"{blank}{_CONTEXT}{_QUESTION}{blank}"}
-        text = render(tokenizer, messages)
         return cls(
-            before,
+            before.removesuffix(_BLANKS),
             between,
-            after,
+            after.removeprefix(_BLANKS),
             literal=True,
-            trims_start=f"{blank}{_CONTEXT}" not in text,
-            trims_end=f"{_QUESTION}{blank}" not in text,
+            trims_start=not before.endswith(_BLANKS),
+            trims_end=not after.startswith(_BLANKS),
         )
 
     @classmethod
