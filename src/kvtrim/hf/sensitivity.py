@@ -37,6 +37,8 @@ class Sensitivity:
         self._attention = [parts.attention[layer] for layer in parts.managed]
         self._decoder: Any = parts.decoder
         self._last = parts.blocks[-1]
+        with torch.inference_mode(False):
+            self._layers = self._copy_layers()
 
     def measure(self, given: dict[str, Any]) -> Float[Tensor, "L B Q"]:
         """|d objective / d output of the attention| of each token, per layer that is managed.
@@ -73,7 +75,16 @@ class Sensitivity:
         return torch.stack([each.float().norm(dim=-1).cpu() for each in gradients])
 
     def _ordinary(self) -> DynamicCache:
-        """What transformers itself would hold after the prompts; a copy."""
+        """What transformers itself would hold after the prompts.
+
+        A pass gives the copied layers tensors of their own, and leaves those of the others.
+        """
+        ordinary = DynamicCache(config=self._config)
+        ordinary.layers[:] = map(copy.copy, self._layers)
+        return ordinary
+
+    def _copy_layers(self) -> list[Any]:
+        """The layers of such a cache, with copies of what is held."""
         text = self._config.get_text_config(decoder=True)
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         ordinary = DynamicCache(config=self._config)
@@ -87,7 +98,7 @@ class Sensitivity:
                 ordinary.layers[number] = copy.copy(layer)
                 for name in ("keys", "values"):
                     setattr(ordinary.layers[number], name, getattr(layer, name).clone())
-        return ordinary
+        return ordinary.layers
 
     def _by_column(self, held: Float[Tensor, "B H S D"], heads: int) -> Float[Tensor, "B K n D"]:
         """Entries of every KV head in the columns that the prompts came in."""
