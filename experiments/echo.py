@@ -16,13 +16,13 @@ not then, too.
 import argparse
 import json
 from collections.abc import Sequence
-from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from time import process_time
 from typing import Any
 
 import torch
+from figures import spread
 from quality import forced
 
 import kvtrim
@@ -82,13 +82,6 @@ def measured(
             row["kl"] = float((reference.exp() * (reference - got)).sum(dim=-1).mean())
             rows.append(row | {"tokens": len(prompt.context)})
     return rows
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard error."""
-    if len(values) < 2:
-        return "-"
-    return f"{mean(values):.3f} ± {stdev(values) / sqrt(len(values)):.3f}"
 
 
 def suite(kind: str) -> str:

@@ -18,12 +18,12 @@ import json
 import subprocess
 import tempfile
 import time
-from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 import transformers
+from figures import spread
 
 import kvtrim
 from kvtrim.bench.provenance import provenance
@@ -73,12 +73,6 @@ def table(rows, full, full_bytes):
             + " |"
         )
     return "\n".join(lines) + "\n"
-
-
-def spread(values):
-    """Mean ± standard error."""
-    error = stdev(values) / sqrt(len(values)) if len(values) > 1 else float("nan")
-    return f"{mean(values):.3f} ± {error:.3f}"
 
 
 def main():

@@ -22,11 +22,11 @@ goes on where it stopped.
 import argparse
 import json
 from collections.abc import Iterator
-from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+import figures
 import torch
 
 import kvtrim
@@ -138,10 +138,7 @@ def table(rows: list[dict[str, Any]], protocol: str) -> str:
 
 def spread(rows: list[dict[str, Any]], name: str) -> str:
     """Mean ± standard error of one figure."""
-    values = [row[name] for row in rows]
-    if len(values) < 2:
-        return "-"
-    return f"{mean(values):.2f} ± {stdev(values) / sqrt(len(values)):.2f}"
+    return figures.spread([row[name] for row in rows], 2)
 
 
 def main() -> None:

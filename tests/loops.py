@@ -158,12 +158,6 @@ def whole_heads(table, group, n, keep, sinks, window):
     return kept
 
 
-def kvzip_plus(q, k, v, wo, hidden, n, steps):
-    """KVzip+'s scores of the first n slots: `hidden[i]` is what token i of the probe came with."""
-    sizes = [sum(float(x) ** 2 for x in each) ** 0.5 for each in hidden]
-    return probed(q, k, v, wo, [1 / size for size in sizes], n, steps)
-
-
 def probed(q, k, v, wo, weights, n, steps, sinks=4):
     """Largest weighed attention that the first n slots get from a probe, sinks 0: [K][n].
 
@@ -302,6 +296,20 @@ def write_expected_attention():
     file.write()
 
 
+def add_probed(file, sets, n, keep, steps, budget, weights, notes, **others):
+    """One case of a probe whose tokens count as `weights` [layers, tokens] says."""
+    wo = [f"h8_d32_l{layer}" for layer in range(len(sets))]
+    scores = [
+        probed(*inputs(name), projection(w), own.tolist(), n, steps)
+        for name, w, own in zip(sets, wo, weights, strict=True)
+    ]
+    rest = [[row[4:] for row in heads] for heads in scores]
+    kept, gap = (among_layers if budget == "global" else among_heads)(rest, keep - 4)
+    kept = [[[*range(4), *(s + 4 for s in row)] for row in heads] for heads in kept]
+    params = {"budget": budget, "keep": keep, "prompt": n, "steps": steps, "wo": wo}
+    file.add(params, sets, kept, scores, gap, notes, **others)
+
+
 def write_kvzip_plus():
     file = File("kvzip_plus")
     draw = torch.Generator().manual_seed(7)
@@ -313,17 +321,9 @@ def write_kvzip_plus():
     ]:
         hidden = torch.rand(len(sets), 200 - n, 1, generator=draw) * 3 + 0.5  # tokens differ most
         hidden = hidden * torch.randn(len(sets), 200 - n, 48, generator=draw)
-        wo = [f"h8_d32_l{layer}" for layer in range(len(sets))]
-        scores = [
-            kvzip_plus(*inputs(name), projection(w), states.double().tolist(), n, steps)
-            for name, w, states in zip(sets, wo, hidden, strict=True)
-        ]
-        rest = [[row[4:] for row in heads] for heads in scores]
-        kept, gap = (among_layers if budget == "global" else among_heads)(rest, keep - 4)
-        kept = [[[*range(4), *(s + 4 for s in row)] for row in heads] for heads in kept]
-        params = {"budget": budget, "keep": keep, "prompt": n, "steps": steps, "wo": wo}
+        weights = 1 / hidden.double().norm(dim=-1)
         notes = "tokens behind the prompt are the probe's; hidden: what each of them came with"
-        file.add(params, sets, kept, scores, gap, notes, hidden=hidden)
+        add_probed(file, sets, n, keep, steps, budget, weights, notes, hidden=hidden)
     file.write()
 
 
@@ -336,17 +336,9 @@ def write_kvgrad():
         (("s3_n200", "s0_n200"), 170, 30, [(12, 0, 64), (12, 64, 128), (6, 128, 170)], "per-head"),
     ]:
         sensitivity = torch.rand(len(sets), 200 - n, generator=draw) ** 4 * 9  # a few matter most
-        wo = [f"h8_d32_l{layer}" for layer in range(len(sets))]
-        scores = [
-            probed(*inputs(name), projection(w), weights.double().tolist(), n, steps)
-            for name, w, weights in zip(sets, wo, sensitivity, strict=True)
-        ]
-        rest = [[row[4:] for row in heads] for heads in scores]
-        kept, gap = (among_layers if budget == "global" else among_heads)(rest, keep - 4)
-        kept = [[[*range(4), *(s + 4 for s in row)] for row in heads] for heads in kept]
-        params = {"budget": budget, "keep": keep, "prompt": n, "steps": steps, "wo": wo}
+        weights = sensitivity.double()
         notes = "tokens behind the prompt are the probe's; sensitivity: of each in every layer"
-        file.add(params, sets, kept, scores, gap, notes, sensitivity=sensitivity)
+        add_probed(file, sets, n, keep, steps, budget, weights, notes, sensitivity=sensitivity)
     file.write()
 
 

@@ -8,11 +8,9 @@ from transformers import DynamicCache
 
 import kvtrim
 import models
-from kvtrim.engine.probe import repetition
+import probes
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.replay import record
 from kvtrim.hf.sensitivity import Sensitivity
-from kvtrim.prompts import Words
 
 CHUNK, KEEP, N, SINKS = 16, 14, 40, 4
 
@@ -74,37 +72,6 @@ def test_gradients_are_those_of_finite_differences(frozen):
     assert all(each.grad is None for each in model.parameters())
 
 
-def scores_by_hand(model, ids):
-    """KVgrad of every context slot: [L, K, n], one query and one head at a time."""
-    recording, steps = record(model, ids), repetition(ids[0].tolist(), Words(), CHUNK)
-    layers, kv_heads = len(recording.calls), recording.calls[0].keys.shape[1]
-    best = torch.zeros(layers, kv_heads, N, dtype=torch.float64)
-    for step in steps:
-        seen, cache = {}, recording.full.copy()
-        cache.session._tap = seen.__setitem__
-        positions = torch.arange(N, N + len(step.ids))[None]
-        with torch.no_grad(), kvtrim.attach(model):
-            model(torch.tensor([step.ids]), position_ids=positions, past_key_values=cache)
-        sizes = gradients(model, ids, torch.tensor([step.ids]))
-        for layer, call in seen.items():
-            heads, width = call.queries.shape[1], call.values.shape[-1]
-            context, values = recording.calls[layer].keys[0], recording.calls[layer].values[0]
-            projection = model.model.layers[layer].self_attn.o_proj.weight.detach()
-            chunk = range(max(SINKS, step.probed.start), step.probed.stop)
-            for head in range(heads):
-                group = head // (heads // kv_heads)
-                own = projection[:, head * width : (head + 1) * width]
-                looked_at = [context[group, j] for j in [*range(SINKS), *chunk]]
-                for i in range(len(step.ids)):
-                    keys = torch.stack(looked_at + [call.keys[0, group, j] for j in range(i + 1)])
-                    weights = (keys @ call.queries[0, head, i] * call.scale).softmax(dim=0)
-                    for place, j in enumerate(chunk):
-                        value = (own @ values[group, j]).norm()
-                        score = weights[SINKS + place] * value * sizes[layer, 0, i]
-                        best[layer, group, j] = torch.maximum(best[layer, group, j], score)
-    return best
-
-
 def kept(model, method, ids, row=0, mask=None, **settings):
     cache = kvtrim.Cache(model, method, KEEP, chunk=CHUNK, **settings)
     given = {}
@@ -118,7 +85,12 @@ def kept(model, method, ids, row=0, mask=None, **settings):
 
 def test_attention_counts_by_value_and_sensitivity(llama):
     ids = models.prompt(N)
-    scores = scores_by_hand(llama, ids)[..., SINKS:].flatten()
+
+    def weigh(run):
+        probe = run()
+        return {at: own[0] for at, own in enumerate(gradients(llama, ids, probe))}
+
+    scores = probes.scores_by_hand(llama, ids, CHUNK, SINKS, weigh)[..., SINKS:].flatten()
     best = scores.topk((KEEP - SINKS) * scores.numel() // (N - SINKS)).indices.tolist()
     want = {(at // (N - SINKS), at % (N - SINKS) + SINKS) for at in best}
     found = kept(llama, "kvgrad", ids)

@@ -5,6 +5,7 @@ import torch
 
 import kvtrim
 import models
+import probes
 from kvtrim.engine.cuts import Cuts
 from kvtrim.engine.probe import repetition
 from kvtrim.hf.replay import record
@@ -147,46 +148,24 @@ def test_queries_alone_cannot_be_probed():
         kvtrim.select("kvzip", q, k, k, keep=8)
 
 
-def plus_by_hand(model, ids):
-    """KVzip+ of every context slot: [L, K, n], one query and one head at a time."""
-    recording, steps = record(model, ids), repetition(ids[0].tolist(), Words(), CHUNK)
-    layers, kv_heads = len(recording.calls), recording.calls[0].keys.shape[1]
-    best = torch.zeros(layers, kv_heads, N, dtype=torch.float64)
-    for step in steps:
-        seen, cache, received = {}, recording.full.copy(), {}
-        cache.session._tap = seen.__setitem__
+def hidden_weights(model):
+    """1 / |hidden state| of every query of a probe's pass, by layer."""
+
+    def weigh(run):
+        received = {}
         hooks = [
             block.self_attn.register_forward_pre_hook(
-                lambda _, args, kwargs, at=at, to=received: to.__setitem__(
-                    at, kwargs["hidden_states"]
-                ),
+                lambda _, args, kwargs, at=at: received.__setitem__(at, kwargs["hidden_states"]),
                 with_kwargs=True,
             )
             for at, block in enumerate(model.model.layers)
         ]
-        positions = torch.arange(N, N + len(step.ids))[None]
-        with torch.no_grad(), kvtrim.attach(model):
-            model(torch.tensor([step.ids]), position_ids=positions, past_key_values=cache)
+        run()
         for hook in hooks:
             hook.remove()
-        for layer, call in seen.items():
-            heads, width = call.queries.shape[1], call.values.shape[-1]
-            context, values = recording.calls[layer].keys[0], recording.calls[layer].values[0]
-            projection = model.model.layers[layer].self_attn.o_proj.weight.detach()
-            chunk = range(max(SINKS, step.probed.start), step.probed.stop)
-            for head in range(heads):
-                group = head // (heads // kv_heads)
-                own = projection[:, head * width : (head + 1) * width]
-                looked_at = [context[group, j] for j in [*range(SINKS), *chunk]]
-                for i in range(len(step.ids)):
-                    keys = torch.stack(looked_at + [call.keys[0, group, j] for j in range(i + 1)])
-                    weights = (keys @ call.queries[0, head, i] * call.scale).softmax(dim=0)
-                    size = received[layer][0, i].norm()
-                    for place, j in enumerate(chunk):
-                        value = (own @ values[group, j]).norm()
-                        found = weights[SINKS + place] * value / size
-                        best[layer, group, j] = torch.maximum(best[layer, group, j], found)
-    return best
+        return {at: 1 / states[0].norm(dim=-1) for at, states in received.items()}
+
+    return weigh
 
 
 def test_plus_weighs_attention_by_value_and_query(llama):
@@ -194,7 +173,9 @@ def test_plus_weighs_attention_by_value_and_query(llama):
     cache = kvtrim.Cache(llama, "kvzip-plus", KEEP, chunk=CHUNK)
     with torch.no_grad(), kvtrim.attach(llama):
         llama(ids, past_key_values=cache)
-    assert models.positions(cache) == best_of_all(plus_by_hand(llama, ids))
+    assert models.positions(cache) == best_of_all(
+        probes.scores_by_hand(llama, ids, CHUNK, SINKS, hidden_weights(llama))
+    )
     plain = kvtrim.Cache(llama, "kvzip", KEEP, chunk=CHUNK)
     with torch.no_grad(), kvtrim.attach(llama):
         llama(ids, past_key_values=plain)
