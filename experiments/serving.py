@@ -195,28 +195,37 @@ def many(server, lines, tokens=48):
 
 def upload(server, lines, tokens=160):
     """Seconds between tokens of others, before and while a document is read."""
+    found = {"streams": 4, "tokens": tokens}
+    for kind in ("compressed", "whole"):
+        found[kind] = _upload(server, lines, tokens, kind)
+    return found
+
+
+def _upload(server, lines, tokens, kind):
+    """As `upload`, all documents compressed or all whole."""
+    how = {"method": "full"} if kind == "whole" else {}
     for number in range(4):
-        server.upload(f"up{number}", document(30 + number, lines // 4))
+        server.upload(f"{kind}-up{number}", document(30 + number, lines // 4), **how)
     gaps, when = [], {}
     start = time.perf_counter()
 
     def stream(number):
-        times, _ = server.times(f"up{number}", question(number), tokens, ignore_eos=True)
+        asked = f"{kind}-up{number}", question(number), tokens
+        times, _ = server.times(*asked, ignore_eos=True)
         offset = time.perf_counter() - start - times[-1]
         gaps.extend((offset + a, b - a) for a, b in pairwise(times))
 
     def read():
         time.sleep(2)
         when["begin"] = time.perf_counter() - start
-        server.upload("late", document(40, lines))
+        server.upload(f"{kind}-late", document(40, lines), **how)
         when["end"] = time.perf_counter() - start
 
     _at_once(lambda n: read() if n == 4 else stream(n), 5)
     before = [gap for at, gap in gaps if at < when["begin"]]
     during = [gap for at, gap in gaps if when["begin"] <= at < when["end"]]
     return {
-        "streams": 4,
-        "upload_tokens": server.http.get("/v1/documents/late").json()["tokens"],
+        "upload_tokens": server.http.get(f"/v1/documents/{kind}-late").json()["tokens"],
         "upload_s": when["end"] - when["begin"],
         "gap_before_s": median(before),
         "gap_during_s": median(during),
