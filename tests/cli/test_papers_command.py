@@ -18,7 +18,20 @@ def test_a_recipe_runs_and_is_drawn(invoke, model_folder, tmp_path):
     (tmp_path / "data").mkdir()
     text = "A sentence of an essay about small and large things. " * 400
     (tmp_path / "data" / "essays.txt").write_text(text)
-    few = ("--limit", 1, "--length", 448, "--max-new-tokens", 2, "--keep", 512, "--threads", 1)
+    few = (
+        "--task",
+        "niah",
+        "--limit",
+        1,
+        "--length",
+        448,
+        "--max-new-tokens",
+        2,
+        "--keep",
+        512,
+        "--threads",
+        1,
+    )
     run = (
         "papers",
         "run",
@@ -44,6 +57,11 @@ def test_a_recipe_runs_and_is_drawn(invoke, model_folder, tmp_path):
         (("run", "curdkv/table2", "--out", "x"), "did you mean"),
         (("run", "curdkv/figure-3", "--out", "x"), "kvtrim analyze leverage"),
         (("run", "curdkv/table-2", "--out", "x", "--keep", "11%"), "has 70%, 10%"),
+        (
+            ("run", "curdkv/table-2", "--out", "x", "--task", "gsm8k-8"),
+            "has longbench-narrativeqa",
+        ),
+        (("run", "curdkv/figure-4", "--out", "x", "--task", "gsm8k-8"), "measures seconds"),
         (("run", "curdkv/table-2", "--out", "no/x"), "there is no folder"),
         (("run", "curdkv/table-2", "--out", "x", "--config", "llama-3.1-8b"), "use --model"),
         (("show", "laprox/longbench"), "nothing printed of laprox/longbench"),

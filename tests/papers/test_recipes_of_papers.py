@@ -11,7 +11,8 @@ from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.papers import recipe as known
 from kvtrim.papers.manual import manual
 from kvtrim.report import papers, results
-from report.synthetic import evaluation, speed
+from kvtrim.report.lookup import View
+from report.synthetic import LONGBENCH, evaluation, longbench, speed
 
 PAGE = Path(__file__).parents[2] / "docs" / "papers.md"
 NOT_A_TABLE = {"table-7-no-instruct"}  # copied from another benchmark, by the source's own mistake
@@ -109,7 +110,15 @@ def test_what_was_refused_is_said(tmp_path):
     lines = [line | {"outcome": "refused", "reason": "too narrow"} for line in lines]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     _, told = drawn("kvfundabench/table-5", place)
-    assert any(line.startswith("refused: gsm8k-8") and "too narrow" in line for line in told)
+    assert "refused: gsm8k-8, every method: too narrow" in told
+
+    ours = [
+        line if line["method"] == "full" else line | {"outcome": "ok", "reason": ""}
+        for line in lines
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in ours))
+    _, told = drawn("kvfundabench/table-5", place)
+    assert "refused: gsm8k-8, full all: too narrow" in told
 
 
 def test_speed_is_drawn_with_what_differs(tmp_path):
@@ -122,3 +131,58 @@ def test_what_a_paper_prints_is_drawn_alone():
     (table,) = made
     assert ["10%", "key"] in [list(row[:2]) for row in table.rows] and len(table.rows) == 12
     assert papers.tables_in_print(known.find("laprox/longbench")) == []
+
+
+def test_tasks_that_were_left_out_are_said_and_headings_are_the_papers(tmp_path):
+    one, tasks = known.find("curdkv/table-2"), [longbench("qasper"), longbench("lcc")]
+    place = evaluation(tmp_path / "a", tasks, [one.methods["snapkv"]], ["10%"])
+    every = [longbench(name) for name in LONGBENCH]
+    (found,) = papers.draw(one, *results.read_results([place]), tasks=every)
+    assert [heading for heading, _ in found.table.columns][3:] == ["qasper", "lcc", "average"]
+    assert "not measured: longbench-trec" in found.differences
+    assert "not measured: longbench-lcc" not in found.differences
+
+
+def test_categories_stand_beside_the_papers_where_all_their_tasks_do(tmp_path):
+    one, tasks = known.find("circuitkv/results-512"), [longbench(name) for name in LONGBENCH]
+    labels = [one.methods[name] for name in ("snapkv", "pyramidkv")]
+    folder = evaluation(
+        tmp_path / "a", tasks, labels, ["512"], model=LLAMA, protocol="question-aware"
+    )
+    record = json.loads((folder / "run.json").read_text())
+    record |= {"chat": False, "truncate_at": 127500}
+    (folder / "run.json").write_text(json.dumps(record))
+    _, found = papers.draw(one, *results.read_results([folder]))
+    rows = {(method, whose): cells for _, method, whose, *cells in found.table.rows}
+    assert rows["snapkv", "published"][:2] == ["21.86", "13.52"]
+    assert rows["snapkv", "published"][-1] == "37.96"
+    view = View(results.read_results([folder])[0][0])
+    own = view.mean(tasks[:3], (labels[0], "512"))
+    assert own is not None and rows["snapkv", "ours"][0].startswith(f"{100 * own.value:.1f} ")
+    assert ("h2o", "published") not in rows
+
+    record["max_new_tokens"] = 4
+    (folder / "run.json").write_text(json.dumps(record))
+    _, found = papers.draw(one, *results.read_results([folder]))
+    assert {row[2] for row in found.table.rows} == {"ours"}, "answers were shorter"
+
+
+def test_what_a_text_says_of_a_figure_is_shown_where_length_and_budget_are_the_same(tmp_path):
+    one = known.find("curdkv/figure-4")
+    (table,) = papers.tables_in_print(one)
+    said = ["131072", "20%", "per token", "about 4.5 s", "12 s", "x0.38"]
+    assert said in [list(row[:6]) for row in table.rows]
+    label, told = one.methods["curdkv"], {}
+    for model, length in ((LLAMA, 131072), (LLAMA, 65536), ("smollm2", 131072)):
+        folder = speed(tmp_path / f"{length}-{len(told)}", [label], [length], "26214")
+        record = json.loads((folder / "run.json").read_text())
+        record["model"]["name"] = model
+        (folder / "run.json").write_text(json.dumps(record))
+        text = (folder / "speed.jsonl").read_text().replace('"26214"', '"20%"')
+        (folder / "speed.jsonl").write_text(text)
+        told[model, length] = [
+            line for line in drawn(one.name, folder)[1] if line.startswith("published")
+        ]
+    there = "published: held, 131,072 tokens, 20% kept: under 2 of 16 GB, x0.12; here x0.20"
+    assert there in told[LLAMA, 131072] and len(told[LLAMA, 131072]) == 3
+    assert told[LLAMA, 65536] == told["smollm2", 131072] == []

@@ -153,3 +153,67 @@ def test_each_row_is_the_papers_method(paper, name, text):
 def test_no_row_is_wanted_in_vain():
     listed = {(paper, name) for paper, own in WANTED.items() for name in own}
     assert listed == {(paper, name) for paper, name, _ in ROWS if name != "full"}
+
+
+PROTOCOL = {  # of a whole paper: protocol, chat template, cut of long prompts by model
+    "circuitkv": ("question-aware", False, {"Llama-3-8B-Instruct": 7950, "default": 127500}),
+    "curdkv": ("question-agnostic", None, {}),
+    "fastkv": ("question-aware", None, {"default": 127500}),
+    "kvfundabench": ("question-aware", None, {}),
+    "laprox": ("question-aware", None, {}),
+}
+NINE = ("90%", "80%", "70%", "60%", "50%", "40%", "30%", "20%", "10%")
+MEASURED = {  # tasks, budgets kept, lengths, samples, bound of answers
+    "circuitkv/results-128": (("longbench",), ("128",), (), None, None),
+    "circuitkv/results-256": (("longbench",), ("256",), (), None, None),
+    "circuitkv/results-512": (("longbench",), ("512",), (), None, None),
+    "circuitkv/results-1024": (("longbench",), ("1024",), (), None, None),
+    "circuitkv/results-2048": (("longbench",), ("2048",), (), None, None),
+    "curdkv/table-1": (("longbench",), ("100%",), (), None, None),
+    "curdkv/table-2": (("longbench",), ("70%", "10%"), (), None, None),
+    "curdkv/table-3": (("ruler-needles",), ("100%",), (16384,), None, None),
+    "curdkv/table-4": (("ruler-needles",), ("70%", "10%"), (16384,), None, None),
+    "curdkv/table-13": (("longbench",), ("50%", "30%"), (), None, None),
+    "curdkv/table-14": (("longbench",), ("50%", "30%"), (), None, None),
+    "curdkv/table-15": (("ruler-needles",), ("50%", "30%"), (16384,), None, None),
+    "curdkv/table-16": (("ruler-needles",), ("50%", "30%"), (16384,), None, None),
+    "curdkv/table-17": (("longbench",), ("70%", "10%"), (), None, None),
+    "fastkv/table-1": (("longbench14",), ("512", "2048"), (), None, None),
+    "fastkv/table-2": (("longbench14",), ("128", "512", "1024", "2048"), (), None, None),
+    "fastkv/table-3": (("longbench14",), ("128", "512", "1024", "2048"), (), None, None),
+    "fastkv/table-4": (("longbench14",), ("128", "512", "1024", "2048"), (), None, None),
+    "fastkv/figure-needle": (("niah",), ("512",), tuple(range(8000, 128001, 8000)), 10, 50),
+    "fastkv/figure-propagation": (("longbench14",), ("512",), (), None, None),
+    "kvfundabench/table-1": (
+        ("gsm8k-0", "gsm8k-8", "mmlu-0", "mmlu-5"), ("100%",), (), None, None,
+    ),
+    "kvfundabench/table-2": (
+        ("longgenbench-gsm8k",), ("40%", "35%", "30%", "25%"), (), None, None,
+    ),
+    "kvfundabench/table-3": (("gsm8k-50",), ("40%", "30%", "20%", "10%"), (), None, None),
+    "kvfundabench/table-5": (("gsm8k-8",), NINE, (), None, None),
+    "kvfundabench/table-6": (
+        ("mmlu-5", "gsm8k-8", "csqa-4", "jailbreakv-8", "humaneval-8"), NINE, (), None, None,
+    ),
+    "kvfundabench/table-7": (("gsm8k-8",), NINE[:8], (), None, None),
+    "kvfundabench/table-8": (("gsm8k-1", "gsm8k-2", "gsm8k-4", "gsm8k-6"), NINE, (), None, None),
+    "kvfundabench/table-9": (("gsm8k-50",), NINE, (), None, None),
+    "laprox/longbench": (("longbench",), ("128", "256", "512", "1024", "5%"), (), None, None),
+    "laprox/figure-3": (
+        ("niah", "niah-multi-single", "niah-multi-multi"), ("5%",), (8000, 16000, 32000), 10, None,
+    ),
+    "laprox/ablation": (("longbench",), ("128", "512"), (), None, None),
+}  # fmt: skip
+TASKS_OF_FASTKV = 14
+
+
+@pytest.mark.parametrize("one", [r for r in recipes() if r.kind == "eval"], ids=lambda r: r.name)
+def test_each_table_is_measured_as_the_paper_did(one):
+    tasks = ("longbench14",) if len(one.tasks) == TASKS_OF_FASTKV else one.tasks
+    found = (tasks, one.keeps, one.lengths, one.samples, one.max_new_tokens)
+    assert found == MEASURED[one.name]
+    assert (one.protocol, one.chat, {**one.truncate_at}) == PROTOCOL[one.paper]
+
+
+def test_no_table_is_wanted_in_vain():
+    assert {*MEASURED} == {one.name for one in recipes() if one.kind == "eval"}

@@ -24,6 +24,7 @@ from kvtrim.report.format import seconds, size, visible
 
 __all__ = ["seconds", "size"]  # a name for them here too, beside `entries`
 
+_WIDEST = 10_000  # columns of a line in a file: nothing is cut
 _SHORT = 16  # a cell up to this width is never broken
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -94,7 +95,7 @@ def table(
     for row in rows:
         drawn.add_row(*row)
     if wide and not out.is_terminal:
-        needed = out.measure(drawn, options=out.options.update(width=400)).maximum
+        needed = out.measure(drawn, options=out.options.update(width=_WIDEST)).maximum
         out.width = max(out.width, needed)
     out.print(drawn)
 

@@ -38,6 +38,9 @@ NewTokens = Annotated[
 Keeps = Annotated[
     list[str] | None, typer.Option("--keep", help="Only these of its budgets; repeat for several.")
 ]
+Tasks = Annotated[
+    list[str] | None, typer.Option("--task", help="Only these of its tasks; repeat for several.")
+]
 Repeats = Annotated[int, typer.Option(min=1, help="Counted rounds, where seconds are measured.")]
 OutFolder = Annotated[
     Path,
@@ -104,6 +107,7 @@ def run(
     limit: Limit = None,
     length: Lengths = None,
     keep: Keeps = None,
+    task: Tasks = None,
     max_new_tokens: NewTokens = None,
     repeats: Repeats = 3,
     config: timing.Config = None,
@@ -126,7 +130,7 @@ def run(
     known.require_run(found)
     if not out.parent.is_dir():
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
-    keeps = _keeps(found, keep)
+    keeps, tasks = _keeps(found, keep), _tasks(found, task)
     if found.kind == "speed":
         given = [*found.methods.values()]
         where = {"device": device, "dtype": dtype, "threads": threads}
@@ -146,6 +150,7 @@ def run(
     if config is not None:
         raise UsageError(f"--config has random weights, and {name} measures answers: use --model")
     changed = {"limit": limit, "lengths": length, "max_new_tokens": max_new_tokens}
+    changed |= {"tasks": tasks}
     own = {"device": device, "dtype": dtype, "threads": threads, "data": data and str(data)}
     for each in model or list(found.models.values()):
         asked = found.sweep(known.paper_model(found, each), **changed) | {"keeps": keeps}
@@ -160,6 +165,23 @@ def _keeps(found: "Recipe", keep: list[str] | None) -> list[str]:
     if other:
         raise UsageError(f"--keep {other[0]}: {found.name} has {', '.join(found.keeps)}")
     return keep or [*found.keeps]
+
+
+def _tasks(found: "Recipe", task: list[str] | None) -> list[str] | None:
+    """Those of the tasks that were asked for; None for all of them."""
+    known = _all_tasks(found)
+    other = [each for each in task or [] if each not in known]
+    if other:
+        has = ", ".join(known) or "none: it measures seconds and bytes"
+        raise UsageError(f"--task {other[0]}: {found.name} has {has}")
+    return task
+
+
+def _all_tasks(found: "Recipe") -> list[str]:
+    """Every task of a recipe, one by one."""
+    from kvtrim.tasks import find_tasks
+
+    return [each.name for each in find_tasks(found.tasks)]
 
 
 def _place(out: Path, model: str, asked: list[str] | None) -> Path:
@@ -211,7 +233,7 @@ def show(name: Name, folder: Folder = None, json: options.Json = False) -> None:
         if not drawn:
             raise UsageError(f"nothing printed of {name} is at hand; name the folder of a run")
     else:
-        drawn = report.draw(found, *results.read_results([folder]))
+        drawn = report.draw(found, *results.read_results([folder]), tasks=_all_tasks(found))
         if not drawn:
             raise UsageError(f"{folder} holds no run of {name}: see {found.command}")
     if json:

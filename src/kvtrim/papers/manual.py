@@ -14,6 +14,7 @@ CurDKV (arXiv 2509.15038), KVFundaBench with ShotKV (arXiv 2502.01941) and LaPro
 kvtrim papers                               # this list
 kvtrim papers run curdkv/table-2 --out DIR  # the paper's models, methods, prompts and budgets
 kvtrim papers run curdkv/table-2 --out DIR --model M --data DATA --limit 20 --keep 10%
+kvtrim papers run curdkv/table-2 --out DIR --model M --data DATA --task longbench-qasper
 kvtrim papers show curdkv/table-2 DIR       # in the paper's shape, and what differs from it
 kvtrim papers show curdkv/table-2           # what the paper prints
 ```
@@ -25,7 +26,9 @@ A published figure stands below ours only where all that decides it is the paper
 protocol, chat template, where long prompts are cut, lengths of answers, examples, budget, and the
 method with its parameters (window, sinks, pooling, order of groups, heads that hold entries, what
 is evicted while an answer is written). Otherwise the differences are listed and nothing published
-is shown. Budgets count window and sinks in; presets of codes that hold query heads hold them here
+is shown. `--length` counts the answer that a task allows, also where `--max-new-tokens` allows a
+shorter one: prompts stay the same, and the loss is that of the whole right answer.
+Budgets count window and sinks in; presets of codes that hold query heads hold them here
 too, and their bytes are measured. Hours are a guess for one model of 8B parameters on one large
 GPU. Tried says what ran and drew on SmolLM2-135M, on a CPU, with small limits: that the command
 works, not what the paper found.

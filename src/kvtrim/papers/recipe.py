@@ -6,7 +6,7 @@ of `kvtrim analyze`), and `reason` (why there is nothing to run).
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -72,6 +72,7 @@ class Recipe:
     reason: str = ""
     tried: str = ""  # what ran and drew on the embedded model
     tables: tuple[Table, ...] = ()  # published, as the files have them
+    facts: tuple[Table, ...] = ()  # what its text says of a figure that has no numbers
 
     @property
     def name(self) -> str:
@@ -134,10 +135,12 @@ class Recipe:
 
     def sweep(self, model: str, **changed: Any) -> dict[str, Any]:
         """The same as keys of a sweep's file, models and data left out."""
-        spec = self.spec(model, **{k: v for k, v in changed.items() if k != "lengths"})
+        spec = self.spec(
+            model, **{k: v for k, v in changed.items() if k not in ("lengths", "tasks")}
+        )
         own = {name: getattr(spec, name) for name in SHARED}
         return {
-            "tasks": list(self.tasks),
+            "tasks": list(changed.get("tasks") or self.tasks),
             "methods": [text for text in self.methods.values() if text != FULL] or [FULL],
             "keeps": list(self.keeps),
             "protocols": [self.protocol],
@@ -206,11 +209,16 @@ def _read(paper: str) -> Iterator[Recipe]:
     timed = json.loads((FOLDER / "fastkv.json").read_text("utf-8")) if paper == "fastkv" else {}
     tables |= {table["id"]: table for table in timed.get("tables", [])}
     for item in whole["item"]:
-        yield _recipe(paper, whole, item, tables)
+        facts = [fact for fact in printed.get("facts", []) if fact["figure"] == item["id"]]
+        yield _recipe(paper, whole, item, tables, facts)
 
 
 def _recipe(
-    paper: str, whole: Mapping[str, Any], item: Mapping[str, Any], tables: Mapping[str, Table]
+    paper: str,
+    whole: Mapping[str, Any],
+    item: Mapping[str, Any],
+    tables: Mapping[str, Table],
+    facts: Sequence[Table],
 ) -> Recipe:
     known = whole["methods"]
     named = item.get("methods") or whole.get("default_methods") or list(known)
@@ -246,6 +254,7 @@ def _recipe(
         reason=item.get("reason", ""),
         tried=_trials().get(f"{paper}/{item['id']}", _UNTRIED[item.get("kind", "eval")]),
         tables=own,
+        facts=tuple(facts),
         **shared,
     )
 

@@ -94,10 +94,7 @@ def categories(view: View) -> Table | None:
         ]
         if not any(groups):
             continue
-        line = [
-            _over(view, own, row, len(tasks))
-            for own, tasks in zip(groups, families.LONGBENCH.values(), strict=True)
-        ]
+        line = category_scores(view, row)
         average = tables.score(view.mean_of_groups(groups, row))
         count = sum(map(bool, groups))
         rows.append([row[0], keep(row), *line, f"{average} over {count} of {len(groups)}"])
@@ -108,6 +105,20 @@ def categories(view: View) -> Table | None:
     return (
         section_table(view, "longbench-categories", title, about, columns, rows) if found else None
     )
+
+
+def category_scores(view: View, row: Row) -> list[str]:
+    """The mean of each category's tasks, as cells."""
+    found = view.tasks_by_name(families.longbench)
+    return [
+        _over(
+            view,
+            view.tasks_with_score([found[task] for task in tasks if task in found], row),
+            row,
+            len(tasks),
+        )
+        for tasks in families.LONGBENCH.values()
+    ]
 
 
 def _over(view: View, tasks: list[str], row: Row, wanted: int) -> str:

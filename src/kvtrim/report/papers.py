@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvtrim.papers.recipe import Recipe, paper_model, short_model
-from kvtrim.report import evaluation, published, speed
+from kvtrim.records import OK
+from kvtrim.report import evaluation, families, published, speed
+from kvtrim.report.format import ratio
 from kvtrim.report.lookup import FULL, Row, View, budget, size_of
 from kvtrim.report.published_scores import (
     Printed,
@@ -30,32 +33,45 @@ class Drawn:
     differences: Sequence[str]
 
 
-def draw(recipe: Recipe, sections: Sequence[Section], speeds: Sequence[SpeedRun]) -> list[Drawn]:
-    """The tables of everything measured for a recipe."""
+def draw(
+    recipe: Recipe,
+    sections: Sequence[Section],
+    speeds: Sequence[SpeedRun],
+    tasks: Sequence[str] = (),
+) -> list[Drawn]:
+    """The tables of everything measured for a recipe.
+
+    Args:
+        tasks: of the recipe, one by one: those that were not measured are said.
+    """
     if recipe.kind == "speed":
         return [_draw_speed(recipe, run) for run in speeds]
     found = []
     for section in across_lengths(sections, lambda task: task.startswith("niah")):
         view = View(section)
-        drawn = [_draw_scores(recipe, view)]
-        for grid in (evaluation.lengths(view), evaluation.depths(view)):
-            drawn += [Drawn(grid, drawn[0].differences)] if grid and grid.rows else []
-        found += drawn[1:] or drawn
+        whole = _draw_scores(recipe, view, tasks)
+        grids = [
+            Drawn(grid, whole.differences)
+            for grid in (evaluation.lengths(view), evaluation.depths(view))
+            if grid and grid.rows
+        ]
+        found += grids or [whole]
+        if any(_by_category(one) for one in recipe_scores(recipe)):
+            found.append(_draw_categories(recipe, view))
     return found
 
 
 def tables_in_print(recipe: Recipe) -> list[Table]:
     """What the paper prints, for each of its models."""
-    by_model: dict[str, list[Printed]] = {}
+    by_model: dict[tuple[str, bool], list[Printed]] = {}
     for one in recipe_scores(recipe):
-        by_model.setdefault(one.model, []).append(one)
-    made = []
-    for model, own in by_model.items():
+        by_model.setdefault((one.model, _by_category(one)), []).append(one)
+    made = [_facts_in_print(recipe)] if recipe.facts else []
+    for (model, _), own in by_model.items():
         tasks = list(dict.fromkeys(_column_of(one) for one in own))
         rows: dict[tuple[str, float, str], dict[str, str]] = {}
         for one in own:
-            cell = f"{one.value:.2f}{'?' * one.doubtful}"
-            rows.setdefault((one.kind, one.amount, one.method), {})[_column_of(one)] = cell
+            rows.setdefault((one.kind, one.amount, one.method), {})[_column_of(one)] = _value(one)
         cells = [
             [_say_budget(kind, amount), method, *(values.get(task, MISSING) for task in tasks)]
             for (kind, amount, method), values in rows.items()
@@ -75,11 +91,11 @@ def _say_budget(kind: str, amount: float) -> str:
     return {"full": "all", "tokens": f"{amount:.0f}"}.get(kind, f"{100 * amount:.4g}%")
 
 
-def _draw_scores(recipe: Recipe, view: View) -> Drawn:
+def _draw_scores(recipe: Recipe, view: View, tasks: Sequence[str]) -> Drawn:
     """Rows of a budget and method, ours above the paper's where that is of the same settings."""
     told = differences(view, recipe)
     theirs = {} if told else _figures_in_print(recipe, view)
-    columns = [*_HEAD, *((task, "right") for task in view.tasks), (_ALL, "right")]
+    columns = [*_HEAD, *((name, "right") for name in _shorten(view.tasks)), (_ALL, "right")]
     cells: list[list[str]] = []
     for method, row in _rows(recipe, view):
         scored = view.tasks_with_score(view.tasks, row)
@@ -95,9 +111,75 @@ def _draw_scores(recipe: Recipe, view: View) -> Drawn:
         view, recipe.id, f"{recipe.name}, {view.section.model}", about, columns, cells
     )
     notes = [f"{name}: {text}" for name, text in recipe.notes.items()]
-    refused = evaluation.refusals(view)
-    notes += [f"refused: {', '.join(row)}" for row in (refused.rows if refused else [])]
-    return Drawn(table, [*told, *task_differences(view), *_list_absent(recipe, view), *notes])
+    notes += _list_refusals(view)
+    absent = _list_absent(recipe, view, tasks)
+    return Drawn(table, [*told, *task_differences(view), *absent, *notes])
+
+
+def _shorten(tasks: Sequence[str]) -> list[str]:
+    """Headings: what all names of tasks begin with is left out, as the papers' tables do."""
+    parts = [task.split("-") for task in tasks]
+    shared = 0
+    if len(parts) > 1:
+        most = min(map(len, parts)) - 1
+        shared = next((n for n in range(most) if len({one[n] for one in parts}) > 1), most)
+    return ["-".join(one[shared:]) for one in parts]
+
+
+def _list_refusals(view: View) -> list[str]:
+    """What could not be measured, once for each reason."""
+    refused, met = evaluation.refusals(view), {}
+    for task, method, kept, _, _, reason in refused.rows if refused else []:
+        met.setdefault(reason, {}).setdefault(task, []).append(f"{method} {kept}")
+    every = len(view.rows)
+    return [
+        f"refused: {task}, {'every method' if len(cells) == every else '; '.join(cells)}: {reason}"
+        for reason, tasks in met.items()
+        for task, cells in tasks.items()
+    ]
+
+
+def _by_category(one: Printed) -> bool:
+    """Whether it is of a table over LongBench's categories."""
+    return set(one.tasks) <= set(families.LONGBENCH)
+
+
+def _draw_categories(recipe: Recipe, view: View) -> Drawn:
+    """The six categories of LongBench; published where all their tasks are measured alike."""
+    told = differences(view, recipe)
+    names, own = [*families.LONGBENCH], view.tasks_by_name(families.longbench)
+    unlike = view.fitted | view.shortened | view.raised
+    same = {
+        name
+        for name, tasks in families.LONGBENCH.items()
+        if all(task in own and own[task] not in unlike for task in tasks)
+    }
+    same |= {_ALL} if len(same) == len(names) else set()
+    model, cells = paper_model(recipe, view.section.model), []
+    printed = [] if told else [one for one in recipe_scores(recipe) if one.model == model]
+    printed = [one for one in printed if _by_category(one) and one.task in same]
+    for method, row in _rows(recipe, view):
+        scored = view.tasks_with_score([*own.values()], row)
+        whole = len(scored) == len(families.LONGBENCH_TASKS)
+        mean = score(view.mean(scored, row)) if whole else MISSING
+        cells.append([keep(row), method, _OURS, *evaluation.category_scores(view, row), mean])
+        values = {
+            one.task: _value(one)
+            for one in printed
+            if (one.label, one.kind, one.amount) == (row[0], *_amount(row))
+        }
+        if values:
+            line = [values.get(name, MISSING) for name in [*names, _ALL]]
+            cells.append([keep(row), method, _THEIRS, *line])
+    columns = [*_HEAD, *((name, "right") for name in names), (_ALL, "right")]
+    about = f"{recipe.title}: means of each category's tasks; the average is over all tasks."
+    title = f"{recipe.name}, {view.section.model}: LongBench's categories"
+    return Drawn(section_table(view, "categories", title, about, columns, cells), ())
+
+
+def _value(one: Printed) -> str:
+    """A published score; a question mark where the source is known or likely to have it wrong."""
+    return f"{one.value:.2f}{'?' * one.doubtful}"
 
 
 def _ours(view: View, task: str, row: Row) -> str:
@@ -123,7 +205,7 @@ def _figures_in_print(recipe: Recipe, view: View) -> Mapping[Row, Mapping[str, s
         row = rows.get((one.label, one.kind, one.amount))
         if row is None or one.model != model:
             continue
-        value = f"{one.value:.2f}{'?' * one.doubtful}"
+        value = _value(one)
         if one.task == _ALL:
             tasks = [find_task(view, task, one) for task in one.tasks]
             if set(tasks) == set(view.tasks):
@@ -138,13 +220,14 @@ def _amount(row: Row) -> tuple[str, float]:
     return kind, round(amount, 6)
 
 
-def _list_absent(recipe: Recipe, view: View) -> list[str]:
+def _list_absent(recipe: Recipe, view: View, tasks: Sequence[str]) -> list[str]:
     """Methods, budgets and tasks of the paper that were not measured, and those beside them."""
     met = {row[0] for row in view.rows}
     found = [f"not measured: {name}" for name, text in recipe.methods.items() if text not in met]
     found += [f"not the paper's: {text}" for text in sorted(met - {*recipe.methods.values()})]
     kept = {_amount(("", text)) for text in view.keeps}
     wanted = recipe.keeps if len(recipe.methods) > 1 else ()
+    found += [f"not measured: {task}" for task in tasks if task not in view.tasks]
     return found + [
         f"not measured: keep {text}" for text in wanted if _amount(("", text)) not in kept
     ]
@@ -163,5 +246,61 @@ def _draw_speed(recipe: Recipe, run: SpeedRun) -> Drawn:
     if recipe.tables:
         beside = published.cells(run.record["model"], rows, only_measured=True)
         told += [" | ".join(line) for line in beside]
+    if paper_model(recipe, model) in recipe.models:
+        told += _facts_beside(recipe, rows)
     title = f"{recipe.name}, {model}: {recipe.about}"
     return Drawn(Table(recipe.name, title, speed.title(run.record), columns, cells), told)
+
+
+def _facts_beside(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the paper's text says of a time or size where this run has the same length and budget.
+
+    As ratios to the full cache: the paper's own there, plain transformers here.
+    """
+    own = {
+        (row["method"], row["length"], _amount(("", row["keep"]))): row
+        for row in rows
+        if row["batch"] == 1 and row["outcome"] == OK
+    }
+    found = []
+    for fact in recipe.facts:
+        label = recipe.methods[fact["method"]]
+        row = own.get((label, fact["context"], ("share", fact["kept"])))
+        ours = None if row is None else _relative(row, fact["what"])
+        if ours is not None:
+            found.append(f"published: {_say_fact(fact)}; here {ratio(ours)}")
+    return found
+
+
+def _relative(row: Mapping[str, Any], what: str) -> float | None:
+    if what == "held":
+        return row["held_bytes"] / row["full_bytes"] if row.get("full_bytes") else None
+    return row.get({"first token": "ttft_ratio", "per token": "token_ratio"}[what])
+
+
+def _say_fact(fact: Mapping[str, Any]) -> str:
+    value, full, unit = fact["value"], fact["full"], fact["unit"]
+    there = f"{fact['qualifier']} {value} of {full} {unit}, {ratio(value / full)}"
+    return f"{fact['what']}, {fact['context']:,} tokens, {fact['kept']:.0%} kept: {there}"
+
+
+def _facts_in_print(recipe: Recipe) -> Table:
+    """What the paper's text says of a figure that has no numbers."""
+    columns: list[Column] = [("tokens", "right"), ("keep", "right"), ("what", "left")]
+    columns += [("published", "right"), ("full cache", "right"), ("ratio", "right")]
+    columns += [("where", "left"), ("but", "left")]
+    rows = [
+        [
+            f"{fact['context']}",
+            f"{fact['kept']:.0%}",
+            fact["what"],
+            f"{fact['qualifier']} {fact['value']} {fact['unit']}",
+            f"{fact['full']} {fact['unit']}",
+            ratio(fact["value"] / fact["full"]),
+            fact["where"],
+            fact.get("note", ""),
+        ]
+        for fact in recipe.facts
+    ]
+    about = f"What the text of {recipe.title} says of it; hardware is not named."
+    return Table(recipe.name, f"{recipe.name}: {recipe.about}", about, columns, rows)

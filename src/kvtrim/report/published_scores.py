@@ -156,10 +156,10 @@ def task_differences(view: View) -> list[str]:
     """In what single tasks were measured otherwise, beside which nothing published stands."""
     told = [
         (view.fitted, "of samples that did not have to be cut alone"),
-        (view.shortened, "with shorter answers than it allows"),
-        (view.raised, "with longer answers than it allows"),
+        (view.shortened, "with shorter answers than the task allows"),
+        (view.raised, "with longer answers than the task allows"),
     ]
-    found = [f"{task}: {what}" for tasks, what in told for task in sorted(tasks)]
+    found = [f"{what}: {', '.join(sorted(tasks))}" for tasks, what in told if tasks]
     limits = dict.fromkeys(run.record.get("limit") for run in view.section.runs)
     return found + [f"samples: at most {limit} of a task" for limit in limits if limit]
 
