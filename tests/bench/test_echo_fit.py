@@ -47,6 +47,24 @@ def test_sums_give_what_the_tokens_themselves_give():
         assert float(sums.r2(found)[head]) == pytest.approx(expected)
 
 
+def test_a_weight_counts_as_so_many_tokens():
+    draw = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(40, n, generator=draw, dtype=torch.float64) for n in (4, 2))
+    times = torch.randint(0, 4, (40,), generator=draw)
+    weighed, repeated = echo.Sums.empty(4, 2), echo.Sums.empty(4, 2)
+    weighed.add(x, y, times)
+    repeated.add(x.repeat_interleave(times, dim=0), y.repeat_interleave(times, dim=0))
+    for found, wanted in zip(vars(weighed).values(), vars(repeated).values(), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_token_counts_by_the_root_of_its_score(llama):
+    recording, sums = record(llama, models.prompt(40)), []
+    echo._add(sums, recording, PLAN)
+    scores = echo.scores_of(recording, "kvzip")[1][:, 4:] + echo.LEAST
+    assert sums[1].count == pytest.approx(float(scores.sqrt().mean(dim=0).sum()), rel=1e-5)
+
+
 def test_a_fit_foretells_the_scores_of_the_probe(llama):
     fitted = echo.fit(llama, models.tokenizer(), PLAN, texts())
     assert fitted.table.weight.shape == (3, 2, 48) and fitted.explained.shape == (3, 2)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from kvtrim.cache.store import BIAS, LayerStore
 from kvtrim.engine.batch import joinable
@@ -20,6 +21,7 @@ from kvtrim.kernels.parts import Part, attend_part, join_parts
 from kvtrim.types import Float, Tensor
 
 _ROOM = 32  # entries that a continuation's buffers grow by at least
+_SHORT = 512  # entries of continuations that are laid side by side for one product
 
 Run = tuple[Tensor, Tensor, Tensor | None]
 """K, V and biases [1, K, S, ...] of heads that hold equally many entries."""
@@ -115,23 +117,25 @@ class Branch:
         """Bytes of its own entries."""
         return sum(tail.nbytes for tail in self.tails)
 
-    def append(self, index: int, call: Call) -> tuple[Tensor, Tensor]:
+    def append(
+        self, index: int, keys: Float[Tensor, "1 K Q D"], values: Float[Tensor, "1 K Q E"]
+    ) -> tuple[Tensor, Tensor]:
         """Write new tokens' entries behind the others; K and V of all of them.
 
         They count once `ids` says so: a pass that fails leaves nothing behind.
         """
-        length, count = len(self.ids), call.keys.shape[2]
+        length, count = len(self.ids), keys.shape[2]
         if index == len(self.tails):
-            self.tails.append(Tail(call.keys[:, :, :0], call.values[:, :, :0]))
+            self.tails.append(Tail(keys[:, :, :0], values[:, :, :0]))
         tail = self.tails[index]
         if length + count > tail.keys.shape[2]:
             capacity = max(self.room, length + count, length + max(_ROOM, length // 4))
             tail = self.tails[index] = Tail(
-                _grow(tail.keys, call.keys, length, capacity),
-                _grow(tail.values, call.values, length, capacity),
+                _grow(tail.keys, keys, length, capacity),
+                _grow(tail.values, values, length, capacity),
             )
         part = slice(length, length + count)
-        tail.keys[:, :, part], tail.values[:, :, part] = call.keys, call.values
+        tail.keys[:, :, part], tail.values[:, :, part] = keys, values
         return tail.keys[:, :, : part.stop], tail.values[:, :, : part.stop]
 
     def crop(self, length: int) -> None:
@@ -166,11 +170,7 @@ def attend(
     Args:
         branches: each with its columns of the call, which is one row of tokens.
     """
-    parts = []
-    for branch, columns in branches:
-        own = call.columns(columns)
-        keys, values = branch.append(index, own)
-        parts.append(attend_part(own.queries, keys, values, call.scale, call.softcap, causal=True))
+    parts = _attend_to_own(branches, index, call)
     shared: dict[int, list[int]] = {}
     for number, (branch, _) in enumerate(branches):
         if branch.base is not None:
@@ -189,3 +189,50 @@ def attend(
         for number, piece in zip(numbers, mixed.split(counts, dim=2), strict=True):
             out[number] = piece
     return [piece.to(call.queries.dtype) for piece in out]
+
+
+def _attend_to_own(branches: Sequence[tuple[Branch, slice]], index: int, call: Call) -> list[Part]:
+    """What several continuations' new tokens find in the continuations themselves.
+
+    Short ones that each get one token go through one product, filled up to one length: a call of
+    attention for each of many takes longer than reading all weights of a small model.
+    """
+    held: list[tuple[Tensor, Tensor]] = []
+    together: list[int] = []
+    parts: dict[int, Part] = {}
+    for number, (branch, columns) in enumerate(branches):
+        keys, values = call.keys[:, :, columns], call.values[:, :, columns]
+        held.append(branch.append(index, keys, values))
+        if keys.shape[2] == 1 and held[-1][0].shape[2] <= _SHORT:
+            together.append(number)
+    if len(together) > 1:
+        parts = dict(
+            zip(together, _attend_side_by_side(branches, held, together, call), strict=True)
+        )
+    for number, (_, columns) in enumerate(branches):
+        if number not in parts:
+            queries, (keys, values) = call.queries[:, :, columns], held[number]
+            given = queries, keys, values, call.scale, call.softcap
+            parts[number] = attend_part(*given, causal=True)
+    return [parts[number] for number in range(len(branches))]
+
+
+def _attend_side_by_side(
+    branches: Sequence[tuple[Branch, slice]],
+    held: Sequence[tuple[Tensor, Tensor]],
+    together: Sequence[int],
+    call: Call,
+) -> list[Part]:
+    """One query of each of these continuations over its own entries."""
+    keys, values = (
+        pad_sequence([held[n][side][0].transpose(0, 1) for n in together], batch_first=True)
+        for side in (0, 1)
+    )
+    lengths = torch.tensor([held[n][0].shape[2] for n in together])
+    beyond = torch.arange(keys.shape[1]) >= lengths[:, None]
+    bias = torch.zeros(beyond.shape).masked_fill_(beyond, -torch.inf).to(keys.device)
+    queries = torch.cat([call.queries[:, :, branches[n][1]] for n in together])
+    given = queries, keys.transpose(1, 2), values.transpose(1, 2), call.scale, call.softcap
+    outs, lses = attend_part(*given, bias[:, None].expand(-1, keys.shape[2], -1))
+    outs = outs.to(call.queries.dtype)
+    return [(outs[n : n + 1], lses[n : n + 1]) for n in range(len(together))]

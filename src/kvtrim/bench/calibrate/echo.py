@@ -1,10 +1,12 @@
 """Fitting echo: ridge regression of the log of KVzip's scores on hidden states, in closed form.
 
-Each text is read once and probed as `kvzip` does. Per layer only sums over its tokens are kept
-(x x', x y, y y of what the maps read and of log scores y), so memory does not depend on how much
-text is read. The second maps read what the first one says, which is linear in the same sums. Every
-sixth text is held out, chooses the ridge and gives R^2 per layer and head. Texts are of several
-lengths, so that what comes with the end of a text is told from what comes with its length.
+Each text is read once and probed as `kvzip` does. Per layer only weighted sums over its tokens are
+kept (x x', x y, y y of what the maps read and of log scores y), so memory does not depend on how
+much text is read. A token counts by the root of its score, as a mean over heads: what a cut drops
+at any budget need not be told apart. The second maps read what the first one says, which is linear
+in the same sums. Every sixth text is held out, chooses the ridge and gives R^2 per layer and head.
+Texts are of several lengths, so that what comes with the end of a text is told from what comes
+with its length.
 
 Paper: KVzap, https://arxiv.org/abs/2601.07891 (gradient descent on the logs of KVzip+'s scores).
 Ours:  closed form over sums; the held-out texts choose the ridge; what a chat template puts before
@@ -38,6 +40,7 @@ Report = Callable[[str, int, int], None]
 RIDGES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # shares of the mean variance, to choose from
 SECOND = 1e-4  # the ridge of the second maps, which read few numbers
 LEAST = 1e-3  # added to a score before its log: entries below it go at any budget
+WEIGHT = 0.5  # the power of a score that a token counts by
 PARTS = (1, 1, 0.5, 1, 0.25)  # of the longest length, text by text
 ENDS = 4  # numbers that say how near an entry is to either end
 SHORTEST = 64  # tokens of a text
@@ -57,7 +60,7 @@ class Plan:
 
 @dataclass
 class Sums:
-    """Sums over tokens of one layer: all that the regressions need."""
+    """Weighted sums over tokens of one layer: all that the regressions need."""
 
     xx: Float[Tensor, "F1 F1"]  # the last row and column belong to the constant 1
     xy: Float[Tensor, "F1 K"]
@@ -69,17 +72,23 @@ class Sums:
         zeros = (width + 1, width + 1), (width + 1, heads), (heads,)
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in zeros))
 
-    def add(self, x: Float[Tensor, "n F"], y: Float[Tensor, "n K"]) -> None:
-        """Tokens: what is read of each, and its log scores."""
+    def add(
+        self,
+        x: Float[Tensor, "n F"],
+        y: Float[Tensor, "n K"],
+        weight: Float[Tensor, " n"] | None = None,
+    ) -> None:
+        """Tokens: what is read of each, its log scores, and how much it counts (None: 1)."""
         x, y = x.double().cpu(), y.double().cpu()
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-        self.xx += x.T @ x
-        self.xy += x.T @ y
-        self.yy += (y * y).sum(dim=0)
+        weighed = x if weight is None else x * weight.double().cpu()[:, None]
+        self.xx += weighed.T @ x
+        self.xy += weighed.T @ y
+        self.yy += weighed[:, -1] @ (y * y)
 
     @property
     def count(self) -> float:
-        """Tokens so far."""
+        """What the tokens so far count together."""
         return float(self.xx[-1, -1])
 
     def seen_by(self, view: Float[Tensor, "F1 G1"]) -> "Sums":
@@ -230,10 +239,10 @@ def _add(sums: list[Sums], recording: Recording, plan: Plan) -> None:
     """One text's tokens, but for the sinks, which always stay."""
     found = zip(read_by_echo(recording), scores_of(recording, plan.target), strict=True)
     for layer, (x, scores) in enumerate(found):
-        x, y = x[Echo.sinks :], (scores[:, Echo.sinks :] + LEAST).log().T
+        x, y = x[Echo.sinks :], (scores[:, Echo.sinks :] + LEAST).T
         if layer == len(sums):
             sums.append(Sums.empty(x.shape[1], y.shape[1]))
-        sums[layer].add(x, y)
+        sums[layer].add(x, y.log(), (y**WEIGHT).mean(dim=1))
 
 
 @dataclass(frozen=True)
