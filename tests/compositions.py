@@ -117,7 +117,7 @@ def _method(rng, layers):
         "every": (0.5, (None, 1, 1, 1, 2, 3, 4, 7)),
         "ahead": (0.08, (True,)),
         "chunks": (0.12, (True,)),
-        "region": (0.12, ("generated",)),
+        "region": (0.16, ("generated", "generated", "blocks")),
         "unit": (0.2, ("token", "chunk", "shot")),
         "policy": (0.1, ("snapkv", "knorm", "keydiff", "h2o", "tova", "circuitkv", "criticalkv")),
         "granularity": (0.12, ("query",)),
@@ -148,7 +148,8 @@ def _method(rng, layers):
         "exact": (0.2, (True,)),
         "floor_of": (0.15, ("layer", "keep")),
         "share": (0.4, (0.3, 0.6)),
-        "newest": (0.2, (1, 2)),
+        "newest": (0.2, (1, 2, 0.1)),
+        "deepest": (0.3, (0.2, 0.6)),
         "tokens": (0.5, (6, 0.3, 0.6)),
         "decay": (0.8, (0.2, 0.6)),
         "min_context": (0.8, (3, 6)),
@@ -160,7 +161,11 @@ def _method(rng, layers):
     }
     for short, (chance, values) in finer.items():
         full = [each for each in known if each.rpartition(".")[2] == short]
-        if full and rng.random() < chance and (_trims(known) or short not in ("share", "newest")):
+        if (
+            full
+            and rng.random() < chance
+            and (_trims(known) or short not in ("share", "newest", "deepest"))
+        ):
             settings[rng.choice(full)] = rng.choice(values)
     if "budget.table" in known:
         settings |= table("headkv", layers=layers)
@@ -168,7 +173,7 @@ def _method(rng, layers):
 
 
 def _trims(known):
-    return known["schedule.region"] == "generated"
+    return known["schedule.region"] != "all"
 
 
 def _ids(rng, rows, columns, known=range(4, 200)):

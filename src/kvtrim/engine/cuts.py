@@ -259,7 +259,7 @@ class Cuts:
     def _new_cutters(self, call: Call, ahead: bool) -> Cutters:
         due = self.due or [True] * self.now.rows
         groups = [rows for rows in self._groups(self.whole) if due[rows.start]]
-        if not (self.prompt or self.probed) and self.method.schedule.region == "generated":
+        if not (self.prompt or self.probed) and self.method.schedule.region != "all":
             return trimmers(self.method, self.state, self.now, groups)
         if self.prompt or self.probed:
             layers, policy = len(self.state.layers), self.method.policy

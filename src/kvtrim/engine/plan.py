@@ -10,6 +10,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Literal
 
+from kvtrim.engine.generated import asked_of_blocks, newest_tokens
 from kvtrim.engine.state import State
 from kvtrim.errors import BudgetError, CacheError, UsageError
 from kvtrim.methods.keep import Keep
@@ -107,6 +108,7 @@ class Plan:
     propagate: bool = False  # a part of the prompt goes on to deeper layers
     coming: int = 0  # columns of the prompt that later passes bring
     lookback: int = 0  # how many of the last queries the policy reads
+    asked: int = 0  # and how many the schedule asks beyond that, now and later
 
     @property
     def probe(self) -> bool:
@@ -186,6 +188,7 @@ def plan_pass(
         propagate=prompt and method.propagation.narrows,
         coming=coming,
         lookback=policy.lookback(),
+        asked=0 if prompt else asked_of_blocks(method, state),
     )
     if plan.propagate:
         _require_whole(method, stage, coming)
@@ -225,7 +228,7 @@ def _require_whole(method: Method, stage: Stage, coming: int) -> None:
 
 def _is_input(method: Method, state: State, prompt: bool, new: Sequence[int]) -> list[bool]:
     """For each prompt whether what it reads now was handed over, not generated."""
-    if method.schedule.region != "generated":
+    if method.schedule.region == "all":
         return [False] * len(new)
     handed = state.reading.seen < state.expected
     return [prompt or count > 1 or (handed and count > 0) for count in new]
@@ -241,9 +244,16 @@ def _due(
     every = method.schedule.every
     if every is None:
         return [False] * len(lengths)
+    if method.schedule.region == "blocks":
+        windows = [newest_tokens(method, start) for start, _ in state.generated]
+        starts = [start for start, _ in state.generated]
+    else:
+        windows, starts = [0] * len(lengths), [0] * len(lengths)
     return [
-        length - since >= every and not closed
-        for length, since, closed in zip(lengths, state.due_at, closes, strict=True)
+        length - max(since, start + window) >= every and not closed
+        for length, since, start, window, closed in zip(
+            lengths, state.due_at, starts, windows, closes, strict=True
+        )
     ]
 
 

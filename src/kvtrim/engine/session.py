@@ -235,7 +235,7 @@ class Session(Undoable):
         self.state.schedule(self._plan.due, self._plan.closes, self.method.schedule.share)
         for held in self.state.layers if not self.in_prompt else []:
             settled = held.settled or not self.method.budget.model_wide
-            held.forget(self.method.policy.remembers(settled))
+            held.forget(max(self.method.policy.remembers(settled), self._plan.asked))
         self._note_end(self._cuts)
         self._cutting = None
 
@@ -379,12 +379,13 @@ class Session(Undoable):
         if self.in_prompt or plan.probe:
             self._cuts.refer(index, call)
         if plan.after or plan.again:
-            last = last_queries(held.queries, call.queries, self._now, plan.lookback)
+            lookback = max(plan.lookback, plan.asked)
+            last = last_queries(held.queries, call.queries, self._now, lookback)
             hidden = call.hidden if self.method.policy.reads_hidden else None
-            hidden = last_hidden(held.hidden, hidden, self._now, plan.lookback)
+            hidden = last_hidden(held.hidden, hidden, self._now, lookback)
             if plan.after:
                 self._cuts.cut(index, call, store, shown, last, hidden=hidden)
-            held.remember(last, hidden, plan.lookback if plan.again else 0)
+            held.remember(last, hidden, lookback if plan.again else 0)
         store.settle()
         if (plan.observe or plan.foresee) and not plan.carry:
             store.drop_column(CARRIED)

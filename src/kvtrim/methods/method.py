@@ -52,7 +52,8 @@ class Method(Declared):
                 f"{type(self.policy).__name__} turns queries from where they were read: set "
                 "positions=original and propagation=everything"
             )
-        if self.budget.unlimited and (self.schedule != Schedule() or self.skip_layers):
+        idle = self.budget.unlimited and self.schedule.region != "blocks"
+        if idle and (self.schedule != Schedule() or self.skip_layers):
             raise UsageError(
                 f"budget={type(self.budget).__name__} never evicts, so a schedule and skip_layers "
                 "have nothing to act on: leave them out, or set another budget"
@@ -79,8 +80,9 @@ class Method(Declared):
             self._require_chunkable()
         if not self.budget.model_wide:
             return
-        if self.schedule.region == "generated":
-            raise UsageError("region=generated and a model-wide budget do not go together")
+        if self.schedule.region != "all":
+            region = f"region={self.schedule.region}"
+            raise UsageError(f"{region} and a model-wide budget do not go together")
         if not self.unit.single or self.reuse > 1 or self.skip_layers or self.schedule.ahead:
             raise UsageError(
                 "a model-wide budget deals with single tokens of every layer: use unit=token, "
@@ -147,7 +149,8 @@ class Method(Declared):
     @property
     def full(self) -> bool:
         """Nothing is ever left out, whatever the budget."""
-        return self.budget.unlimited and not self.propagation.narrows
+        evicts = self.propagation.narrows or self.schedule.region == "blocks"
+        return self.budget.unlimited and not evicts
 
     @property
     def holds_more(self) -> list[str]:

@@ -33,6 +33,7 @@ from kvtrim.methods.policies.kvgrad import KVgrad
 from kvtrim.methods.policies.kvzip import KVzip
 from kvtrim.methods.policies.laprox import LaProx
 from kvtrim.methods.policies.lava import Lava
+from kvtrim.methods.policies.pyramidinfer import PyramidInfer
 from kvtrim.methods.policies.random import Random
 from kvtrim.methods.policies.shotkv import ShotKV
 from kvtrim.methods.policies.snapkv import SnapKV
@@ -53,6 +54,7 @@ _CURDKV = {
     "authors": {"project": None, "local_window": 16, "padding": "front"},
     "kvpress": {"project": None, "local_window": 16, "padding": "tail"},
 }
+_BLOCKS = {"region": "blocks", "every": 16, "share": 0.9, "deepest": 0.1, "newest": 0.2}
 _CASCADE = {
     "upstream": {"recent": 0.2, "decay": 0.9},
     "upstream-13b": {"recent": 0.2, "decay": 0.8, "interval": 2},
@@ -60,6 +62,7 @@ _CASCADE = {
     "fastkv-35": {"recent": 0.01, "decay": 0.01},
     "fastkv-50": {"recent": 0.2, "decay": 0.3},
     "fastkv-60": {"recent": 0.2, "decay": 0.7},
+    "generation": {"recent": 0.2, "decay": 0.9} | _BLOCKS,
 }
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -382,7 +385,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             presets={"upstream": {}},
         ),
         "pyramidinfer": Method(
-            Full(),
+            PyramidInfer(),
             budget=Unlimited(),
             propagation=Cascade(),
             source="arXiv 2405.12532",

@@ -72,7 +72,11 @@ class Entry:
     @property
     def schedule(self) -> str:
         """When it evicts."""
-        return "never" if self.method.budget.unlimited else str(self.method.schedule)
+        return (
+            "never"
+            if self.method.budget.unlimited and self.method.schedule.every is None
+            else str(self.method.schedule)
+        )
 
     def record(self) -> dict[str, Any]:
         """The short record of a list, for JSON."""

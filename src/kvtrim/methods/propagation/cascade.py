@@ -7,7 +7,8 @@ Layer l of L passes on the share rho of its context, the tokens before the recen
 
 The recent tokens, a fixed share of the prompt, and its last one always go on; they are asked for
 what they attend to in the context, later ones with more weight. Layers keep all that they read, so
-kept sets are nested. Without `decay` the budget sets it: the largest mean that `keep` allows.
+kept sets are nested. Without `decay` the budget sets it: the largest mean that `keep` allows. The
+answer stays as well, unless it is cut in blocks (preset `generation`, `region=blocks`).
 
 Paper: Yang et al. 2024 (PyramidInfer), https://arxiv.org/abs/2405.12532, section 3.
 Code:  mutonix/pyramidinfer@61ac641, models/modeling_llama_pyramidinfer.py.
@@ -19,11 +20,10 @@ from functools import lru_cache
 from math import cos, pi
 from typing import Annotated
 
-import torch
-
 from kvtrim.methods.budgets.base import everyone
 from kvtrim.methods.policies import ops
 from kvtrim.methods.policies.base import Policy
+from kvtrim.methods.policies.pyramidinfer import votes
 from kvtrim.methods.propagation.base import Propagation
 from kvtrim.methods.ranges import Positive, Range, Share, Some, Tokens
 from kvtrim.methods.selection import select
@@ -71,9 +71,7 @@ class Cascade(Propagation):
         count = self._passed_on(context, view.index, view.layers, decay, self._floor(prompt))
         if count >= context:
             return None
-        weights = torch.linspace(1, self.weight, recent, device=view.keys.device)
-        asked = ops.newest(view, recent)
-        sums = ops.column_sums(asked, weights.expand(view.keys.shape[0], -1))[..., :context]
+        sums = votes(ops.newest(view, recent), self.weight)[..., :context]
         scores = sums.mean(dim=1, keepdim=True)
         sinks = min(self.sinks, count)
         counts = everyone(count - sinks, scores)
