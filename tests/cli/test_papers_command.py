@@ -14,6 +14,12 @@ def test_the_list_and_what_is_printed(invoke):
     assert code == 0 and len(json.loads(out)) == 2  # two models
 
 
+def test_a_variant_of_a_task_may_stand_for_it(invoke, tmp_path):
+    asked = ("papers", "run", "kvfundabench/table-2", "--out", "x", "--data", tmp_path)
+    code, _, err = invoke(*asked, "--task", "longgenbench-gsm8k-5", "--model", tmp_path)
+    assert code != 0 and "--task" not in err, "it is refused for other reasons"
+
+
 def test_a_recipe_runs_and_is_drawn(invoke, model_folder, tmp_path):
     (tmp_path / "data").mkdir()
     text = "A sentence of an essay about small and large things. " * 400

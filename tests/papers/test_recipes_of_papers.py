@@ -1,6 +1,7 @@
 """Recipes: whole, runnable, and drawn as the papers draw them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from kvtrim.papers import recipe as known
 from kvtrim.papers.manual import manual
 from kvtrim.report import papers, results
 from kvtrim.report.lookup import View
+from kvtrim.report.published_scores import find_task, printed_scores
 from report.synthetic import LONGBENCH, evaluation, longbench, speed
 
 PAGE = Path(__file__).parents[2] / "docs" / "papers.md"
@@ -77,9 +79,10 @@ def drawn(name, *folders):
 
 def test_a_table_is_drawn_in_the_papers_shape_with_its_figures_where_settings_match(tmp_path):
     one = known.find("kvfundabench/table-5")
-    how = {"model": LLAMA, "protocol": "question-aware"}
     labels = [text for text in one.methods.values() if text != "full"]
-    folder = evaluation(tmp_path / "a", ["gsm8k-8"], labels, ["10%", "20%"], **how)
+    folder = evaluation(
+        tmp_path / "a", ["gsm8k-8"], labels, ["10%", "20%"], LLAMA, "question-aware"
+    )
     table, told = drawn(one.name, folder)
     assert [heading for heading, _ in table.columns] == [
         "keep", "method", "whose", "gsm8k-8", "average"
@@ -186,3 +189,13 @@ def test_what_a_text_says_of_a_figure_is_shown_where_length_and_budget_are_the_s
     there = "published: held, 131,072 tokens, 20% kept: under 2 of 16 GB, x0.12; here x0.20"
     assert there in told[LLAMA, 131072] and len(told[LLAMA, 131072]) == 3
     assert told[LLAMA, 65536] == told["smollm2", 131072] == []
+
+
+@pytest.mark.parametrize(
+    ("task", "same"), [("longgenbench-gsm8k", True), ("longgenbench-gsm8k-5", False)]
+)
+def test_a_variant_of_a_task_is_not_taken_for_it(tmp_path, task, same):
+    place = evaluation(tmp_path / "a", [task], ["shotkv"], ["40%"])
+    view = View(results.read_results([place])[0][0])
+    one = replace(printed_scores()[0], task="longgenbench_gsm8k", shots=None)
+    assert find_task(view, one.task, one) == (task if same else None)

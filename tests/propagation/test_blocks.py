@@ -80,8 +80,8 @@ def held(session):
 def feed(session, q, k, start, stop):
     session.begin(1, stop - start)
     for layer in range(LAYERS):
-        own = (x[None, :, layer, start:stop] for x in (q, k, k))
-        session.attend(layer, Call(*own, 0.5))
+        queries, keys = q[None, :, layer, start:stop], k[None, :, layer, start:stop]
+        session.attend(layer, Call(queries, keys, keys, 0.5))
     session.end()
 
 

@@ -39,7 +39,11 @@ Keeps = Annotated[
     list[str] | None, typer.Option("--keep", help="Only these of its budgets; repeat for several.")
 ]
 Tasks = Annotated[
-    list[str] | None, typer.Option("--task", help="Only these of its tasks; repeat for several.")
+    list[str] | None,
+    typer.Option(
+        "--task",
+        help="Only these of its tasks (or variants: longgenbench-gsm8k-5); repeat for several.",
+    ),
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Counted rounds, where seconds are measured.")]
 OutFolder = Annotated[
@@ -169,8 +173,11 @@ def _keeps(found: "Recipe", keep: list[str] | None) -> list[str]:
 
 def _tasks(found: "Recipe", task: list[str] | None) -> list[str] | None:
     """Those of the tasks that were asked for; None for all of them."""
+    from kvtrim.tasks import TASKS
+
     known = _all_tasks(found)
-    other = [each for each in task or [] if each not in known]
+    variants = {name for name in TASKS for own in known if name.startswith(f"{own}-")}
+    other = [each for each in task or [] if each not in {*known, *variants}]
     if other:
         has = ", ".join(known) or "none: it measures seconds and bytes"
         raise UsageError(f"--task {other[0]}: {found.name} has {has}")
