@@ -4,16 +4,18 @@ A small model with random weights and a long context window reads prompts of gro
 budget is fixed, so memory should not grow; the full cache beside it shows what would be held.
 
     python experiments/chunked_memory.py [--lengths 16384 65536] [--chunk 2048] [--keep 1024]
-        [--out experiments/chunked_memory]
+        [--method NAME ...] [--out experiments/chunked_memory]
 
 Every measurement runs in a process of its own: resident memory that was once used is not always
-given back. Writes chunked_memory.json (figures and the run's record) and chunked_memory.md.
+given back. echo gets a table of random numbers, which takes what a fitted one takes. Writes
+chunked_memory.json (figures and the run's record) and chunked_memory.md.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import kvtrim
 from kvtrim.bench.provenance import peak_memory, provenance
 from kvtrim.hf.generate import read
+from kvtrim.methods import echo_tables
 
 METHODS = {
     "full": {},
@@ -30,6 +33,7 @@ METHODS = {
     "keydiff": {"chunks": True},
     "adakv": {"chunks": True},
     "streaming-llm": {"chunks": True},
+    "echo": {"chunks": True, "asked": 0},
 }
 SIZES = {
     "vocab_size": 1000,
@@ -48,7 +52,8 @@ def measure(method: str, length: int, chunk: int, keep: int) -> dict:
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
     draw = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 1000, (1, length), generator=draw)
-    cache = kvtrim.Cache(model, method, keep, prompt_tokens=length, **METHODS[method])
+    settings = METHODS[method] | (random_table() if method == "echo" else {})
+    cache = kvtrim.Cache(model, method, keep, prompt_tokens=length, **settings)
     with kvtrim.attach(model), peak_memory(model.device) as peak:
         start = time.perf_counter()
         read(model, ids, cache, chunk)
@@ -57,12 +62,25 @@ def measure(method: str, length: int, chunk: int, keep: int) -> dict:
     return row | {"held_bytes": cache.held_bytes, "full_bytes": cache.full_bytes}
 
 
+def random_table() -> dict[str, str]:
+    """A table of echo for a model of these sizes."""
+    layers, heads, width = (
+        SIZES[name] for name in ("num_hidden_layers", "num_key_value_heads", "hidden_size")
+    )
+    draw = torch.Generator().manual_seed(2)
+    weight = torch.randn(layers, heads, width, generator=draw) / width**0.5
+    path = Path(tempfile.mkdtemp()) / "random.safetensors"
+    echo_tables.write(path, echo_tables.EchoTable(weight.half(), torch.zeros(layers, heads)), {})
+    return {"table": str(path)}
+
+
 def main() -> None:
     """Run and write the two files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--keep", type=int, default=1024)
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--out", type=Path, default=Path("experiments/chunked_memory"))
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "LENGTH"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -71,7 +89,7 @@ def main() -> None:
         print(json.dumps(measure(method, int(length), given.chunk, given.keep)))
         return
     rows = []
-    for method in METHODS:
+    for method in given.method:
         for length in given.lengths:
             command = [sys.executable, __file__, "--one", method, str(length)]
             command += ["--chunk", str(given.chunk), "--keep", str(given.keep)]

@@ -56,7 +56,7 @@ ROOMS = {
         "errors methods.budgets methods.policies methods.ranges methods.selection types",
         shapes=True,
     ),
-    "methods.refit": Room("errors methods.ranges types", shapes=True),
+    "methods.refit": Room("errors kernels methods.ranges types", shapes=True),
     "methods.method": Room(
         "errors methods.budgets methods.keep methods.policies methods.propagation methods.ranges "
         "methods.refit methods.schedule methods.unit types",

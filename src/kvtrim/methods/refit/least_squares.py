@@ -20,12 +20,12 @@ from typing import Annotated
 import torch
 
 from kvtrim.errors import UsageError
+from kvtrim.kernels.parts import attend_part
 from kvtrim.methods.ranges import Positive, Range, Tokens
 from kvtrim.methods.refit.base import Refit
 from kvtrim.types import Aim, Bool, Counts, Float, Refitted, Tensor
 
 _RUN, _OUT_OF = 8, 5  # of every 5 runs of 8 queries one is held out
-_AT_ONCE = 128  # queries whose weights over the full cache exist at once
 _STEPS = 12  # of the projected gradient
 _LEAST = 1e-4  # smallest weight of an entry
 _PULLS = (0.003, 0.03, 0.3)  # ridges of the weights, to choose from
@@ -83,36 +83,42 @@ class LeastSquares(Refit):
     ) -> tuple[Float[Tensor, "S E"], Float[Tensor, " S"] | None]:
         """One head's values and biases."""
         held_out = _held_out(len(logits), logits.device)
-        gap = out - logits.softmax(dim=-1) @ old
-        shares = (logits - lse[:, None]).exp()
+        most = logits.amax(dim=-1, keepdim=True)
+        mass = (logits - most).exp()
+        weights = mass / mass.sum(dim=-1, keepdim=True)
+        shares = mass * (most - lse[:, None]).exp()
+        gap = out - weights @ old
         if not _misses(shares, gap, out):
             return old, None  # nothing was lost
-        plain, bias = _error(gap[held_out]), None
+        plain, weight = _error(gap[held_out]), None
         if self.bias:
-            bias = self._bias(shares, held_out)
-            logits = logits + bias
-            gap = out - logits.softmax(dim=-1) @ old
-        weights, best = logits.softmax(dim=-1), torch.zeros_like(old)
-        least = _error(gap[held_out])
+            weight = self._weight(shares, held_out)
+            mass = mass * weight
+            weights = mass / mass.sum(dim=-1, keepdim=True)
+            gap = out - weights @ old
+        own, other, best = weights[held_out], gap[held_out], torch.zeros_like(old)
+        least = _error(other)
         for change in _solve_ridges(weights[~held_out], gap[~held_out], self.ridges):
-            error = _error(gap[held_out] - weights[held_out] @ change)
+            error = _error(other - own @ change)
             best = torch.where(error < least, change, best)
             least = least.minimum(error)
-        if bias is not None and bool(least > plain):
-            return old, None  # the biases' doing
-        return old + best, bias
+        if weight is None:
+            return old + best, None
+        if bool(least > plain):
+            return old, None  # the weights' doing
+        return old + best, weight.log()
 
-    def _bias(
+    def _weight(
         self, shares: Float[Tensor, "Q S"], held_out: Bool[Tensor, " Q"]
     ) -> Float[Tensor, " S"]:
-        """Logs of the weights under which the entries have the full cache's mass."""
+        """Weights under which the entries have the full cache's mass."""
         best, own = torch.ones_like(shares[0]), shares[held_out]
         least = _error(1 - own @ best)
         for weight in _nonnegative(shares[~held_out], _PULLS).unbind(dim=-1):
             error = _error(1 - own @ weight)
             best = torch.where(error < least, weight, best)
             least = least.minimum(error)
-        return best.clamp(min=_LEAST).log()
+        return best.clamp(min=_LEAST)
 
 
 def aim_of(
@@ -123,14 +129,9 @@ def aim_of(
     softcap: float | None = None,
 ) -> Aim:
     """What all entries of one layer of one prompt answer to queries that stand behind them."""
-    queries, keys, values = queries.float(), keys.float(), values.float()
-    out, lse = [], []
-    for part in queries.split(_AT_ONCE, dim=1):
-        logits = _logits(part, keys, scale, softcap)
-        own = logits.logsumexp(dim=-1)
-        out.append((logits - own[..., None]).exp() @ values)
-        lse.append(own)
-    return Aim(queries, torch.cat(out, dim=1), torch.cat(lse, dim=1))
+    queries, keys, values = (each.float()[None] for each in (queries, keys, values))
+    out, lse = attend_part(queries, keys, values, scale, softcap)
+    return Aim(queries[0], out[0], lse[0])
 
 
 def _logits(
