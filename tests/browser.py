@@ -14,20 +14,27 @@ PICTURES = "KVTRIM_SCREENSHOTS"  # a folder for screenshots, to look at
 
 
 @contextmanager
-def opened(width, **context):
-    """A page of that width, and what it did that it should not."""
+def started():
+    """A browser, for as many tests as there are: starting it takes longer than a page."""
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("there is no Chromium here")
-    with driver.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 800}, **context)
-        page.set_default_timeout(12_000)
-        faults = []
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
-        yield page, faults
+    with driver.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
         browser.close()
+
+
+@contextmanager
+def opened(browser, width, **context):
+    """A page of that width that shares nothing with others, and what it did that it should not."""
+    page = browser.new_page(viewport={"width": width, "height": 800}, **context)
+    page.set_default_timeout(12_000)
+    faults = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
+    yield page, faults
+    page.close()
 
 
 def settle(page, condition):

@@ -68,6 +68,15 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser for the pages of one file."""
+    import browser
+
+    with browser.started() as one:
+        yield one
+
+
 def _tiny(architecture):
     import models
 

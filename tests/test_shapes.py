@@ -90,6 +90,18 @@ def test_what_does_not_fit_is_an_error(module):
     assert module.twice(zeros(3)).shape == (3,)  # nothing is left over from a call that failed
 
 
+def test_types_without_shapes_are_checked_for_some_calls_and_shapes_for_all(module):
+    for _ in range(shapes.PLAIN - 1):
+        module.Pair.count(3)
+    with pytest.raises(TypeError, match="violates type hint"):
+        module.Pair.count("3")
+    assert module.Pair.count("3") == "3"
+    for _ in range(2 * shapes.PLAIN):
+        module.twice(zeros(1))
+    with pytest.raises(TypeError, match="violates type hint"):
+        module.twice(zeros(1, 1))
+
+
 def test_shapes_say_what_jaxtyping_says():
     kinds = (jaxtyping.Float, jaxtyping.Int, jaxtyping.Bool)
     types = (torch.float64, torch.bfloat16, torch.int32, torch.int64, torch.bool, torch.uint8)

@@ -208,6 +208,14 @@ def test_a_wrong_file_is_refused_before_anything_runs(asked, changed, error, mes
         load(asked)
 
 
+def for_workers():
+    """So that workers of Ray find tests and tasks, and do not wait for whatever else there is."""
+    here = Path(__file__).parents[1]
+    paths = [str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")]
+    threads = {"OMP_NUM_THREADS": "1"}  # as this process has
+    return {"PYTHONPATH": os.pathsep.join(paths), "RAY_worker_niceness": "0"} | threads
+
+
 @pytest.mark.process
 def test_a_killed_process_is_replaced(asked, serial, tmp_path):
     pool, killed = LocalPool(2), []
@@ -232,8 +240,7 @@ def test_a_killed_driver_is_gone_on_with(asked, serial, tmp_path, how):
     def begun():
         return list(tmp_path.glob("out/*/parts/*/samples.jsonl"))
 
-    threads = {"OMP_NUM_THREADS": "1"}  # as this process has
-    kill_once(begun, "no part was begun", *command, folder=tmp_path, **threads)
+    kill_once(begun, "no part was begun", *command, folder=tmp_path, **for_workers())
     assert not list(tmp_path.glob("out/*/samples.jsonl"))
     (folder,) = Driver(load(asked), tmp_path / "out", Inside()).run()
     assert same(folder, serial)
@@ -245,9 +252,8 @@ def test_ray_workers_do_the_same_and_a_killed_one_is_replaced(
     asked, serial, tmp_path, monkeypatch
 ):
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'kvtrim[ray]'")
-    here = Path(__file__).parents[1]
-    paths = [str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    for name, value in for_workers().items():
+        monkeypatch.setenv(name, value)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         pool, killed = pool_ray.RayPool(size=2), []

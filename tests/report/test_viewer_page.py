@@ -39,10 +39,10 @@ def exhibit():
 
 
 @pytest.fixture(params=WIDTHS)
-def page(request, exhibit, tmp_path):
+def page(request, exhibit, tmp_path, chromium):
     exhibit.save(tmp_path / "kept.html")
     foreign = []
-    with opened(WIDTHS[request.param]) as (page, faults):
+    with opened(chromium, WIDTHS[request.param]) as (page, faults):
         page.on("request", lambda r: r.url.startswith("file:") or foreign.append(r.url))
         page.goto((tmp_path / "kept.html").as_uri())
         page.wait_for_selector("html[data-drawn]")

@@ -1,27 +1,25 @@
 """A server as a process, and plain requests to it."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import urllib.error
 import urllib.request
+
+from processes import start
 
 KEY = "a-key-of-sorts"
 
 
 def launch(folder, model_folder, *more):
-    environment = {**os.environ, "KVTRIM_LIBRARY": str(folder / "library"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "kvtrim", "serve", "--model", str(model_folder)]
-    command += ["--port", "0", "--api-key", KEY, "--method", "snapkv", "--keep", "48"]
-    with (folder / "log").open("a") as log:
-        process = subprocess.Popen(
-            [*command, *more], env=environment, stdout=subprocess.PIPE, stderr=log, text=True
-        )
+    import kvtrim.serve.app  # noqa: F401 here, once for all servers
+
+    command = ["serve", "--model", model_folder, "--port", 0, "--api-key", KEY]
+    command += ["--method", "snapkv", "--keep", 48, *more]
+    log, library = folder / "log", str(folder / "library")
+    process = start(*command, log=log, KVTRIM_LIBRARY=library)
     line = process.stdout.readline()
     found = re.search(r"at (http://\S+)/ ", line)
-    assert found, (line, (folder / "log").read_text())
+    assert found, (line, log.read_text())
     return process, found[1]
 
 

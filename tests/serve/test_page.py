@@ -21,9 +21,9 @@ def url(tmp_path_factory, model_folder):
 
 
 @pytest.fixture(params=WIDTHS)
-def page(request, url):
+def page(request, url, chromium):
     foreign = []
-    with opened(WIDTHS[request.param]) as (page, faults):
+    with opened(chromium, WIDTHS[request.param]) as (page, faults):
         page.on("request", lambda r: r.url.startswith(url) or foreign.append(r.url))
         page.goto(url)
         page.name = request.param

@@ -1,4 +1,8 @@
-"""Workers of a sweep as processes on this machine; each with a GPU where there are any."""
+"""Workers of a sweep as processes on this machine; each with a GPU where there are any.
+
+Without GPUs they are forked from one process that has loaded what all of them need; what has looked
+for CUDA must not be.
+"""
 
 import multiprocessing
 import os
@@ -22,7 +26,10 @@ class LocalPool:
         self._gpus = gpus
         self._slots = max(1, torch.cuda.device_count() // gpus) if torch.cuda.is_available() else 0
         self.size = size or self._slots or 1
-        self._context = multiprocessing.get_context("spawn")
+        forked = not self._slots and "forkserver" in multiprocessing.get_all_start_methods()
+        self._context = multiprocessing.get_context("forkserver" if forked else "spawn")
+        if forked:
+            self._context.set_forkserver_preload(["kvtrim.bench.sweep.worker"])
         self._workers: dict[Any, tuple[Any, int]] = {}  # process: its pipe, the place of its GPUs
 
     @property
@@ -36,7 +43,7 @@ class LocalPool:
         slot = min(range(self._slots), key=taken.count) if self._slots else -1
         seen = _visible(slot * self._gpus, self._gpus) if self._slots else None
         ours, theirs = self._context.Pipe()
-        own = theirs, os.getpid(), seen, self.size
+        own = theirs, seen, self.size
         process = self._context.Process(target=serve, args=own, daemon=True)
         process.start()
         theirs.close()
@@ -72,11 +79,10 @@ class LocalPool:
         self._workers = {}
 
 
-def serve(pipe: Connection, driver: int, gpus: str | None, workers: int) -> None:
+def serve(pipe: Connection, gpus: str | None, workers: int) -> None:
     """A worker's life: pieces come, results go, until the driver is gone.
 
     Args:
-        driver: its process number.
         gpus: those that the worker may use, as CUDA_VISIBLE_DEVICES has them; None without any.
         workers: how many share the CPUs.
     """
@@ -86,8 +92,10 @@ def serve(pipe: Connection, driver: int, gpus: str | None, workers: int) -> None
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     from kvtrim.bench.sweep.worker import Worker
 
+    driver = multiprocessing.parent_process()
+
     def alive() -> None:
-        if os.getppid() != driver:
+        if driver is not None and not driver.is_alive():
             os._exit(1)
 
     worker = Worker(alive)
