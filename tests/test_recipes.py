@@ -25,16 +25,13 @@ NAMES = (
     "An architecture",
     "A kernel",
 )
-TRY = """
-import json, sys, traceback
-outcome = {}
-for name, code in json.load(sys.stdin).items():
-    try:
-        exec(compile(code, name, "exec"), {"__name__": "recipe"})
-        outcome[name] = "done"
-    except Exception:
-        outcome[name] = traceback.format_exc()
-print(json.dumps(outcome))
+TRIED = """
+import json, pathlib, pytest
+TRIES = json.loads((pathlib.Path(__file__).parent / "tries.json").read_text())
+
+@pytest.mark.parametrize("name", TRIES)
+def test_tried(name):
+    exec(compile(TRIES[name], name, "exec"), {"__name__": "recipe"})
 """
 
 
@@ -72,37 +69,41 @@ def copy(tmp_path_factory):
     return root
 
 
-def within(copy, *command, given=""):
+def within(copy, *command):
     paths = os.pathsep.join([str(copy / "src"), str(copy / "tests")])
     known = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, *command]
-    return subprocess.run(run, input=given, env=known, cwd=copy, capture_output=True, text=True)
+    run = [sys.executable, "-m", *command]
+    return subprocess.run(run, env=known, cwd=copy, capture_output=True, text=True)
 
 
-def test_what_they_add_works(copy):
-    """Every "try it", in one process."""
+@pytest.fixture(scope="module")
+def outcomes(copy):
+    """Of every "try it", and of the contracts of what they add, in one process."""
     tries = {
         name: block
         for name in NAMES
         for kind, block in RECIPES[name]
         if block.startswith("# try it\n")
     }
-    assert set(tries) == set(NAMES)
-    done = within(copy, "-c", TRY, given=json.dumps(tries))
-    assert done.returncode == 0, done.stderr
-    outcomes = json.loads(done.stdout.splitlines()[-1])
-    failed = {name: said for name, said in outcomes.items() if said != "done"}
-    assert not failed and len(outcomes) == len(NAMES), "\n".join(failed.values())
-
-
-def test_what_they_add_meets_the_contracts(copy):
-    """Of methods, tasks and architectures."""
-    names = "longest or boxes or (arcee and check_finds)"
-    files = ("methods/test_contract.py", "tasks/test_table.py", "hf/test_models.py")
-    paths = [f"tests/{file}" for file in files]
-    done = within(copy, "-m", "pytest", *paths, "-k", names, "-p", "no:cacheprovider")
+    (copy / "tests" / "test_tries.py").write_text(TRIED)
+    (copy / "tests" / "tries.json").write_text(json.dumps(tries))
+    names = "tried or longest or boxes or (arcee and check_finds)"
+    files = ("test_tries.py", "methods/test_contract.py", "tasks/test_table.py")
+    paths = [f"tests/{file}" for file in (*files, "hf/test_models.py")]
+    done = within(copy, "pytest", *paths, "-rA", "-k", names, "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout[-3000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 10
+    return re.findall(r"^PASSED (\S+?)::(.*)", done.stdout, re.M)
+
+
+def test_what_they_add_works(outcomes):
+    tried = {test for file, test in outcomes if file == "tests/test_tries.py"}
+    assert tried == {f"test_tried[{name}]" for name in NAMES}
+
+
+def test_what_they_add_meets_the_contracts(outcomes):
+    """Of methods, tasks and architectures."""
+    files = [file for file, _ in outcomes if file != "tests/test_tries.py"]
+    assert len(files) >= 10 and len(set(files)) == 3
 
 
 def test_the_linter_likes_them(copy):
@@ -113,7 +114,7 @@ def test_the_linter_likes_them(copy):
         for kind, block in RECIPES[name]
         if block.startswith("# src/")
     ]
-    done = within(copy, "-m", "ruff", "check", *added)
+    done = within(copy, "ruff", "check", *added)
     assert done.returncode == 0, done.stdout
 
 
