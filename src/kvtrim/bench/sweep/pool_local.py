@@ -1,7 +1,7 @@
 """Workers of a sweep as processes on this machine; each with a GPU where there are any.
 
-Without GPUs they are forked from one process that has loaded what all of them need; what has looked
-for CUDA must not be.
+Without GPUs they are forked from one process that has loaded what all of them need. With GPUs each
+loads it by itself: a process that has looked for CUDA must not be forked.
 """
 
 import multiprocessing
@@ -27,7 +27,7 @@ class LocalPool:
         self._slots = max(1, torch.cuda.device_count() // gpus) if torch.cuda.is_available() else 0
         self.size = size or self._slots or 1
         forked = not self._slots and "forkserver" in multiprocessing.get_all_start_methods()
-        self._context = multiprocessing.get_context("forkserver" if forked else "spawn")
+        self._context: Any = multiprocessing.get_context("forkserver" if forked else "spawn")
         if forked:
             self._context.set_forkserver_preload(["kvtrim.bench.sweep.worker"])
         self._workers: dict[Any, tuple[Any, int]] = {}  # process: its pipe, the place of its GPUs
