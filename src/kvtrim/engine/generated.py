@@ -87,9 +87,7 @@ def newest_tokens(method: Method, start: int) -> int:
 
 
 def asked_of_blocks(method: Method, state: State) -> int:
-    """How many of the newest queries are asked about blocks; 0 where there are none."""
-    if method.schedule.region != "blocks":
-        return 0
+    """How many of the newest queries are asked about blocks, under a schedule that has them."""
     return max((newest_tokens(method, start) for start, _ in state.generated), default=0)
 
 

@@ -173,6 +173,7 @@ def plan_pass(
         due = _due(method, state, lengths, closes)
     else:
         due = [action.cuts == "all" or (schedule.chunks and count > 0) for count in new]
+    blocks = schedule.region == "blocks" and not prompt
     cut, again = any(due), schedule.every is not None or coming > 0
     before = cut and schedule.ahead and not prompt
     plan = Plan(
@@ -188,7 +189,7 @@ def plan_pass(
         propagate=prompt and method.propagation.narrows,
         coming=coming,
         lookback=policy.lookback(),
-        asked=0 if prompt else asked_of_blocks(method, state),
+        asked=asked_of_blocks(method, state) if blocks else 0,
     )
     if plan.propagate:
         _require_whole(method, stage, coming)
