@@ -227,7 +227,8 @@ def _list_absent(recipe: Recipe, view: View, tasks: Sequence[str]) -> list[str]:
     found += [f"not the paper's: {text}" for text in sorted(met - {*recipe.methods.values()})]
     kept = {_amount(("", text)) for text in view.keeps}
     wanted = recipe.keeps if len(recipe.methods) > 1 else ()
-    found += [f"not measured: {task}" for task in tasks if task not in view.tasks]
+    missing = [task for task in tasks if task not in view.tasks]
+    found += [f"not measured: task {', '.join(missing)}"] if missing else []
     return found + [
         f"not measured: keep {text}" for text in wanted if _amount(("", text)) not in kept
     ]
