@@ -2,6 +2,7 @@
 
 import ast
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "src" / "kvtrim"
@@ -172,11 +173,14 @@ def shaped():
     return [f"kvtrim.{name}" for name in named if ROOMS[room_of(name)].shapes]
 
 
+@cache
 def imports(path):
     """(module or module.name, is it imported when the file is) for every import of a file."""
 
     def within(node, now):
         for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.expr):
+                continue  # no statement stands in it
             if isinstance(child, ast.Import):
                 yield from ((alias.name, now) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
@@ -184,7 +188,7 @@ def imports(path):
             typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
             yield from within(child, now and not typing and not isinstance(child, ast.FunctionDef))
 
-    return within(ast.parse(path.read_text()), True)
+    return tuple(within(ast.parse(path.read_text()), True))
 
 
 def ours(name):
