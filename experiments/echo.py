@@ -1,16 +1,18 @@
-"""echo and refit beside KVzip, question-agnostic: what each costs in the likelihood of the answer.
+"""echo and refit beside KVzip and others: what each costs in the likelihood of the answer.
 
 Needles in essays, LongBench rows and RULER's tasks, read once each and continued from that
 recording by every method at 1/32, 1/16, 1/8 and 1/4 of the context's entries; the answer is fed as
 it should be.
 
     python experiments/echo.py --data DIR [--needles 6] [--rows 6] [--ruler 1] [--length 1400]
-        [--longest 2300] [--cell NAME ...] [--share N ...] [--table FILE] [--out experiments/echo]
+        [--longest 2300] [--cell NAME ...] [--share N ...] [--table FILE] [--aware] [--base CELL]
+        [--seed 7] [--out experiments/echo]
 
-DIR holds essays/ and longbench_mini/. Writes echo.jsonl (one line per prompt, cell and budget),
-echo.json (the run's record) and echo.md (the tables: means, standard errors, and differences to
-kvzip on the same prompts). A run that was cut off goes on where it stopped, with cells that it had
-not then, too.
+The question comes later (question-agnostic), or is read with the context (--aware). DIR holds
+essays/ and longbench_mini/. Writes echo.jsonl (one line per prompt, cell and budget), echo.json
+(the run's record) and echo.md (the tables: means, standard errors, and differences to --base,
+kvzip unless it says otherwise, on the same prompts). A run that was cut off goes on where it
+stopped, with cells that it had not then, too.
 """
 
 import argparse
@@ -32,7 +34,6 @@ from kvtrim.prompts import encode_context, encode_question, encode_text, frame
 from prompts import Asked, longbench, needles, ruler
 
 SHARES = (32, 16, 8, 4)
-BASE = "kvzip"
 # What refits comes before what does not: a probe is read once for both then.
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "kvzip, values": ("kvzip", {"refit": "values"}),
@@ -42,9 +43,19 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "echo, values": ("echo", {"refit": "values"}),
     "echo, values and biases": ("echo", {"refit": "values+bias"}),
     "kvzip-plus": ("kvzip-plus", {}),
-    "headkv": ("headkv", {}),
-    "expected-attention": ("expected-attention", {}),
-    "snapkv": ("snapkv", {}),
+    "echo-window": ("echo-window", {}),
+    **{
+        name: (name, {})
+        for name in (
+            "headkv",
+            "adakv",
+            "laprox",
+            "criticalkv",
+            "lava",
+            "expected-attention",
+            "snapkv",
+        )
+    },
 }
 KINDS = {"needles": "needle", "RULER": "ruler-"}
 
@@ -56,23 +67,26 @@ def measured(
     cells: Sequence[str],
     table: str | None,
     shares: Sequence[int] = SHARES,
+    aware: bool = False,
 ) -> list[dict[str, Any]]:
     """One row for every cell and budget."""
     around = frame(tokenizer)
     read_first = encode_context(tokenizer, around, asked.context)
     prompt = read_first.with_question(encode_question(tokenizer, around, asked.question))
-    lead = prompt.question + encode_text(tokenizer, asked.prefix)
+    lead = encode_text(tokenizer, asked.prefix)
     answer = encode_text(tokenizer, asked.answer)
-    gold = torch.tensor(answer)
-    recording = record(model, torch.tensor([prompt.context]))
+    read = prompt.context + prompt.question if aware else prompt.context
+    lead = lead if aware else prompt.question + lead
+    recording = record(model, torch.tensor([read]))
     reference = forced(model, recording.cache("full", 1), lead, answer)
-    own, rows = reference.gather(1, gold[:, None])[:, 0], []
+    gold = torch.tensor(answer)[-len(reference) :]  # what a prompt's own last token leads to is
+    own, rows = reference.gather(1, gold[:, None])[:, 0], []  # not judged
     for label in cells:
         method, settings = CELLS[label]
-        if method == "echo" and table is not None:
+        if method.startswith("echo") and table is not None:
             settings = {"table": table} | settings
         for share in shares:
-            keep, start = len(prompt.context) // share, process_time()
+            keep, start = len(read) // share, process_time()
             cache = recording.cache(method, keep, tokenizer=tokenizer, **settings)
             took = process_time() - start
             held = cache.held_bytes / cache.full_bytes
@@ -80,7 +94,7 @@ def measured(
             row = {"kind": asked.kind, "cell": label, "share": share, "held": held, "s": took}
             row["loss"] = float((own - got.gather(1, gold[:, None])[:, 0]).mean())
             row["kl"] = float((reference.exp() * (reference - got)).sum(dim=-1).mean())
-            rows.append(row | {"tokens": len(prompt.context)})
+            rows.append(row | {"tokens": len(read)})
     return rows
 
 
@@ -89,29 +103,31 @@ def suite(kind: str) -> str:
     return next((name for name, own in KINDS.items() if kind.startswith(own)), "LongBench")
 
 
-def table_of(rows: list[dict[str, Any]]) -> str:
+def table_of(rows: list[dict[str, Any]], base: str = "kvzip", aware: bool = False) -> str:
     """The rows as Markdown: one table of all prompts, and one of divergences by suite."""
+    protocol = "question-aware" if aware else "question-agnostic"
     prompts = {row["prompt"]: row for row in rows}
     suites = [suite(row["kind"]) for row in prompts.values()]
     parts = ", ".join(f"{suites.count(name)} of {name}" for name in dict.fromkeys(suites))
     lines = [
         f"{len(prompts)} prompts ({parts}) of {mean(p['tokens'] for p in prompts.values()):.0f} "
-        "tokens, question-agnostic; KL of the answer's token distributions to the full cache's "
+        f"tokens, {protocol}; KL of the answer's token distributions to the full cache's "
         "and loss above it, nats per token; mean ± standard error; the last two columns are "
-        f"differences to {BASE} on the same prompts.\n",
-        "| kept | cell | prompts | held | KL | loss | KL - kvzip | loss - kvzip |",
+        f"differences to {base} on the same prompts.\n",
+        f"| kept | cell | prompts | held | KL | loss | KL - {base} | loss - {base} |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    of_suites = ["", "KL by suite:\n", f"| kept | cell | {' | '.join(dict.fromkeys(suites))} |"]
+    of_suites = ["", f"Loss by suite, and difference to {base}:\n"]
+    of_suites.append(f"| kept | cell | {' | '.join(dict.fromkeys(suites))} |")
     of_suites.append("|---|---|" + "---:|" * len(set(suites)))
     cells = list(dict.fromkeys([*CELLS, *(row["cell"] for row in rows)]))
     for share in SHARES:
-        base = {r["prompt"]: r for r in rows if r["cell"] == BASE and r["share"] == share}
+        others = {r["prompt"]: r for r in rows if r["cell"] == base and r["share"] == share}
         for cell in cells:
             own = [r for r in rows if r["cell"] == cell and r["share"] == share]
             if not own:
                 continue
-            pairs = [(r, base[r["prompt"]]) for r in own if r["prompt"] in base]
+            pairs = [(r, others[r["prompt"]]) for r in own if r["prompt"] in others]
             shown = [
                 f"1/{share}",
                 cell,
@@ -122,10 +138,11 @@ def table_of(rows: list[dict[str, Any]]) -> str:
                 *(spread([r[name] - b[name] for r, b in pairs]) for name in ("kl", "loss")),
             ]
             lines.append("| " + " | ".join(shown) + " |")
-            by = (
-                spread([r["kl"] for r in own if suite(r["kind"]) == name])
-                for name in dict.fromkeys(suites)
-            )
+            by = []
+            for name in dict.fromkeys(suites):
+                loss = spread([r["loss"] for r in own if suite(r["kind"]) == name])
+                apart = [r["loss"] - b["loss"] for r, b in pairs if suite(r["kind"]) == name]
+                by.append(f"{loss} ({spread(apart)})" if apart else loss)
             of_suites.append(f"| 1/{share} | {cell} | {' | '.join(by)} |")
     return "\n".join([*lines, *of_suites]) + "\n"
 
@@ -148,18 +165,26 @@ def main() -> None:
     parser.add_argument("--cell", action="append", choices=[*CELLS], help="all by default")
     parser.add_argument("--share", type=int, action="append", help="all of 32, 16, 8, 4")
     parser.add_argument("--table", help="a table of echo; by default the model's own")
+    parser.add_argument("--aware", action="store_true", help="the question is read with it")
+    parser.add_argument("--base", default="kvzip", choices=[*CELLS])
+    parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("experiments/echo"))
     given = parser.parse_args()
     model, tokenizer = kvtrim.load()
     prompts = turns(
-        [*needles(tokenizer, given.data, given.needles, given.length, seed=7)],
+        [*needles(tokenizer, given.data, given.needles, given.length, seed=given.seed)],
         longbench(tokenizer, given.data, given.rows, given.longest),
-        ruler(tokenizer, given.data, given.length, given.ruler, seed=7),
+        ruler(tokenizer, given.data, given.length, given.ruler, seed=given.seed),
     )
     given.out.mkdir(parents=True, exist_ok=True)
     path, cells = given.out / "echo.jsonl", given.cell or [*CELLS]
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    run = {"machine": provenance(model.device), "model": "smollm2", "seed": 7}
+    run = {
+        "machine": provenance(model.device),
+        "model": "smollm2",
+        "seed": given.seed,
+        "aware": given.aware,
+    }
     run |= {"needles": given.needles, "rows": given.rows, "ruler": given.ruler}
     run |= {"length": given.length, "longest": given.longest, "cells": cells}
     run |= {"shares": given.share or SHARES, "table": given.table}
@@ -169,14 +194,15 @@ def main() -> None:
             done = {row["cell"] for row in rows if row["prompt"] == number}
             left = [cell for cell in cells if cell not in done]
             if left:
-                found = measured(model, tokenizer, asked, left, given.table, given.share or SHARES)
+                more = given.table, given.share or SHARES, given.aware
+                found = measured(model, tokenizer, asked, left, *more)
                 new = [{"prompt": number, **row} for row in found]
                 rows += new
                 file.write("".join(json.dumps(row) + "\n" for row in new))
                 file.flush()
-                (given.out / "echo.md").write_text(table_of(rows))
+                (given.out / "echo.md").write_text(table_of(rows, given.base, given.aware))
                 print(f"prompt {number + 1} of {len(prompts)}", flush=True)
-    (given.out / "echo.md").write_text(table_of(rows))
+    (given.out / "echo.md").write_text(table_of(rows, given.base, given.aware))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def small(name, layers=3, heads=6, alike=0):
     With `alike` that many KV heads are given the same table of head scores.
     """
     known = parameters(find(name))
-    windows = [full for full in known if full.endswith(".window")]
+    windows = [full for full, own in known.items() if full.endswith(".window") and own]
     settings = {"window": WINDOW} if windows else {}
     if "propagation.scorer" in known:
         settings |= {"tokens": 32}

@@ -42,8 +42,11 @@ def test_without_tables_it_takes_what_needs_none(llama):
 
 
 @pytest.mark.usefixtures("tables")
-def test_with_tables_of_the_model_it_takes_what_they_serve(llama):
+def test_with_tables_of_the_model_it_takes_what_they_serve(llama, tmp_path):
     assert chosen(llama, AGNOSTIC).name == "echo" and "tiny" in chosen(llama, AGNOSTIC).why
+    assert chosen(llama, AWARE).name == chosen(llama, None).name == "echo-window"
+    for file in ("tiny.safetensors", "tiny.record.json"):
+        (tmp_path / file).unlink()
     assert chosen(llama, AWARE).name == chosen(llama, None).name == "headkv"
     other = models.tiny("llama", seed=7)
     assert chosen(other, AGNOSTIC).name == "kvzip"

@@ -18,6 +18,7 @@ from small import small
 
 N, KEEP, SINKS, BEHIND = 48, 20, 4, 64
 TABLE = small("echo")
+LOOKS = find("echo").policy.looks
 
 
 def foretold(model, ids):
@@ -136,7 +137,7 @@ def at_the_end(model, ids, table, asked):
                 read += [math.log(mean[head][at] * n + 1e-4) for head in range(2)]
             weight, read = second.weight[layer].double(), torch.tensor(read, dtype=torch.float64)
             for head, score in enumerate((weight @ read + second.bias[layer].double()).tolist()):
-                found[head].append(math.exp(score))
+                found[head].append(math.exp(score) + (LOOKS * most[head][at] if asked else 0))
         seconds.append(found)
     return firsts, seconds
 
@@ -152,6 +153,39 @@ def test_a_cut_at_the_end_knows_where_that_is_and_what_is_looked_at(
         settings = {"asked": asked, "refit": refit, "prompt_tokens": N, **with_second}
         cache = kvtrim.Cache(llama, "echo", KEEP, **settings)
         assert models.positions(read(llama, cache, ids, *widths)) == best_of_all(wanted, KEEP)
+
+
+def test_the_last_queries_vote_beside_what_is_foretold(llama):
+    """The largest weight of any of them, over a group, in the neighbourhood of an entry."""
+    ids, window, kernel = models.prompt(N), 5, 7
+    scores, recording = foretold(llama, ids), record(llama, ids)
+    for layer, call in enumerate(recording.calls):
+        for head in range(6):
+            for at in range(N - window, N):
+                query = call.queries[0, head, at].double()
+                logits = call.keys[0, head // 3, : at + 1].double() @ query * call.scale
+                weights = logits.softmax(0).tolist()[: N - window]
+                for slot, own in enumerate(scores[layer][head // 3][: N - window]):
+                    near = weights[max(0, slot - kernel // 2) : slot + kernel // 2 + 1]
+                    own = own if isinstance(own, list) else [own, 0.0]
+                    scores[layer][head // 3][slot] = [own[0], max(own[1], *near)]
+    scores = [
+        [[sum(own) if isinstance(own, list) else own for own in head] for head in layer]
+        for layer in scores
+    ]
+    settings = {"window": window, "kernel": kernel, **TABLE}
+    cache = read(llama, kvtrim.Cache(llama, "echo", KEEP, **settings), ids)
+    wanted = best_of_all(scores, KEEP, recent=window)
+    assert models.positions(cache) == wanted != best_of_all(foretold(llama, ids), KEEP)
+
+
+def test_a_window_longer_than_the_prompt_asks_what_there_is(llama):
+    ids = models.prompt(N)[:, :20]
+    kept = [
+        models.positions(read(llama, kvtrim.Cache(llama, "echo", 14, window=count, **TABLE), ids))
+        for count in (19, 300)
+    ]
+    assert kept[0] == kept[1]
 
 
 def test_cuts_before_the_end_and_after_it_go_by_what_each_token_was_worth_when_read(

@@ -2,10 +2,11 @@
 
 Rule:  where the question is not known yet, `echo` if a table of exactly these weights comes with
        kvtrim, else `kvzip`, which reads the prompt a second time; where context and question are
-       read together, `headkv` if there is such a table, else `adakv`.
+       read together, `echo-window` if there is such a table, `headkv` if there is one of its
+       heads, else `adakv`.
 Ours:  the choice is what lost least of the answer's likelihood on the committed prompts, at an
-       eighth and a sixteenth of the cache (experiments/quality, experiments/echo); it is made
-       when a cache meets its model, and saved with it under its own name.
+       eighth and less of the cache (experiments/quality, experiments/echo, experiments/aware); it
+       is made when a cache meets its model, and saved with it under its own name.
 """
 
 from dataclasses import dataclass
@@ -66,11 +67,15 @@ def choice(target: Target, aware: bool) -> Choice:
     Args:
         aware: context and question are read together.
     """
-    tables = head_scores if aware else echo_tables
-    found = tables.measured_on(target.identity())
+    found = echo_tables.measured_on(target.identity())
     if aware:
         if found is not None:
-            return Choice("headkv", f"the question is known, and {found} is a table of this model")
+            why = f"the question is known, and {found} is a table of this model"
+            return Choice("echo-window", why)
+        heads = head_scores.measured_on(target.identity())
+        if heads is not None:
+            why = f"the question is known, and {heads} is a table of this model's heads"
+            return Choice("headkv", why)
         return Choice("adakv", "the question is known, and no table of this model's heads is here")
     if found is not None:
         return Choice("echo", f"no question is known yet, and {found} is a table of this model")

@@ -254,6 +254,14 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "a table (`kvtrim calibrate echo`).",
             presets={"uniform": {"budget": "uniform"}, "stream": {"chunks": True, "every": 64}},
         ),
+        "echo-window": Method(
+            Echo(window=32),
+            budget=Global(anew=True),
+            source="arXiv 2601.07891, arXiv 2404.14469",
+            use="A known question and a budget far below a tenth: what a window looks at, beside "
+            "what an echo would.",
+            cost="As echo, and a window's attention.",
+        ),
         "kvzip-plus": Method(
             KVzip(plus=True),
             budget=Global(),

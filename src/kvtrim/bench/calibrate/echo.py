@@ -29,7 +29,7 @@ from kvtrim.hf.rotary import rotations
 from kvtrim.methods.budgets import Global
 from kvtrim.methods.echo_tables import EchoTable, Linear
 from kvtrim.methods.method import Method
-from kvtrim.methods.policies.echo import Echo, lengths, seen_at_the_end
+from kvtrim.methods.policies.echo import ENDS, Echo, lengths, seen_at_the_end
 from kvtrim.methods.policies.kvzip import KVzip
 from kvtrim.prompts import encode_context, frame, repeat_words
 from kvtrim.types import Float, LayerView, Scores, Tensor
@@ -42,7 +42,6 @@ SECOND = 1e-4  # the ridge of the second maps, which read few numbers
 LEAST = 1e-3  # added to a score before its log: entries below it go at any budget
 WEIGHT = 0.5  # the power of a score that a token counts by
 PARTS = (1, 1, 0.5, 1, 0.25)  # of the longest length, text by text
-ENDS = 4  # numbers that say how near an entry is to either end
 SHORTEST = 64  # tokens of a text
 HOLD_OUT = 6  # every sixth text is not fitted on
 

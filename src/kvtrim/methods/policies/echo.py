@@ -6,12 +6,15 @@ Rule:  as each token is read, a linear map of the hidden state that the attentio
        No other token is needed for that, so it may be cut by in chunks and while generating. A
        cut at the end of a prompt knows more, and a second, small map corrects the first by it:
        how far from the end an entry stands, and what `asked` of the prompt's own queries, turned
-       to a position behind it, look at.
+       to a position behind it, look at. The largest weight that one of these gives an entry is
+       added to what is foretold, and where the question is known so is that of the `window` last
+       queries, the largest in a neighbourhood.
 Paper: Jegou and Jeblick 2026 (KVzap), https://arxiv.org/abs/2601.07891.
 Code:  NVIDIA/kvpress@8bb29b9, kvzap/ and presses/kvzap_press.py (which masks, and frees nothing).
 Ours:  one pool for the model in place of a threshold (`budget.threshold` gives that too); KVzip's
        scores as well as KVzip+'s as target; closed form; exp of the map, so that scores are
-       attention again; a table belongs to exactly the weights it was fitted on; the second map.
+       attention again, and other attention can be added to them; a table belongs to exactly the
+       weights it was fitted on; the second map.
 """
 
 from dataclasses import dataclass, replace
@@ -24,14 +27,18 @@ from kvtrim.errors import UsageError
 from kvtrim.methods import echo_tables
 from kvtrim.methods.policies import ops
 from kvtrim.methods.policies.base import Policy
-from kvtrim.methods.ranges import Tokens
+from kvtrim.methods.ranges import Kernel, Tokens, Weight
 from kvtrim.types import Float, LayerView, Scores, Target, Tensor
 
 AUTO = "auto"
 _REACHES = (16, 64, 256)  # tokens over which being near the end fades
 _BEGINNING = 32  # and near the beginning
+ENDS = len(_REACHES) + 1
+"""Numbers that say how near an entry is to either end."""
+
 _LEAST = 1e-4  # added to attention before its log
 _FAINT = 1e-30
+_NEWEST = 8  # of a window that votes: an answer begins behind them
 _AT_ONCE = 64  # queries whose weights over all entries exist at once
 
 
@@ -40,6 +47,9 @@ class Echo(Policy):
     table: str = AUTO  # a file, or the name of a shipped table; auto: one of this very model
     asked: Tokens = 96  # of the prompt's own queries per KV head, turned behind it, that say what
     # they look at; 0: none, for models whose queries cannot be turned
+    looks: Weight = 3.0  # what the largest weight that one of these gives counts
+    window: Tokens = 0  # so many last queries vote, too; 0: no question is known
+    kernel: Kernel = 15  # width of the max-pooling of their votes, odd
     sinks: Tokens = 4
     local: Tokens = 128  # newest tokens that stay while generating, or half of the budget
     foresees: ClassVar[bool] = True
@@ -68,7 +78,10 @@ class Echo(Policy):
         return replace(self, table=found).fitted(target)
 
     def lookback(self) -> int:
-        return 0
+        return self.window
+
+    def recent(self, keep: int) -> int:
+        return min(self.window, _NEWEST)
 
     def foresee(
         self,
@@ -88,10 +101,15 @@ class Echo(Policy):
         return found.exp().transpose(1, 2)
 
     def score(self, layer: LayerView) -> Scores:
-        """What was foretold when each slot's token was read, corrected at a prompt's end.
+        """What was foretold when each slot's token was read, and what queries at hand look at.
 
         [B, K, S].
         """
+        scores = self._foretold(layer)
+        return scores if not self.window else scores + self._votes(layer, scores.shape[-1])
+
+    def _foretold(self, layer: LayerView) -> Float[Tensor, "B K S"]:
+        """What was foretold, corrected at a prompt's end."""
         if layer.carried is None:
             raise TypeError("Echo scores what it foretold")
         if not layer.whole or self.table == AUTO:
@@ -101,9 +119,21 @@ class Echo(Policy):
         if second is None:
             return layer.carried
         heads = second.weight.shape[0]
-        found = F.linear(seen_at_the_end(layer, heads), second.weight, second.bias)
-        found = found.exp().transpose(1, 2)
-        return found.repeat_interleave(layer.carried.shape[1] // heads, dim=1)
+        seen = seen_at_the_end(layer, heads)
+        found = F.linear(seen, second.weight, second.bias).exp()
+        if asked and self.looks:
+            most = seen[..., heads + ENDS : 2 * heads + ENDS].exp() - _LEAST
+            found = found + self.looks * most
+        return found.transpose(1, 2).repeat_interleave(layer.carried.shape[1] // heads, dim=1)
+
+    def _votes(self, layer: LayerView, slots: int) -> Float[Tensor, "B K S"]:
+        """The largest weight that a last query gives an entry or its neighbours."""
+        count = min(self.window, layer.queries.shape[2], slots - 1)
+        if count < 1:
+            return layer.keys.new_zeros(layer.keys.shape[:3], dtype=torch.float32)
+        weights = ops.window_attention(layer, count).amax(dim=2)
+        most = ops.reduce_group(weights, layer.keys.shape[1], "max")
+        return F.pad(ops.pool(most, self.kernel, "max"), (0, count))
 
 
 def lengths(
