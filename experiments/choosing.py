@@ -165,7 +165,8 @@ QUALITY = "[quality](../experiments/quality/quality.md)"
 SITUATIONS = (
     (
         "The question is known when the text is read",
-        "`auto`, which is `headkv` where a table of the model's heads is at hand, else `adakv`",
+        "`auto`, which is `echo-window` with a table of the model (`kvtrim calibrate echo`), "
+        "`headkv` with one of its heads, else `adakv`",
         "1/8",
         "{cost:headkv} of a prefill",
         "loss {loss:aware|headkv|256} and {loss:aware|adakv|256}; random eviction "
@@ -233,8 +234,8 @@ SITUATIONS = (
         "`echo` or `snapkv` with `--prefill-chunk 2048 --set chunks=true`",
         "what fits",
         "a prefill; its memory no longer depends on the length",
-        "peak {peak:snapkv|16384} at 16,384 tokens and {peak:snapkv|65536} at 65,536; the full "
-        "cache {peak:full|65536} ([memory](../experiments/chunked_memory/chunked_memory.md))",
+        "peak {peak:snapkv|8192} at 8,192 tokens and {peak:snapkv|32768} at 32,768; the full "
+        "cache {peak:full|32768} ([memory](../experiments/chunked_memory/chunked_memory.md))",
     ),
 )
 

@@ -43,6 +43,7 @@ from kvtrim.methods.propagation import Cascade, Restart, TokenSelective
 from kvtrim.methods.schedule import Schedule
 from kvtrim.methods.unit import Chunk, Shot
 
+_LAYER = {"budget": "per-head", "floor": 0.0}
 _EVERY_STEP = Schedule(every=1)
 _BOUNDED = {"every": 1, "ahead": True}
 _GENERATED = Schedule(every=1, region="generated")
@@ -88,9 +89,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             presets={
                 "upstream": {**_BOUNDED, "positions": "rolled"},
                 "bounded": _BOUNDED,
-                "kvf": {},
-                "fastkv": {},
-                "kvpress": {},
+                **dict.fromkeys(("kvf", "fastkv", "kvpress"), {}),
             },
         ),
         "knorm": Method(
@@ -240,26 +239,21 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="arXiv 2505.23416",
             use="Many questions on one saved context, none of them known: the strongest there.",
             cost="The model reads the context a second time: about three prefills in all.",
-            presets={
-                "layer": {"budget": "per-head", "floor": 0.0},
-                "uniform": {"budget": "uniform"},
-            },
+            presets={"layer": _LAYER, "uniform": {"budget": "uniform"}},
         ),
         "echo": Method(
             Echo(),
             budget=Global(anew=True),
             source="arXiv 2601.07891",
             use="Many questions on one context, none of them known, at the price of one prefill.",
-            cost="A product with the hidden states, attention of a few queries at a prompt's end; "
-            "a table (`kvtrim calibrate echo`).",
+            cost="A product per token, a few queries' attention; a table (`calibrate echo`).",
             presets={"uniform": {"budget": "uniform"}, "stream": {"chunks": True, "every": 64}},
         ),
         "echo-window": Method(
             Echo(window=32),
             budget=Global(anew=True),
             source="arXiv 2601.07891, arXiv 2404.14469",
-            use="A known question and a budget far below a tenth: what a window looks at, beside "
-            "what an echo would.",
+            use="A known question and a small budget: what a window looks at, and an echo would.",
             cost="As echo, and a window's attention.",
         ),
         "kvzip-plus": Method(
