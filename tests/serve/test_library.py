@@ -198,3 +198,32 @@ def test_several_writers_at_once(library, cat):
     left, damaged = library.entries()
     assert not failed and not damaged and len(left) == 3
     assert all(documents.verify(library, each) is None for each in left)
+
+
+def test_what_another_process_replaced_is_not_taken_for_what_was_asked(library, cat):
+    from kvtrim.serve.reader import Reader as Serving
+
+    asked, _ = cat.add(library, "manual")
+    other, _ = cat.add(Library(library.folder), "manual", TEXT[:60])
+    model, tokenizer, prints = cat.given
+    serving = Serving(model, tokenizer, prints, library)
+    with pytest.raises(CacheError):  # its file is gone; the other's entries are not its own
+        serving.load(asked)
+    assert serving.load(other).key == other.key != asked.key
+
+
+def test_a_name_is_never_given_to_what_another_process_removed(library, cat, monkeypatch):
+    cat.add(library, "manual")
+    found, another = documents.find, Library(library.folder)
+
+    def find(*given):
+        entry = found(*given)
+        if entry is not None and entry.name == "manual":
+            another.remove("manual")
+        return entry
+
+    monkeypatch.setattr(documents, "find", find)
+    # its files were sound when they were looked at
+    monkeypatch.setattr(documents, "verify", lambda *given: None)
+    twin, read = cat.add(library, "twin")
+    assert read and library.cache_path(twin).is_file() and cat.load(library, "twin")[0] == twin

@@ -209,6 +209,8 @@ class Chat:
         name = name.removeprefix("@")
         if self._named is not None:
             entry = self._library.name_again(self._library.get(self._named), name)
+            if entry is None:
+                raise UsageError(f"the files of @{self._named} were removed meanwhile")
         else:
             prints = documents.Prints.of(self._label, self._model, self._tokenizer)
             how = documents.How(self._method, self._keep, self._settings)

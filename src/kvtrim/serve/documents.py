@@ -86,7 +86,9 @@ def add(
     document = Document.of(document)
     found = find(library, prints, document, how)
     if found is not None and verify(library, found) is None:
-        return (found if found.name == name else library.name_again(found, name)), False
+        found = found if found.name == name else library.name_again(found, name)
+        if found is not None:
+            return found, False
     cache = compress(
         model,
         tokenizer,
@@ -175,10 +177,22 @@ def load(
         CacheError: it is another model's, or its file is damaged.
     """
     entry = library.get(name)
+    return entry, load_entry(library, entry, model, tokenizer, prints, method)
+
+
+def load_entry(
+    library: Library,
+    entry: Entry,
+    model: Any,
+    tokenizer: Any,
+    prints: Prints,
+    method: str | None = None,
+) -> Cache:
+    """The cache of exactly this document, whatever has its name by now. Raises as `load`."""
     require_own(entry, prints)
     cache = load_cache(library.cache_path(entry), model, tokenizer, method)
     library.use(entry)
-    return entry, cache
+    return cache
 
 
 def show(library: Library, entry: Entry, model: Any, tokenizer: Any) -> Exhibit:

@@ -167,23 +167,26 @@ class Library:
             UsageError: no name, or one that differs from another in upper and lower case alone.
             FileError: the folder cannot be written to, or the disk is full.
         """
-        self._require_apart(entry.name)
+        self._require_apart(entry.name)  # before anything is written
         for folder in (self._names, self._caches, self._texts):
             files.make_folder(folder, parents=True)
         with self._write_lock():
+            self._require_apart(entry.name)  # of what others wrote meanwhile
             write(self.cache_path(entry))
             files.replace(self._texts / f"{entry.key}.txt", text.encode())
             self._write(entry)
             self._sweep()
-        return self.get(entry.name)
+            return self.get(entry.name)
 
-    def name_again(self, entry: Entry, name: str) -> Entry:
-        """Give a document that is there one more name."""
-        self._require_apart(name)
+    def name_again(self, entry: Entry, name: str) -> Entry | None:
+        """Give a document that is there one more name; None if its files went meanwhile."""
         with self._write_lock():
+            self._require_apart(name)
+            if not self.cache_path(entry).is_file():
+                return None  # another process removed it since it was found
             self._write(replace(entry, name=name))
             self._sweep()
-        return self.get(name)
+            return self.get(name)
 
     def use(self, entry: Entry) -> None:
         """Note that a document was used now."""

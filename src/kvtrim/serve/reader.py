@@ -30,8 +30,8 @@ class Reader:
 
     def load(self, entry: Entry) -> Document:
         """A document of the library, from its file. Raises as `documents.load`."""
-        given = self.library, entry.name, self.model, self.tokenizer, self.prints
-        return document_of(entry.key, documents.load(*given)[1])
+        given = self.library, entry, self.model, self.tokenizer, self.prints
+        return document_of(entry.key, documents.load_entry(*given))
 
     def reuse(self, upload: Upload) -> bool:
         """Whether a document was read in this way before; then it has this name too, and says so.
@@ -47,6 +47,8 @@ class Reader:
             return False
         if entry.name != upload.name:
             entry = self.library.name_again(entry, upload.name)
+        if entry is None:
+            return False
         upload.tokens = upload.done = entry.tokens
         upload.emit(entry)
         return True
