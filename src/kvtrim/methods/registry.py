@@ -89,7 +89,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             presets={
                 "upstream": {**_BOUNDED, "positions": "rolled"},
                 "bounded": _BOUNDED,
-                **dict.fromkeys(("kvf", "fastkv", "kvpress"), {}),
+                **{name: {} for name in ("kvf", "fastkv", "kvpress")},
             },
         ),
         "knorm": Method(
