@@ -191,7 +191,7 @@ SITUATIONS = (
         "echo's KL {divergence:echo|4} at 1/4, {divergence:echo|8} at 1/8, beside kvzip's "
         "{divergence:kvzip|4} and {divergence:kvzip|8}, and "
         "{divergence:echo, values and biases|4} and "
-        "{divergence:echo, values and biases|8} with `--set refit=values+bias` (16 prompts, "
+        "{divergence:echo, values and biases|8} with `--set refit=values+bias` (25 prompts, "
         "[echo](../experiments/echo/echo.md)); headkv's loss {loss:agnostic|headkv|512} and "
         f"{{loss:agnostic|headkv|256}} ({QUALITY})",
     ),

@@ -30,6 +30,9 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "fastkv, 512, T = 20%": {"method": "fastkv", "keep": 512, "layer": 14},
     "gemfilter, 512": {"method": "gemfilter", "keep": 512},
     "pyramidinfer, 40%": {"method": "pyramidinfer", "keep": 0.4},
+    "echo, 25%": {"method": "echo", "keep": 0.25},
+    "echo, values and biases, 25%": {"method": "echo", "keep": 0.25, "refit": "values+bias"},
+    "kvzip, 25%": {"method": "kvzip", "keep": 0.25},
 }
 
 
