@@ -20,8 +20,9 @@ def small(name, layers=3, heads=6, alike=0):
     With `alike` that many KV heads are given the same table of head scores.
     """
     known = parameters(find(name))
-    windows = [full for full, own in known.items() if full.endswith(".window") and own]
-    settings = {"window": WINDOW} if windows else {}
+    windows = [full for full in known if full.endswith(".window")]
+    # echo without a window is another method than echo-window
+    settings = {"window": WINDOW} if windows and name != "echo" else {}
     if "propagation.scorer" in known:
         settings |= {"tokens": 32}
     if "propagation.decay" in known:  # few layers cannot reach a budget: they pass on what is left
