@@ -165,8 +165,8 @@ QUALITY = "[quality](../experiments/quality/quality.md)"
 SITUATIONS = (
     (
         "The question is known when the text is read",
-        "`auto`, which is `echo-window` with a table of the model (`kvtrim calibrate echo`), "
-        "`headkv` with one of its heads, else `adakv`",
+        "`auto`, which is `headkv` with a table of the model's heads, else `adakv`, and below a "
+        "tenth `echo-window` with a table of echo",
         "1/8",
         "{cost:headkv} of a prefill",
         "loss {loss:aware|headkv|256} and {loss:aware|adakv|256}; random eviction "

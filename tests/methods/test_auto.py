@@ -44,10 +44,20 @@ def test_without_tables_it_takes_what_needs_none(llama):
 @pytest.mark.usefixtures("tables")
 def test_with_tables_of_the_model_it_takes_what_they_serve(llama, tmp_path):
     assert chosen(llama, AGNOSTIC).name == "echo" and "tiny" in chosen(llama, AGNOSTIC).why
-    assert chosen(llama, AWARE).name == chosen(llama, None).name == "echo-window"
-    for file in ("tiny.safetensors", "tiny.record.json"):
-        (tmp_path / file).unlink()
     assert chosen(llama, AWARE).name == chosen(llama, None).name == "headkv"
+    long = {"context": [(0, 570)], "question": [(570, 600)]}
+    for keep, name in (
+        (59, "echo-window"),
+        (0.09, "echo-window"),
+        (60, "headkv"),
+        (0.1, "headkv"),
+    ):
+        assert kvtrim.Cache(llama, "auto", keep, spans=long).choice.name == name
+    given = {"prompt_tokens": 600}
+    assert kvtrim.Cache(llama, "auto", 40, **given).choice.name == "echo-window"
+    assert kvtrim.Cache(llama, "auto", 40).choice.name == "headkv"  # of how much, is not known
+    (tmp_path / "heads.json").unlink()
+    assert chosen(llama, AWARE).name == "adakv"
     other = models.tiny("llama", seed=7)
     assert chosen(other, AGNOSTIC).name == "kvzip"
 

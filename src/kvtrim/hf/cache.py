@@ -28,7 +28,7 @@ from kvtrim.methods.method import Method
 from kvtrim.methods.ranges import Some, check_arguments
 from kvtrim.methods.request import Request
 from kvtrim.prompts import Template, Words, frame, repeat_words
-from kvtrim.prompts.spans import Given, per_prompt
+from kvtrim.prompts.spans import Given, end_of, per_prompt
 from kvtrim.types import Int, Target, Tensor
 
 
@@ -97,7 +97,8 @@ class Cache(BaseCache):
         named = per_prompt(spans)
         aware = not named or any("question" in own for own in named)
         target = _target(model, len(self.managed))
-        chosen, self.choice = auto.resolve(request.method, target, aware)
+        share = request.keep.share(prompt_tokens or end_of(named))
+        chosen, self.choice = auto.resolve(request.method, target, aware, share)
         self.request = request if self.choice is None else replace(request, named=self.choice.name)
         turns = chosen.refit.changes and not chosen.policy.probes
         turns |= chosen.policy.turns or chosen.positions == "rolled"

@@ -2,11 +2,12 @@
 
 Rule:  where the question is not known yet, `echo` if a table of exactly these weights comes with
        kvtrim, else `kvzip`, which reads the prompt a second time; where context and question are
-       read together, `echo-window` if there is such a table, `headkv` if there is one of its
-       heads, else `adakv`.
-Ours:  the choice is what lost least of the answer's likelihood on the committed prompts, at an
-       eighth and less of the cache (experiments/quality, experiments/echo, experiments/aware); it
-       is made when a cache meets its model, and saved with it under its own name.
+       read together, `echo-window` if there is such a table and less than a tenth is to be kept,
+       else `headkv` if there is one of its heads, else `adakv`.
+Ours:  the choice is what lost least of the answer's likelihood on the committed prompts
+       (experiments/quality, an eighth and more; experiments/aware, a 16th and less;
+       experiments/echo); it is made when a cache meets its model, and saved with it under its own
+       name.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from kvtrim.methods.registry import METHODS
 from kvtrim.types import LayerView, Scores, Target
 
 NAME = "auto"
+LITTLE = 0.1
+"""Of a prompt: what was measured below it and above it prefers different methods."""
+
 NO_SETTINGS = (
     "auto takes no settings, since it chooses the method itself: name one (method='echo', "
     "--method echo) to set its parameters"
@@ -61,16 +65,17 @@ class Choice:
     why: str
 
 
-def choice(target: Target, aware: bool) -> Choice:
+def choice(target: Target, aware: bool, share: float | None = None) -> Choice:
     """What auto becomes on a model.
 
     Args:
         aware: context and question are read together.
+        share: of the prompt, that is to be kept; None where that is not known.
     """
     found = echo_tables.measured_on(target.identity())
     if aware:
-        if found is not None:
-            why = f"the question is known, and {found} is a table of this model"
+        if found is not None and share is not None and share < LITTLE:
+            why = f"the question is known, little is kept, and {found} is a table of this model"
             return Choice("echo-window", why)
         heads = head_scores.measured_on(target.identity())
         if heads is not None:
@@ -86,7 +91,9 @@ def choice(target: Target, aware: bool) -> Choice:
     )
 
 
-def resolve(method: Method, target: Target, aware: bool) -> tuple[Method, Choice | None]:
+def resolve(
+    method: Method, target: Target, aware: bool, share: float | None = None
+) -> tuple[Method, Choice | None]:
     """A method made ready for a model, and what auto became if it was that.
 
     Raises:
@@ -96,5 +103,5 @@ def resolve(method: Method, target: Target, aware: bool) -> tuple[Method, Choice
         return method.fitted(target), None
     if method != AUTO:
         raise UsageError(NO_SETTINGS)
-    chosen = choice(target, aware)
+    chosen = choice(target, aware, share)
     return METHODS[chosen.name].fitted(target), chosen
