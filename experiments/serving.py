@@ -269,7 +269,8 @@ def load(server, folder, minutes, clients, malformed, options, model):
     alone = {key: server.ask(*key, 12)[0] for key in asked}
     if len(set(alone.values())) < len(alone) // 2:
         raise SystemExit("too many answers are alike to tell documents apart")
-    bound, seen = server.metrics()["kvtrim_memory_bytes"], []
+    bound = server.metrics()["kvtrim_memory_bytes"]
+    seen = [(server.metrics()["kvtrim_held_bytes"], server.resident())]
     tally, faults, end, left = Counter(), [], time.monotonic() + 60 * minutes, [malformed]
 
     def client(number):

@@ -18,11 +18,11 @@ class Process:
     """A child of this process; what it prints can be read from `stdout`."""
 
     def __init__(self, number, stdout):
-        self.number, self.stdout, self.returncode = number, stdout, None
+        self.pid, self.stdout, self.returncode = number, stdout, None
 
     def poll(self):
         if self.returncode is None:
-            done, status = os.waitpid(self.number, os.WNOHANG)
+            done, status = os.waitpid(self.pid, os.WNOHANG)
             if done:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
@@ -31,14 +31,14 @@ class Process:
         end = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > end:
-                raise TimeoutError(f"process {self.number} runs on after {timeout} s")
+                raise TimeoutError(f"process {self.pid} runs on after {timeout} s")
             time.sleep(0.02)
         self.stdout.close()
         return self.returncode
 
     def send_signal(self, which):
         if self.poll() is None:
-            os.kill(self.number, which)
+            os.kill(self.pid, which)
 
     def terminate(self):
         self.send_signal(signal.SIGTERM)
