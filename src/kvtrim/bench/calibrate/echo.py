@@ -158,7 +158,7 @@ class _Reading(Echo):
 
     def score(self, layer: LayerView) -> Scores:
         heads = layer.keys.shape[1]
-        rest = seen_at_the_end(layer, heads)[..., heads:]  # but for what the first map says
+        rest = seen_at_the_end(layer, heads)[0][..., heads:]  # but for what the first map says
         self.notes[layer.index] = torch.cat([self.notes[layer.index], rest], dim=-1)
         return super().score(layer)
 

@@ -119,12 +119,11 @@ class Echo(Policy):
         if second is None:
             return layer.carried
         heads = second.weight.shape[0]
-        seen = seen_at_the_end(layer, heads)
-        found = F.linear(seen, second.weight, second.bias).exp()
-        if asked and self.looks:
-            most = seen[..., heads + ENDS : 2 * heads + ENDS].exp() - _LEAST
+        seen, most = seen_at_the_end(layer, heads)
+        found = F.linear(seen, second.weight, second.bias).exp().transpose(1, 2)
+        if most is not None:
             found = found + self.looks * most
-        return found.transpose(1, 2).repeat_interleave(layer.carried.shape[1] // heads, dim=1)
+        return found.repeat_interleave(layer.carried.shape[1] // heads, dim=1)
 
     def _votes(self, layer: LayerView, slots: int) -> Float[Tensor, "B K S"]:
         """The largest weight that a last query gives an entry or its neighbours."""
@@ -146,11 +145,14 @@ def lengths(
     return torch.cat([both, both.clamp(min=_FAINT).log()], dim=-1)
 
 
-def seen_at_the_end(layer: LayerView, heads: int) -> Float[Tensor, "B S F"]:
+def seen_at_the_end(
+    layer: LayerView, heads: int
+) -> tuple[Float[Tensor, "B S F"], Float[Tensor, "B N S"] | None]:
     """What the second map reads of a complete prompt, of `heads` KV heads.
 
     The logs of what the first map said of every head, how near each entry stands to either end,
-    and, if queries were asked, the largest and the mean weight that they give it.
+    and, if queries were asked, the largest and the mean weight that they give it. Beside these
+    numbers the largest weights themselves.
     """
     if layer.carried is None:
         raise TypeError("Echo scores what it foretold")
@@ -160,12 +162,13 @@ def seen_at_the_end(layer: LayerView, heads: int) -> Float[Tensor, "B S F"]:
     near = [(-behind / reach).exp() for reach in _REACHES] + [(-at / _BEGINNING).exp()]
     found = [layer.carried[:, ::apart].clamp(min=_FAINT).log().transpose(1, 2)]
     found.append(torch.stack(near, dim=-1))
+    most = None
     if layer.asked is not None:
         keys = layer.keys[:, ::apart]
         most, mean = looked_at(layer.asked, keys, layer.scale, layer.softcap)
         weights = torch.cat([most, mean * layer.tokens], dim=1)
         found.append((weights + _LEAST).log().transpose(1, 2))
-    return torch.cat(found, dim=-1)
+    return torch.cat(found, dim=-1), most
 
 
 def looked_at(
