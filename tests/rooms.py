@@ -80,7 +80,8 @@ ROOMS = {
     ),
     "methods.describe": Room(
         "methods.auto methods.budgets methods.method methods.policies methods.propagation "
-        "methods.refit methods.registry methods.schedule methods.settings methods.unit"
+        "methods.refit methods.registry methods.schedule methods.settings methods.unit "
+        "report.format"
     ),
     "engine": Room(
         "cache errors kernels methods.auto methods.budgets methods.demotion methods.keep "
@@ -104,19 +105,20 @@ ROOMS = {
         "errors hf methods.method methods.ranges methods.request methods.settings prompts"
     ),
     "tasks": Room(
-        "errors files methods.entry_points prompts tasks.ruler tasks.sandbox",
+        "errors files methods.entry_points prompts report.format tasks.ruler tasks.sandbox",
         owns="huggingface_hub datasets rouge rapidfuzz wonderwords",
         torch=False,
     ),
     "tasks.ruler": Room("errors prompts tasks", owns="wonderwords", torch=False),
     "tasks.sandbox": Room("errors", torch=False),
     "papers": Room("errors files methods.variant records", torch=False),
-    "report": Room("errors files methods.variant papers records", torch=False),
-    "report.viewer": Room("errors files report", torch=False),
+    "report": Room("errors files methods.variant papers records report.format", torch=False),
+    "report.format": Room(torch=False),
+    "report.viewer": Room("errors files report report.format", torch=False),
     "report.rank_tests": Room("errors report", owns="scipy", torch=False),
     "report.plots": Room("errors files", owns="matplotlib", torch=False),
     "bench": Room(f"{_BENCH} bench.eval report report.viewer tasks version"),
-    "bench.eval": Room(f"{_BENCH} report tasks tasks.sandbox"),
+    "bench.eval": Room(f"{_BENCH} report report.format tasks tasks.sandbox"),
     "bench.analyses": Room(
         f"{_BENCH} bench.calibrate bench.eval methods.policies report report.rank_tests tasks",
         owns="sklearn",
@@ -141,8 +143,8 @@ ROOMS = {
         "api bench bench.analyses bench.calibrate bench.eval bench.speed bench.sweep engine "
         "errors files hf hf.models lm_eval methods.budgets methods.describe methods.echo_tables "
         "methods.keep methods.method methods.registry methods.request methods.settings prompts "
-        "papers records report report.plots report.viewer serve serve.library serve.stream "
-        "tasks version",
+        "papers records report report.format report.plots report.viewer serve serve.library "
+        "serve.stream tasks version",
         owns="typer rich uvicorn prompt_toolkit",
     ),
 }

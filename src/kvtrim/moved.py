@@ -33,6 +33,7 @@ MODULES = {
     "kvtrim.hf.saving": "kvtrim.hf.cache",
     "kvtrim.method": "kvtrim.methods.method",
     "kvtrim.ops": "kvtrim.methods.policies.ops",
+    "kvtrim.papers.manual": "kvtrim.report.papers_manual",
     "kvtrim.policies": "kvtrim.methods.policies",
     "kvtrim.projections": "kvtrim.methods.policies.output",
     "kvtrim.propagation": "kvtrim.methods.propagation",

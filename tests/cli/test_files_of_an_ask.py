@@ -42,7 +42,8 @@ def passed(run):
                 threading.setprofile(None)
                 gc.enable()
             assert not code, err
-        own = ((name.removeprefix(f"{ROOT}/"), code) for name, code in calls if str(ROOT) in name)
+        own = [(name.removeprefix(f"{ROOT}/"), code) for name, code in calls if str(ROOT) in name]
+        assert own, f"another kvtrim was loaded than the one in {ROOT}"
         return {one: calls[f"{ROOT}/{one[0]}", one[1]] for one in own}
 
     return call

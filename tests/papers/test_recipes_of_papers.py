@@ -10,9 +10,9 @@ from kvtrim.bench.analyses.registry import ANALYSES
 from kvtrim.bench.sweep.spec import settle
 from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.papers import recipe as known
-from kvtrim.papers.manual import manual
 from kvtrim.report import papers, results
 from kvtrim.report.lookup import View
+from kvtrim.report.papers_manual import manual
 from kvtrim.report.published_scores import find_task, printed_scores
 from report.synthetic import LONGBENCH, evaluation, longbench, speed
 

@@ -68,7 +68,7 @@ def papers(context: typer.Context, markdown: Markdown = False, json: options.Jso
 
     known = recipes()
     if markdown:
-        from kvtrim.papers.manual import manual
+        from kvtrim.report.papers_manual import manual
 
         typer.echo(manual(), nl=False)
         return

@@ -48,6 +48,7 @@ _EVERY_STEP = Schedule(every=1)
 _BOUNDED = {"every": 1, "ahead": True}
 _GENERATED = Schedule(every=1, region="generated")
 _KVPRESS = {"window": 64, "kernel": 5, "pool": "avg", "rows": "mean", "group_order": "after"}
+_CHUNKS_OF_KVPRESS = {"chunk": 20, "reduce": "mean", "shared": True, "window_competes": True}
 _KVF = {"window": 8, "kernel": 7, "pool": "max"}
 _DEFENSIVE = {"among": "heads", "own": "before"}
 _CURDKV = {
@@ -89,7 +90,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             presets={
                 "upstream": {**_BOUNDED, "positions": "rolled"},
                 "bounded": _BOUNDED,
-                **{name: {} for name in ("kvf", "fastkv", "kvpress")},
+                "kvf": {},
+                "fastkv": {},
+                "kvpress": {},
             },
         ),
         "knorm": Method(
@@ -184,14 +187,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             cost="As snapkv; entries that no whole run fits into stay unused.",
             presets={
                 "paper": {"granularity": "query", "reuse": 2},
-                "kvpress": {
-                    **_KVPRESS,
-                    "group": "mean",
-                    "chunk": 20,
-                    "reduce": "mean",
-                    "shared": True,
-                    "window_competes": True,
-                },
+                "kvpress": {**_KVPRESS, "group": "mean", **_CHUNKS_OF_KVPRESS},
             },
         ),
         "criticalkv": Method(
@@ -315,7 +311,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             presets={
                 "prefill": {"every": None},
                 "upstream": {"spread": False},
-                **{name: {"tau1": one, "tau2": two} for name, (one, two) in TAUS.items()},
+                **TAUS,
             },
         ),
         "curdkv": Method(

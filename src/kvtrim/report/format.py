@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 
 
 def size(count: int | float | None) -> str:
@@ -80,8 +81,24 @@ def prose(text: str) -> str:
     return visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def markdown(columns: list[tuple[str, str]], rows: list[list[str]]) -> str:
-    """A Markdown table; each column is (heading, "left" or "right"). Cells are text."""
-    rule = ["---:" if side == "right" else "---" for _, side in columns]
-    head, *lines = [[escape(cell) for cell in line] for line in ([h for h, _ in columns], *rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines)) + "\n"
+Column = str | tuple[str, str]
+"""A heading, or (heading, "left" or "right")."""
+
+
+def markdown(columns: Iterable[Column], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table of anybody's text."""
+    return _table(columns, rows, escape)
+
+
+def markup(columns: Iterable[Column], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose cells are Markdown of ours."""
+    return _table(columns, rows, lambda text: text.replace("|", "\\|"))
+
+
+def _table(
+    columns: Iterable[Column], rows: Iterable[Sequence[str]], cell: Callable[[str], str]
+) -> str:
+    named = [(one, "left") if isinstance(one, str) else one for one in columns]
+    rule = ["---:" if side == "right" else "---" for _, side in named]
+    head, *lines = [[cell(text) for text in line] for line in ([name for name, _ in named], *rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in (head, rule, *lines))

@@ -15,7 +15,6 @@ class Pace:
 
     def __init__(self) -> None:
         self.step_s, self.rate = 0.05, 300.0
-        self.answer_s = 2.0  # of one whole answer, roughly
 
     def chunk(self, others: bool, spent: int) -> int:
         """Tokens to read now; `spent` went along with others' already."""

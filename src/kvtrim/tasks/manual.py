@@ -1,7 +1,6 @@
 """docs/tasks.md: every benchmark of the table as Markdown."""
 
-from collections.abc import Iterable, Sequence
-
+from kvtrim.report.format import markup
 from kvtrim.tasks import GROUPS, TASKS
 from kvtrim.tasks.base import Task
 from kvtrim.tasks.rows import ENDINGS
@@ -44,11 +43,11 @@ def manual() -> str:
         [
             _HEAD,
             "\n## Tasks\n\n",
-            _table(columns, map(_row, TASKS.values())),
+            markup(columns, map(_row, TASKS.values())),
             "\n## Groups\n\n",
-            _table(("group", "tasks"), groups),
+            markup(("group", "tasks"), groups),
             _DATA_HEAD + "\n",
-            _table(
+            markup(
                 ("name", "in a folder", "on the Hub", "licence"), map(_source, SOURCES.items())
             ),
         ]
@@ -68,8 +67,3 @@ def _source(entry: tuple[str, Source]) -> tuple[str, ...]:
     name, source = entry
     files = ", ".join(f"`{stem}`" for stem in source.files)
     return f"`{name}`", files, f"`{source.hub.name}`" if source.hub else source.get, source.licence
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join("| " + " | ".join(c.replace("|", "\\|") for c in x) + " |\n" for x in lines)

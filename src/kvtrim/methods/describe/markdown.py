@@ -1,7 +1,7 @@
 """docs/methods.md: every method of the registry as Markdown."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 from kvtrim.methods import auto
 from kvtrim.methods.budgets import BUDGETS, Budget
@@ -20,6 +20,7 @@ from kvtrim.methods.refit import LeastSquares, Refit, Unchanged
 from kvtrim.methods.registry import METHODS
 from kvtrim.methods.settings import UNITS
 from kvtrim.methods.unit import Unit
+from kvtrim.report.format import markup
 
 _HEAD = """# Methods
 
@@ -46,11 +47,11 @@ def manual() -> str:
     return "\n".join(
         [
             _HEAD,
-            _table(_COLUMNS, rows),
+            markup(_COLUMNS, rows),
             section(entry(auto.NAME)),
             *(section(e) for e in entries),
             "## Parameters of every method\n",
-            _table(_PARAMETER, map(_row, usual)),
+            markup(_PARAMETER, map(_row, usual)),
             *_choices("Budgets", "budget", BUDGETS),
             *_choices("Units", "unit", UNITS),
             *_choices("Propagations", "propagation", PROPAGATIONS),
@@ -78,10 +79,10 @@ def section(e: Entry) -> str:
     pieces = [f"## {e.name}\n", said_of_it]
     own = [p for p in e.parameters if not p.usual]
     if own:
-        pieces.append(_table(_PARAMETER, map(_row, own)))
+        pieces.append(markup(_PARAMETER, map(_row, own)))
     if e.presets:
         rows = [[f"`{name}`", changes or "nothing"] for name, changes in e.presets.items()]
-        pieces.append(_table(("preset", "changes"), rows))
+        pieces.append(markup(("preset", "changes"), rows))
     return "\n".join(pieces)
 
 
@@ -100,7 +101,7 @@ def _choices(
         pieces += [f"**{name}**: {said}\n"]
         own = parameters_of(owner)
         if own:
-            pieces.append(_table(_PARAMETER, map(_row, own)))
+            pieces.append(markup(_PARAMETER, map(_row, own)))
     return pieces
 
 
@@ -110,8 +111,3 @@ def _row(parameter: Parameter) -> list[str]:
 
 def _link(source: str) -> str:
     return re.sub(r"arXiv ([\d.]+)", r"[arXiv \1](https://arxiv.org/abs/\1)", source)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join("| " + " | ".join(c.replace("|", "\\|") for c in x) + " |\n" for x in lines)

@@ -20,16 +20,16 @@ from kvtrim.methods.ranges import Kernel, Positive, Range, Tokens, Weight
 from kvtrim.types import Float, LayerView, Scores, Tensor
 
 TAUS = {
-    "llama-3.1-8b-1024": (1.6, 0.4),
-    "llama-3.1-8b-128": (1.6, 0.6),
-    "mistral-7b-v0.3-1024": (0.8, 0.5),
-    "mistral-7b-v0.3-128": (1.0, 0.8),
-    "qwen2.5-7b-1024": (1.5, 0.6),
-    "qwen2.5-7b-128": (0.4, 0.6),
-    "llama-2-7b-1024": (1.9, 1.8),
-    "llama-2-7b-128": (0.9, 2.3),
-    "llama-2-13b-1024": (0.5, 0.4),
-    "llama-2-13b-128": (1.8, 2.0),
+    "llama-3.1-8b-1024": {"tau1": 1.6, "tau2": 0.4},
+    "llama-3.1-8b-128": {"tau1": 1.6, "tau2": 0.6},
+    "mistral-7b-v0.3-1024": {"tau1": 0.8, "tau2": 0.5},
+    "mistral-7b-v0.3-128": {"tau1": 1.0, "tau2": 0.8},
+    "qwen2.5-7b-1024": {"tau1": 1.5, "tau2": 0.6},
+    "qwen2.5-7b-128": {"tau1": 0.4, "tau2": 0.6},
+    "llama-2-7b-1024": {"tau1": 1.9, "tau2": 1.8},
+    "llama-2-7b-128": {"tau1": 0.9, "tau2": 2.3},
+    "llama-2-13b-1024": {"tau1": 0.5, "tau2": 0.4},
+    "llama-2-13b-128": {"tau1": 1.8, "tau2": 2.0},
 }
 """tau1 and tau2 that the authors chose for a model and a budget."""
 

@@ -1,6 +1,7 @@
 """docs/papers.md: every table and figure of the papers, its command, and whether it was tried."""
 
 from kvtrim.papers.recipe import Recipe, recipes
+from kvtrim.report.format import markup
 
 _HEAD = """# Papers
 
@@ -43,7 +44,7 @@ def manual() -> str:
         about = f"{own[0].title}{f' (arXiv {own[0].arxiv})' if own[0].arxiv else ''}"
         parts += [f"\n## {about}\n\n", *_methods(own)]
         columns = ("what", "shows", "command", "needs", "hours", "tried, or why not")
-        parts += [_table(columns, [_row(one) for one in own])]
+        parts += [markup(columns, [_row(one) for one in own])]
     return "".join(parts)
 
 
@@ -56,15 +57,10 @@ def _methods(own: list[Recipe]) -> list[str]:
     cut = dict.fromkeys(map(str, own[0].truncate_at.values()))
     said += f"; prompts cut at {' or '.join(cut)} tokens as LongBench cuts them" if cut else ""
     said += "; no chat template" if any(one.chat is False for one in own) else ""
-    return [f"{said}.\n\n", _table(("method", "here", "but"), rows), "\n"]
+    return [f"{said}.\n\n", markup(("method", "here", "but"), rows), "\n"]
 
 
 def _row(one: Recipe) -> tuple[str, ...]:
     hours = f"{one.hours:.1f}" if one.kind in ("eval", "speed") else ""
     command = f"`{one.command}`" if one.command else ""
     return one.id, one.about, command, one.needs, hours, one.reason or one.tried
-
-
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [columns, tuple("---" for _ in columns), *rows]
-    return "".join("| " + " | ".join(c.replace("|", "\\|") for c in x) + " |\n" for x in lines)
