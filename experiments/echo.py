@@ -42,7 +42,10 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "echo": ("echo", {}),
     "echo, values": ("echo", {"refit": "values"}),
     "echo, values and biases": ("echo", {"refit": "values+bias"}),
+    "kvzip, demoted": ("kvzip", {"demote": True}),
+    "echo, demoted": ("echo", {"demote": True}),
     "kvzip-plus": ("kvzip-plus", {}),
+    "kvgrad": ("kvgrad", {}),
     "echo-window": ("echo-window", {}),
     **{
         name: (name, {})
@@ -52,6 +55,8 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
             "laprox",
             "criticalkv",
             "lava",
+            "defensivekv",
+            "layer-defensivekv",
             "expected-attention",
             "snapkv",
         )

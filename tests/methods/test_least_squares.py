@@ -154,7 +154,7 @@ def test_weights_are_the_nonnegative_ones_of_least_squares():
     draw = torch.Generator().manual_seed(4)
     shares = torch.rand(30, 2, generator=draw) * torch.tensor([1.0, 0.05])
     for ridge in (1e-4, 0.1, 3.0):
-        found = _nonnegative(shares, (ridge, 9.0))[:, 0]
+        found = _nonnegative(shares, ridge)
         unit = ridge * shares.square().sum(dim=0).mean()
 
         def cost(weight, unit=unit):

@@ -47,18 +47,18 @@ def gather_references(
     """
     found = []
     for row, total in enumerate(totals):
-        real = torch.arange(now.columns) if now.real is None else now.real[row]
-        own = call.queries[row][:, real.to(call.queries.device)]
+        real = torch.arange(now.columns) if now.real is None else now.real[row].cpu()
         if probed is None:
             at = now.row_positions(row, torch.device("cpu"))[0, 0].long()
             chosen = torch.cat([_evenly(at, most, total) for most in counts]).unique()
-            chosen = chosen.to(own.device)
-            own = _turn(call, own[:, chosen], total + behind - at.to(own.device)[chosen])
+            own = _take(call.queries[row], real[chosen])
+            own = _turn(call, own, (total + behind - at[chosen]).to(own.device))
         else:
             about = probed[row].stop - probed[row].start
             share = -(-max(counts) * about // max(1, total))
-            chosen = _evenly(torch.arange(len(real)), share, max(1, len(real)))
-            own = own[:, chosen.to(own.device)]
+            own = _take(
+                call.queries[row], real[_evenly(torch.arange(len(real)), share, len(real))]
+            )
         before = () if held.references is None else (held.references[row],)
         found.append(torch.cat([*before, own], dim=1))
     return tuple(found)
@@ -90,6 +90,10 @@ def _evenly(at: Int[Tensor, " n"], most: int, total: int) -> Int[Tensor, " r"]:
     return ((at * most // total) != ((at - 1) * most).div(total, rounding_mode="floor")).nonzero()[
         :, 0
     ]
+
+
+def _take(queries: Float[Tensor, "H S D"], columns: Int[Tensor, " r"]) -> Float[Tensor, "H r D"]:
+    return queries[:, columns.to(queries.device)]
 
 
 def _turn(

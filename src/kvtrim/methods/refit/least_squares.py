@@ -28,7 +28,7 @@ from kvtrim.types import Aim, Bool, Counts, Float, Refitted, Tensor
 _RUN, _OUT_OF = 8, 5  # of every 5 runs of 8 queries one is held out
 _STEPS = 12  # of the projected gradient
 _LEAST = 1e-4  # smallest weight of an entry
-_PULLS = (0.003, 0.03, 0.3)  # ridges of the weights, to choose from
+_PULL = 0.001  # the ridge of the weights
 _ROUNDING = 1e-4  # of what is missing, as a share
 
 Queries = Annotated[int, Range(_RUN * _OUT_OF)]
@@ -63,12 +63,16 @@ class LeastSquares(Refit):
         """See `Refit.fit`; in fp32, head by head, since they hold very different numbers."""
         new = values.clone()
         bias = values.new_zeros(values.shape[:2], dtype=torch.float32) if self.bias else None
+        held_out = _held_out(aim.queries.shape[1], values.device)
+        order = torch.cat([(~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]])
+        fitted = len(order) - int(held_out.sum())
+        queries, lse, out = (each[:, order] for each in (aim.queries, aim.lse, aim.out))
         for head, count in enumerate(lengths[0].tolist()):
             if count == 0:
                 continue
-            logits = _logits(aim.queries[head], keys[head, :count].float(), scale, softcap)
-            given = logits, aim.lse[head], aim.out[head], values[head, :count].float()
-            became, own = self._head(*given)
+            logits = _logits(queries[head], keys[head, :count].float(), scale, softcap)
+            given = logits, lse[head], out[head], values[head, :count].float()
+            became, own = self._head(*given, fitted)
             new[head, :count] = became.to(values.dtype)
             if bias is not None and own is not None:
                 bias[head, :count] = own
@@ -80,25 +84,26 @@ class LeastSquares(Refit):
         lse: Float[Tensor, " Q"],
         out: Float[Tensor, "Q E"],
         old: Float[Tensor, "S E"],
+        fitted: int,
     ) -> tuple[Float[Tensor, "S E"], Float[Tensor, " S"] | None]:
-        """One head's values and biases."""
-        held_out = _held_out(len(logits), logits.device)
+        """One head's values and biases, from the first `fitted` queries; the rest are held out."""
         most = logits.amax(dim=-1, keepdim=True)
-        mass = (logits - most).exp()
-        weights = mass / mass.sum(dim=-1, keepdim=True)
-        shares = mass * (most - lse[:, None]).exp()
-        gap = out - weights @ old
-        if not _misses(shares, gap, out):
+        mass = logits.sub_(most).exp_()  # and from here on changed in place: it is the large one
+        total = mass.sum(dim=-1, keepdim=True)
+        gap = out - mass @ old / total
+        of_full = (most - lse[:, None]).exp()  # of the largest entry
+        if not _misses(total * of_full, gap, out):
             return old, None  # nothing was lost
-        plain, weight = _error(gap[held_out]), None
+        plain, weight = _error(gap[fitted:]), None
         if self.bias:
-            weight = self._weight(shares, held_out)
-            mass = mass * weight
-            weights = mass / mass.sum(dim=-1, keepdim=True)
+            weight = _weight(mass.mul_(of_full.clamp(min=1e-30)), fitted)
+            total = mass.mul_(weight).sum(dim=-1, keepdim=True)
+        weights = mass.div_(total)
+        if weight is not None:
             gap = out - weights @ old
-        own, other, best = weights[held_out], gap[held_out], torch.zeros_like(old)
+        own, other, best = weights[fitted:], gap[fitted:], torch.zeros_like(old)
         least = _error(other)
-        for change in _solve_ridges(weights[~held_out], gap[~held_out], self.ridges):
+        for change in _solve_ridges(weights[:fitted], gap[:fitted], self.ridges):
             error = _error(other - own @ change)
             best = torch.where(error < least, change, best)
             least = least.minimum(error)
@@ -107,18 +112,6 @@ class LeastSquares(Refit):
         if bool(least > plain):
             return old, None  # the weights' doing
         return old + best, weight.log()
-
-    def _weight(
-        self, shares: Float[Tensor, "Q S"], held_out: Bool[Tensor, " Q"]
-    ) -> Float[Tensor, " S"]:
-        """Weights under which the entries have the full cache's mass."""
-        best, own = torch.ones_like(shares[0]), shares[held_out]
-        least = _error(1 - own @ best)
-        for weight in _nonnegative(shares[~held_out], _PULLS).unbind(dim=-1):
-            error = _error(1 - own @ weight)
-            best = torch.where(error < least, weight, best)
-            least = least.minimum(error)
-        return best.clamp(min=_LEAST)
 
 
 def aim_of(
@@ -155,10 +148,14 @@ def _error(gap: Float[Tensor, "*rest"]) -> Float[Tensor, ""]:
 
 
 def _misses(
-    shares: Float[Tensor, "Q S"], gap: Float[Tensor, "Q E"], out: Float[Tensor, "Q E"]
+    total: Float[Tensor, "Q 1"], gap: Float[Tensor, "Q E"], out: Float[Tensor, "Q E"]
 ) -> bool:
-    """Whether the entries lack anything of what the full cache has, beyond rounding."""
-    lost = (1 - shares.sum(dim=-1)).abs().max() > _ROUNDING
+    """Whether the entries lack anything of what the full cache has, beyond rounding.
+
+    Args:
+        total: their share of its mass.
+    """
+    lost = (1 - total).abs().max() > _ROUNDING
     return bool(lost | (_error(gap) > _ROUNDING**2 * _error(out)))
 
 
@@ -180,15 +177,25 @@ def _solve_ridges(
         yield (found if few else a.mT @ found).masked_fill(failed != 0, 0)
 
 
-def _nonnegative(shares: Float[Tensor, "Q S"], ridges: Sequence[float]) -> Float[Tensor, "S R"]:
+def _weight(shares: Float[Tensor, "Q S"], fitted: int) -> Float[Tensor, " S"]:
+    """Weights under which the entries have the full cache's mass.
+
+    From the first `fitted` queries; 1 where those that are held out say that this is better.
+    """
+    weight, own = _nonnegative(shares[:fitted], _PULL), shares[fitted:]
+    better = _error(1 - own @ weight) < _error(1 - own.sum(dim=-1))
+    return torch.where(better, weight, 1).clamp(min=_LEAST)
+
+
+def _nonnegative(shares: Float[Tensor, "Q S"], ridge: float) -> Float[Tensor, " S"]:
     """The w >= 0 with |shares w - 1|^2 + ridge t |w - 1|^2 least, by projected gradients (FISTA).
 
     They begin at 1, in units of each column's length, so that rare and heavy entries move alike;
-    t is the mean squared length. All ridges go in one product.
+    t is the mean squared length.
     """
-    squares = shares.square().sum(dim=0)[:, None]  # [S, 1]
-    pull = (squares.mean() * torch.tensor(ridges, device=shares.device)).clamp(min=1e-12)  # [R]
-    size = (squares + pull).sqrt()  # [S, R]
+    squares = shares.square().sum(dim=0)
+    pull = (ridge * squares.mean()).clamp(min=1e-12)
+    size = (squares + pull).sqrt()
     pull, step = pull / size.square(), 1 / (_largest(shares, size) + 1)
     start = weight = ahead = size
     momentum = 1.0
@@ -201,15 +208,15 @@ def _nonnegative(shares: Float[Tensor, "Q S"], ridges: Sequence[float]) -> Float
     return weight / size
 
 
-def _largest(shares: Float[Tensor, "Q S"], size: Float[Tensor, "S R"]) -> Float[Tensor, " R"]:
+def _largest(shares: Float[Tensor, "Q S"], size: Float[Tensor, " S"]) -> Float[Tensor, ""]:
     """A bound on the largest eigenvalue of the Gram matrix of columns in units of `size`.
 
-    By power iteration, and a margin.
+    By power iteration, which is quick since nothing is negative, and a margin.
     """
     vector = torch.ones_like(size)
     found = vector[0]
-    for _ in range(6):
+    for _ in range(3):
         vector = shares.mT @ (shares @ (vector / size)) / size
-        found = vector.norm(dim=0).clamp(min=1e-30)
+        found = vector.norm().clamp(min=1e-30)
         vector = vector / found
     return 1.5 * found
