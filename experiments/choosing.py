@@ -175,7 +175,7 @@ SITUATIONS = (
     ),
     (
         "A document is compressed before its questions are known, and may be read twice",
-        "`kvzip` (`auto` without a table)",
+        "`kvzip`, with `--set refit=values+bias` (both: `auto` without a table)",
         "1/4 to 1/8",
         "{probe} prefills more",
         "loss {loss:agnostic|kvzip|512} at 1/4, {loss:agnostic|kvzip|256} at 1/8; adakv "
@@ -184,14 +184,14 @@ SITUATIONS = (
     ),
     (
         "The same, and it may be read only once",
-        "`echo` (`auto` with a table: `kvtrim calibrate echo`, once per model), or `headkv` "
-        "(`kvtrim calibrate heads`)",
+        "`echo` with `--set refit=values+bias` (both: `auto` with a table: `kvtrim calibrate "
+        "echo`, once per model), or `headkv` (`kvtrim calibrate heads`)",
         "1/4",
-        "one prefill",
+        "one prefill and a tenth",
         "echo's KL {divergence:echo|4} at 1/4, {divergence:echo|8} at 1/8, beside kvzip's "
         "{divergence:kvzip|4} and {divergence:kvzip|8}, and "
         "{divergence:echo, values and biases|4} and "
-        "{divergence:echo, values and biases|8} with `--set refit=values+bias` (25 prompts, "
+        "{divergence:echo, values and biases|8} with the refit (25 prompts, "
         "[echo](../experiments/echo/echo.md)); headkv's loss {loss:agnostic|headkv|512} and "
         f"{{loss:agnostic|headkv|256}} ({QUALITY})",
     ),

@@ -47,6 +47,8 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "kvzip-plus": ("kvzip-plus", {}),
     "kvgrad": ("kvgrad", {}),
     "echo-window": ("echo-window", {}),
+    "echo-window, values and biases": ("echo-window", {"refit": "values+bias"}),
+    "headkv, values and biases": ("headkv", {"refit": "values+bias"}),
     **{
         name: (name, {})
         for name in (
@@ -82,7 +84,7 @@ def measured(
     answer = encode_text(tokenizer, asked.answer)
     read = prompt.context + prompt.question if aware else prompt.context
     lead = lead if aware else prompt.question + lead
-    recording = record(model, torch.tensor([read]))
+    recording = record(model, torch.tensor([read]), (prompt if aware else read_first).spans)
     reference = forced(model, recording.cache("full", 1), lead, answer)
     gold = torch.tensor(answer)[-len(reference) :]  # what a prompt's own last token leads to is
     own, rows = reference.gather(1, gold[:, None])[:, 0], []  # not judged

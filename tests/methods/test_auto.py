@@ -65,7 +65,9 @@ def test_with_tables_of_the_model_it_takes_what_they_serve(llama, tmp_path):
 @pytest.mark.usefixtures("tables")
 def test_it_keeps_what_its_choice_keeps_and_is_saved_as_that(llama, tmp_path):
     ids = models.prompt(N)
-    caches = [kvtrim.Cache(llama, name, 20, spans=AGNOSTIC) for name in ("auto", "echo")]
+    refit = {"refit": "values+bias"}
+    caches = [kvtrim.Cache(llama, "auto", 20, spans=AGNOSTIC)]
+    caches += [kvtrim.Cache(llama, "echo", 20, spans=AGNOSTIC, **refit)]
     with torch.no_grad(), kvtrim.attach(llama):
         for cache in caches:
             llama(ids, past_key_values=cache)
@@ -73,9 +75,14 @@ def test_it_keeps_what_its_choice_keeps_and_is_saved_as_that(llama, tmp_path):
     assert models.positions(record(llama, ids, AGNOSTIC).cache("auto", 20)) == models.positions(
         caches[1]
     )
+    for own, other in zip(*(c.session.state.stores() for c in caches), strict=True):
+        dense, same = (store.row(0).dense()[0] for store in (own, other))
+        assert "bias" in dense
+        torch.testing.assert_close(dense, same)
     caches[0].save(tmp_path / "cache")
     again = kvtrim.load_cache(tmp_path / "cache", llama)
     assert again.request.name == "echo" and again.choice is None
+    assert again.request.settings == refit and again.method == caches[1].method
 
 
 def test_from_queries_alone_it_is_that_of_a_known_question():
@@ -91,7 +98,8 @@ def test_an_answer_says_what_auto_became_and_why(llama, protocol):
     text = "The boat came late and the bell rang. " * 5
     result = kvtrim.generate(llama, models.tokenizer(), text, "When?", **given)
     name = "adakv" if protocol == "question-aware" else "kvzip"
-    assert result.method == name and result.answers[0].remark.startswith(f"auto is {name}: ")
+    label = name if protocol == "question-aware" else f"{name}:refit=values+bias"
+    assert result.method == name and result.answers[0].remark.startswith(f"auto is {label}: ")
 
 
 def test_settings_are_refused_since_nobody_knows_whose_they_are(llama):

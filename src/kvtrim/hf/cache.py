@@ -99,7 +99,10 @@ class Cache(BaseCache):
         target = _target(model, len(self.managed))
         share = request.keep.share(prompt_tokens or end_of(named))
         chosen, self.choice = auto.resolve(request.method, target, aware, share)
-        self.request = request if self.choice is None else replace(request, named=self.choice.name)
+        if self.choice is not None:
+            own = {"named": self.choice.name, "settings": self.choice.settings}
+            request = replace(request, **own)
+        self.request = request
         turns = chosen.refit.changes and not chosen.policy.probes
         turns |= chosen.policy.turns or chosen.positions == "rolled"
         self.rotations = rotations(model) if turns else []
@@ -168,7 +171,7 @@ class Cache(BaseCache):
     @property
     def remark(self) -> str | None:
         """What auto became and why; what is held, where that is clearly not what was asked for."""
-        own = None if self.choice is None else f"auto is {self.choice.name}: {self.choice.why}"
+        own = None if self.choice is None else f"auto is {self.choice.label}: {self.choice.why}"
         return "; ".join(filter(None, [own, self.session.remark])) or None
 
     def save(self, path: str | os.PathLike[str], tokenizer: Any = None) -> None:

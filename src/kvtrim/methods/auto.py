@@ -1,28 +1,32 @@
 """auto: what was measured best for the protocol and the model at hand.
 
 Rule:  where the question is not known yet, `echo` if a table of exactly these weights comes with
-       kvtrim, else `kvzip`, which reads the prompt a second time; where context and question are
-       read together, `echo-window` if there is such a table and less than a tenth is to be kept,
-       else `headkv` if there is one of its heads, else `adakv`.
+       kvtrim, else `kvzip`, which reads the prompt a second time, either with refit=values+bias;
+       where context and question are read together, `echo-window` if there is such a table and
+       less than a tenth is to be kept, else `headkv` if there is one of its heads, else `adakv`.
 Ours:  the choice is what lost least of the answer's likelihood on the committed prompts
        (experiments/quality, an eighth and more; experiments/aware, a 16th and less;
        experiments/echo); it is made when a cache meets its model, and saved with it under its own
        name.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from kvtrim.errors import UsageError
 from kvtrim.methods import echo_tables
 from kvtrim.methods.budgets import head_scores
 from kvtrim.methods.method import Method
 from kvtrim.methods.policies.base import Policy
+from kvtrim.methods.refit import REFITS
 from kvtrim.methods.registry import METHODS
 from kvtrim.types import LayerView, Scores, Target
 
 NAME = "auto"
 LITTLE = 0.1
 """Of a prompt: what was measured below it and above it prefers different methods."""
+
+_REFIT = {"refit": "values+bias"}
 
 NO_SETTINGS = (
     "auto takes no settings, since it chooses the method itself: name one (method='echo', "
@@ -53,7 +57,8 @@ AUTO = Method(
     source="measured here",
     use="Whenever you do not want to choose: what was measured best for model and protocol.",
     cost="Question-agnostic: one prefill with a table of the model (echo), else a second reading "
-    "(kvzip). Question-aware: a window's attention and, at most, one sort per layer.",
+    "(kvzip), and a tenth of a prefill for the refit. Question-aware: a window's attention and, at "
+    "most, one sort per layer.",
 )
 
 
@@ -63,6 +68,18 @@ class Choice:
 
     name: str
     why: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """As a command line takes it."""
+        return ":".join([self.name, *(f"{key}={value}" for key, value in self.settings.items())])
+
+    @property
+    def method(self) -> Method:
+        """With its settings, not yet ready for any model."""
+        method = METHODS[self.name]
+        return replace(method, **{key: REFITS[value]() for key, value in self.settings.items()})
 
 
 def choice(target: Target, aware: bool, share: float | None = None) -> Choice:
@@ -83,11 +100,13 @@ def choice(target: Target, aware: bool, share: float | None = None) -> Choice:
             return Choice("headkv", why)
         return Choice("adakv", "the question is known, and no table of this model's heads is here")
     if found is not None:
-        return Choice("echo", f"no question is known yet, and {found} is a table of this model")
+        why = f"no question is known yet, and {found} is a table of this model"
+        return Choice("echo", why, _REFIT)
     return Choice(
         "kvzip",
         "no question is known yet, and no table of this model is here: the prompt is read twice. "
         f"Once fitted, a table saves that: {echo_tables.HOW_TO}",
+        _REFIT,
     )
 
 
@@ -104,4 +123,4 @@ def resolve(
     if method != AUTO:
         raise UsageError(NO_SETTINGS)
     chosen = choice(target, aware, share)
-    return METHODS[chosen.name].fitted(target), chosen
+    return chosen.method.fitted(target), chosen
