@@ -1,12 +1,13 @@
 """echo and refit beside KVzip and others: what each costs in the likelihood of the answer.
 
-Needles in essays, LongBench rows and RULER's tasks, read once each and continued from that
+Needles in essays, LongBench rows, RULER's tasks and lists of solved problems (a kind of text that
+the calibration has none of), read once each and continued from that
 recording by every method at 1/32, 1/16, 1/8 and 1/4 of the context's entries; the answer is fed as
 it should be.
 
     python experiments/echo.py --data DIR [--needles 6] [--rows 6] [--ruler 1] [--length 1400]
-        [--longest 2300] [--cell NAME ...] [--share N ...] [--table FILE] [--aware] [--base CELL]
-        [--seed 7] [--out experiments/echo]
+        [--longest 2300] [--exercises 0] [--cell NAME ...] [--share N ...] [--table FILE]
+        [--aware] [--base CELL] [--seed 7] [--out experiments/echo]
 
 The question comes later (question-agnostic), or is read with the context (--aware). DIR holds
 essays/ and longbench_mini/. Writes echo.jsonl (one line per prompt, cell and budget), echo.json
@@ -31,7 +32,7 @@ import kvtrim
 from kvtrim.bench.provenance import provenance
 from kvtrim.hf.replay import record
 from kvtrim.prompts import encode_context, encode_question, encode_text, frame
-from prompts import Asked, longbench, needles, ruler
+from prompts import Asked, exercises, longbench, needles, ruler
 
 SHARES = (32, 16, 8, 4)
 # What refits comes before what does not: a probe is read once for both then.
@@ -64,7 +65,7 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
         )
     },
 }
-KINDS = {"needles": "needle", "RULER": "ruler-"}
+KINDS = {"needles": "needle", "RULER": "ruler-", "exercises": "exercise "}
 
 
 def measured(
@@ -167,6 +168,7 @@ def main() -> None:
     parser.add_argument("--needles", type=int, default=6)
     parser.add_argument("--rows", type=int, default=6)
     parser.add_argument("--ruler", type=int, default=1, help="samples of each task")
+    parser.add_argument("--exercises", type=int, default=0, help="lists of either kind")
     parser.add_argument("--length", type=int, default=1400)
     parser.add_argument("--longest", type=int, default=2300, help="of a row")
     parser.add_argument("--cell", action="append", choices=[*CELLS], help="all by default")
@@ -182,6 +184,7 @@ def main() -> None:
         [*needles(tokenizer, given.data, given.needles, given.length, seed=given.seed)],
         longbench(tokenizer, given.data, given.rows, given.longest),
         ruler(tokenizer, given.data, given.length, given.ruler, seed=given.seed),
+        exercises(tokenizer, given.data, given.length, given.exercises, seed=given.seed),
     )
     given.out.mkdir(parents=True, exist_ok=True)
     path, cells = given.out / "echo.jsonl", given.cell or [*CELLS]
@@ -193,7 +196,12 @@ def main() -> None:
         "aware": given.aware,
     }
     run |= {"needles": given.needles, "rows": given.rows, "ruler": given.ruler}
-    run |= {"length": given.length, "longest": given.longest, "cells": cells}
+    run |= {
+        "exercises": given.exercises,
+        "length": given.length,
+        "longest": given.longest,
+        "cells": cells,
+    }
     run |= {"shares": given.share or SHARES, "table": given.table}
     (given.out / "echo.json").write_text(json.dumps(run, indent=1) + "\n")
     with kvtrim.attach(model), path.open("a") as file:

@@ -98,5 +98,46 @@ def ruler(tokenizer: Any, data: Path, length: int, each: int = 1, seed: int = 0)
     return found
 
 
+def exercises(
+    tokenizer: Any, data: Path, length: int, each: int = 1, seed: int = 0
+) -> list[Asked]:
+    """Lists of solved problems, kinds of text that calibration has none of.
+
+    One of the first three quarters, with an answer of four tokens at least, is asked for: the
+    solution of a GSM8K problem, the right choice of an MMLU question.
+    """
+    draw, found = random.Random(seed), []
+    for _ in range(each):
+        for kind, name in (("gsm8k", "train_sample"), ("mmlu", "test")):
+            with gzip.open(data / kind / f"{name}.jsonl.gz", "rt") as file:
+                rows = draw.sample([*map(json.loads, file)], length // 40)
+            solved = [_solved_problem(row) if kind == "gsm8k" else _exam(row) for row in rows]
+            texts, size = [], 0
+            for question, answer in solved:
+                texts.append(f"Question: {question}\nAnswer: {answer}")
+                size += len(tokenizer(texts[-1] + "\n\n").input_ids)
+                if size > length:
+                    break
+            answers = [tokenizer(" " + answer).input_ids for _, answer in solved]
+            judged = [n for n in range(len(texts) * 3 // 4) if len(answers[n]) > 3]
+            asked = draw.choice(judged)
+            question, answer = solved[asked]
+            ids = answers[asked][:ANSWER]
+            request = f"What is the answer that the list above gives to this?\n{question}"
+            context = "\n\n".join(texts)
+            given = context, request, tokenizer.decode(ids), _words(answer)
+            found.append(Asked(f"exercise {kind}", *given))
+    return found
+
+
+def _solved_problem(row: dict[str, Any]) -> tuple[str, str]:
+    return row["question"], row["answer"].replace("\n####", " The answer is")
+
+
+def _exam(row: dict[str, Any]) -> tuple[str, str]:
+    choices = ", ".join(row["choices"])
+    return f"{row['question']} ({choices})", row["choices"][row["answer"]]
+
+
 def _words(answer: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(re.findall(r"\w{2,}", answer)))
