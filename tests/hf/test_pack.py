@@ -5,6 +5,7 @@ import torch
 
 import kvtrim
 import models
+from kvtrim.engine import row
 from kvtrim.engine.branch import Base, Branch
 from kvtrim.errors import CacheError
 from kvtrim.hf.pack import Feed, Pack, position
@@ -86,6 +87,71 @@ def test_feeds_of_all_kinds_go_on_as_each_alone(architecture):
                     row, expected[number][done[number] - 1], atol=1e-9, rtol=1e-7
                 )
     assert done == [9] * len(lines)
+
+
+def starts(model, base, count, room=0):
+    """Branches with 1, 2, ... tokens read apart, and the tokens that they go on with."""
+    draw, pack = torch.Generator().manual_seed(2), Pack(model)
+    branches = [Branch(base, room=room) for _ in range(count)]
+    for number, branch in enumerate(branches):
+        pack.feed(model, [Feed(branch, torch.randint(4, 260, (1 + number,)).tolist())])
+    return branches, torch.randint(4, 260, (30, count), generator=draw).tolist()
+
+
+def stacks(branches, layer=0):
+    """How many stacks hold these, and how many of them are in one."""
+    places = [each.tails[layer].place for each in branches if each.tails]
+    held = [id(place[0]) for place in places if place is not None]
+    return len(set(held)), len(held)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_answers_that_come_and_go_share_products_and_are_those_of_each_alone(monkeypatch, kernel):
+    model = models.tiny("llama")
+    bases = [Base(read(model, name, n).session) for n, name in enumerate(["adakv", "snapkv"])]
+    monkeypatch.setattr(row, "_SHORT", 24)
+    monkeypatch.setattr(row, "_STEP", 4)
+    if not kernel:
+        monkeypatch.setattr("kvtrim.kernels.parts.attend_by_torch", lambda *given: None)
+    pack, most, longest = Pack(model), 0, 0
+    with kvtrim.attach(model):
+        branches, lines = starts(model, bases[0], 6)
+        branches[1].base = branches[4].base = bases[1]  # what was read stays as it is
+        apart = [each.copy(len(each.ids)) for each in branches]
+        for step, tokens in enumerate(lines):
+            here = [n for n in range(6) if (n + step // 3) % 5]  # for three passes each
+            feeds = [Feed(branches[n], [tokens[n]] * (1 + (n == step % 7))) for n in here]
+            logits = pack.feed(model, feeds)
+            for feed, n, got in zip(feeds, here, logits, strict=True):
+                (alone,) = pack.feed(model, [Feed(apart[n], feed.ids)])
+                torch.testing.assert_close(got, alone, atol=1e-9, rtol=1e-7)
+            most = max(most, stacks([branches[n] for n in here])[1])
+            longest = max(longest, len(branches[here[-1]].ids))
+    assert most == 5 and longest > row._SHORT
+    assert stacks(apart) == (0, 0)
+
+
+def test_a_stack_lasts_and_takes_no_more_room_than_was_promised(monkeypatch):
+    model = models.tiny("llama")
+    base, pack = Base(read(model, "snapkv", 0).session), Pack(model)
+    with kvtrim.attach(model):
+        branches, lines = starts(model, base, 4, room=40)
+        pack.feed(model, [Feed(branches[3], [9] * 300)])
+        branches[3].room = 320
+        kept = set()
+        for tokens in lines:
+            pack.feed(model, [Feed(b, [t]) for b, t in zip(branches, tokens, strict=True)])
+            kept.add(id(branches[0].tails[0].place[0]))
+        assert len(kept) == 1
+        assert stacks(branches) == (1, 3)  # the long one would make all of them long
+        held = branches[0].tails[0].keys
+        assert held.shape[2] == row._STEP
+        assert held.untyped_storage().nbytes() == 3 * held.nbytes
+        ended = branches[2].copy(len(branches[2].ids))
+        pack.feed(model, [Feed(each, [7]) for each in branches[:2]])
+        left = branches[0].tails[0].keys
+        assert left.untyped_storage().nbytes() == 2 * left.nbytes
+        assert ended.tails[0].place is None
 
 
 def test_continuations_are_cut_back_copied_and_leave_the_prompt_alone():

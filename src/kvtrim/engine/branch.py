@@ -6,22 +6,19 @@ costs what it adds, may be cut back to any length, and all that continue one pro
 entries together.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from kvtrim.cache.store import BIAS, LayerStore
 from kvtrim.engine.batch import joinable
 from kvtrim.engine.layer import Call
 from kvtrim.engine.session import Session
 from kvtrim.errors import CacheError
-from kvtrim.kernels.parts import Part, attend_part, join_parts
+from kvtrim.kernels.parts import Part, attend_part
 from kvtrim.types import Float, Tensor
 
 _ROOM = 32  # entries that a continuation's buffers grow by at least
-_SHORT = 512  # entries of continuations that are laid side by side for one product
 
 Run = tuple[Tensor, Tensor, Tensor | None]
 """K, V and biases [1, K, S, ...] of heads that hold equally many entries."""
@@ -85,12 +82,21 @@ def _runs(store: LayerStore) -> list[Run]:
     return runs
 
 
-@dataclass
+@dataclass(eq=False)
+class Stack:
+    """One layer's entries of several continuations, a row each; zeros where none was written."""
+
+    keys: Float[Tensor, "N K S D"]
+    values: Float[Tensor, "N K S E"]
+
+
+@dataclass(eq=False)
 class Tail:
     """One layer's entries of a continuation; room behind them for more."""
 
     keys: Float[Tensor, "1 K S D"]
     values: Float[Tensor, "1 K S E"]
+    place: tuple[Stack, int] | None = None  # the stack and the row that they are, if they are one
 
     @property
     def nbytes(self) -> int:
@@ -160,79 +166,3 @@ def _grow(held: Tensor, like: Tensor, length: int, capacity: int) -> Tensor:
     buffer = like.new_empty(1, like.shape[1], capacity, like.shape[3])
     buffer[:, :, :length] = held[:, :, :length]
     return buffer
-
-
-def attend(
-    branches: Sequence[tuple[Branch, slice]], index: int, call: Call
-) -> list[Float[Tensor, "1 H Q E"]]:
-    """Attention of several continuations' new tokens in one layer.
-
-    Args:
-        branches: each with its columns of the call, which is one row of tokens.
-    """
-    parts = _attend_to_own(branches, index, call)
-    shared: dict[int, list[int]] = {}
-    for number, (branch, _) in enumerate(branches):
-        if branch.base is not None:
-            shared.setdefault(id(branch.base), []).append(number)
-    out = [part for part, _ in parts]
-    for numbers in shared.values():
-        base = branches[numbers[0]][0].base
-        queries = torch.cat([call.queries[:, :, branches[n][1]] for n in numbers], dim=2)
-        found = base.attend(index, call, queries) if base else None
-        if found is None:
-            continue
-        own = torch.cat([parts[n][0] for n in numbers], dim=2)
-        lses = torch.cat([parts[n][1] for n in numbers], dim=2)
-        mixed = join_parts([(own, lses), found])
-        counts = [parts[n][0].shape[2] for n in numbers]
-        for number, piece in zip(numbers, mixed.split(counts, dim=2), strict=True):
-            out[number] = piece
-    return [piece.to(call.queries.dtype) for piece in out]
-
-
-def _attend_to_own(branches: Sequence[tuple[Branch, slice]], index: int, call: Call) -> list[Part]:
-    """What several continuations' new tokens find in the continuations themselves.
-
-    Short ones that each get one token go through one product, filled up to one length: a call of
-    attention for each of many takes longer than reading all weights of a small model.
-    """
-    held: list[tuple[Tensor, Tensor]] = []
-    together: list[int] = []
-    parts: dict[int, Part] = {}
-    for number, (branch, columns) in enumerate(branches):
-        keys, values = call.keys[:, :, columns], call.values[:, :, columns]
-        held.append(branch.append(index, keys, values))
-        if keys.shape[2] == 1 and held[-1][0].shape[2] <= _SHORT:
-            together.append(number)
-    if len(together) > 1:
-        parts = dict(
-            zip(together, _attend_side_by_side(branches, held, together, call), strict=True)
-        )
-    for number, (_, columns) in enumerate(branches):
-        if number not in parts:
-            queries, (keys, values) = call.queries[:, :, columns], held[number]
-            given = queries, keys, values, call.scale, call.softcap
-            parts[number] = attend_part(*given, causal=True)
-    return [parts[number] for number in range(len(branches))]
-
-
-def _attend_side_by_side(
-    branches: Sequence[tuple[Branch, slice]],
-    held: Sequence[tuple[Tensor, Tensor]],
-    together: Sequence[int],
-    call: Call,
-) -> list[Part]:
-    """One query of each of these continuations over its own entries."""
-    keys, values = (
-        pad_sequence([held[n][side][0].transpose(0, 1) for n in together], batch_first=True)
-        for side in (0, 1)
-    )
-    lengths = torch.tensor([held[n][0].shape[2] for n in together])
-    beyond = torch.arange(keys.shape[1]) >= lengths[:, None]
-    bias = torch.zeros(beyond.shape).masked_fill_(beyond, -torch.inf).to(keys.device)
-    queries = torch.cat([call.queries[:, :, branches[n][1]] for n in together])
-    given = queries, keys.transpose(1, 2), values.transpose(1, 2), call.scale, call.softcap
-    outs, lses = attend_part(*given, bias[:, None].expand(-1, keys.shape[2], -1))
-    outs = outs.to(call.queries.dtype)
-    return [(outs[n : n + 1], lses[n : n + 1]) for n in range(len(together))]

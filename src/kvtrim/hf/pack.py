@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from kvtrim.engine import branch as branches
 from kvtrim.engine.branch import Branch
 from kvtrim.engine.layer import Attends, Call
+from kvtrim.engine.row import Row
 from kvtrim.errors import CacheError
 from kvtrim.hf.base import BaseCache, Coming, cache_keyword
 from kvtrim.hf.cache import Cache
@@ -61,31 +61,37 @@ class Pack(BaseCache):
                 "prompts cannot share a pass over it; use kvtrim.generate"
             )
         self.layers = [ManagedLayer(self._read) for _ in like.layers]
-        self._feeds: list[tuple[Branch | Cache, slice]] = []
+        self._row = Row([])
+        self._caches: list[tuple[Cache, slice]] = []
 
     def feed(self, model: Any, feeds: Sequence[Feed]) -> Float[Tensor, "N vocabulary"]:
         """One pass; logits after the last token of each feed.
 
         If it fails branches are as before, and caches are of no use any more.
         """
-        ids = [token for each in feeds for token in each.ids]
-        starts = [position(each.into) for each in feeds]
-        at = [s + n for s, each in zip(starts, feeds, strict=True) for n in range(len(each.ids))]
-        ends = torch.tensor([len(each.ids) for each in feeds]).cumsum(0)
-        firsts = [0, *ends.tolist()[:-1]]
-        self._feeds = [
-            (each.into, slice(first, first + len(each.ids)))
-            for each, first in zip(feeds, firsts, strict=True)
-        ]
-        turning = (each.into.rotations for each in feeds if isinstance(each.into, Cache))
+        own = [(each.into, len(each.ids)) for each in feeds]
+        self._row = row = Row([(into, n) for into, n in own if isinstance(into, Branch)])
+        columns, end = dict(row.columns), row.end
+        self._caches = []
+        for each in feeds:
+            if isinstance(each.into, Cache):
+                columns[id(each.into)] = part = slice(end, end + len(each.ids))
+                self._caches.append((each.into, part))
+                end = part.stop
+        ids, at = [0] * end, [0] * end
+        for each in feeds:
+            part, start = columns[id(each.into)], position(each.into)
+            ids[part], at[part] = each.ids, range(start, start + len(each.ids))
+        turning = (cache.rotations for cache, _ in self._caches)
         self.rotations = next((own for own in turning if own), [])
         device = model.device
+        last = [columns[id(each.into)].stop - 1 for each in feeds]
         with torch.no_grad():
             out = model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([at], device=device),
                 **cache_keyword(self),
-                logits_to_keep=(ends - 1).to(device),
+                logits_to_keep=torch.tensor(last, device=device),
             )
         for each in feeds:
             if isinstance(each.into, Branch):
@@ -93,33 +99,26 @@ class Pack(BaseCache):
         return out.logits[0]
 
     def begin_pass(self, coming: Coming) -> None:
-        for into, part in self._feeds:
-            if isinstance(into, Cache):
-                own = None if coming.ids is None else coming.ids[:, part]
-                into.begin_pass(Coming(1, part.stop - part.start, None, own))
+        for cache, part in self._caches:
+            own = None if coming.ids is None else coming.ids[:, part]
+            cache.begin_pass(Coming(1, part.stop - part.start, None, own))
 
     def attend(self, index: int, call: Call) -> Float[Tensor, "1 H Q E"]:
         """Every feed's attention over what it holds; then evict what is due."""
-        own = [(into, part) for into, part in self._feeds if isinstance(into, Branch)]
-        found = iter(branches.attend(own, index, call) if own else [])
-        return torch.cat(
-            [
-                next(found)
-                if isinstance(into, Branch)
-                else into.attends.attend(index, call.columns(part))
-                for into, part in self._feeds
-            ],
-            dim=2,
-        )
+        if not self._caches:
+            return self._row.attend(index, call)
+        parts = [cache.attends.attend(index, call.columns(part)) for cache, part in self._caches]
+        if self._row.end:
+            parts.insert(0, self._row.attend(index, call.columns(slice(self._row.end))))
+        return torch.cat(parts, dim=2)
 
     @property
     def attends(self) -> Attends:
         return self
 
     def end_pass(self) -> bool:
-        for into, _ in self._feeds:
-            if isinstance(into, Cache):
-                into.end_pass()
+        for cache, _ in self._caches:
+            cache.end_pass()
         return False
 
     def take_announcement(self) -> bool:

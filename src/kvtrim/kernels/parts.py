@@ -27,8 +27,8 @@ def attend_part(
         bias: added to the logits of each slot.
         causal: the last Q slots are the queries' own; else every query sees every slot.
     """
-    if softcap is None and bias is None:
-        part = attend_by_torch(queries, keys, values, scale, causal)
+    if softcap is None:
+        part = attend_by_torch(queries, keys, values, scale, causal, bias)
         if part is not None:
             return part
     outs, lses = [], []
@@ -48,15 +48,19 @@ def attend_by_torch(
     values: Float[Tensor, "B K S E"],
     scale: float,
     causal: bool = False,
+    bias: Float[Tensor, "B K S"] | None = None,
 ) -> Part | None:
     """As `attend_part`, by torch's kernel for CPUs; None where that cannot."""
     kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     if kernel is None or queries.is_cuda or keys.shape[-1] != values.shape[-1]:
         return None
     if not causal or queries.shape[2] == 1:
-        out, lse = kernel(_fold(queries, keys), keys, values, 0.0, False, scale=scale)[:2]
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        added = None if bias is None else bias[:, :, None].to(wide)
+        given = _fold(queries, keys), keys, values, 0.0, False
+        out, lse = kernel(*given, attn_mask=added, scale=scale)[:2]
         return _unfold(out, queries), _unfold(lse, queries)
-    if queries.shape[2] != keys.shape[2]:
+    if bias is not None or queries.shape[2] != keys.shape[2]:
         return None  # it counts a query's slots from the first
     group = queries.shape[1] // keys.shape[1]
     repeated = (each.repeat_interleave(group, dim=1) for each in (keys, values))
@@ -64,12 +68,19 @@ def attend_by_torch(
 
 
 def join_parts(parts: Sequence[Part]) -> Float[Tensor, "B H Q E"]:
-    """Attention over all slots from that over parts of them."""
-    total = torch.stack([lse for _, lse in parts]).logsumexp(dim=0)
-    dtype = parts[0][0].dtype
-    shares = [(lse - total).exp()[..., None] for _, lse in parts]
-    mixed = sum(out * share for (out, _), share in zip(parts, shares, strict=True))
-    return torch.as_tensor(mixed).to(dtype)
+    """Attention over all slots from that over parts of them.
+
+    Args:
+        parts: every query found a slot in the first; where it found none in another one, that
+            one's output is finite and its log-sum-exp -inf.
+    """
+    out, total = parts[0]
+    dtype = out.dtype
+    for other, lse in parts[1:]:
+        share = torch.sigmoid(lse - total)[..., None]
+        out = torch.lerp(out.to(share.dtype), other.to(share.dtype), share)
+        total = torch.logaddexp(total, lse)
+    return out.to(dtype)
 
 
 def _explicit(

@@ -1,0 +1,190 @@
+"""Tokens of several continuations as one row of a pass: who stands where, and their attention.
+
+What every layer needs to know of that is worked out once. Short continuations that get one token
+each, as answers do, have their entries stacked in one tensor per layer and stay there from pass to
+pass: all new entries are written at once, and one product goes through all of them. A call of
+attention for each would take longer than reading all weights of a small model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvtrim.engine.branch import Base, Branch, Stack, Tail
+from kvtrim.engine.layer import Call
+from kvtrim.kernels.parts import Part, attend_part, join_parts
+from kvtrim.types import Float, Int, Tensor
+
+_SHORT = 512  # entries of a continuation that is stacked
+_STEP = 64  # entries that rows of a stack grow by
+
+
+class Row:
+    """The new tokens of several continuations in one pass.
+
+    Args:
+        branches: each with how many tokens it gets. They may stand in another order in the row.
+    """
+
+    def __init__(self, branches: Sequence[tuple[Branch, int]]):
+        counts = {id(branch): count for branch, count in branches}
+        given = _neighbours([branch for branch, _ in branches])
+        single = [each for each in given if counts[id(each)] == 1 and _is_short(each)]
+        groups = [group for group in _groups(single) if len(group) > 1]
+        stacked = [each for group in groups for each in group]
+        apart = [each for each in given if not any(each is other for other in stacked)]
+        self.columns: dict[int, slice] = {}  # by the identity of a branch
+        self.end = 0  # how many tokens there are
+        for branch in [*stacked, *apart]:
+            first, self.end = self.end, self.end + counts[id(branch)]
+            self.columns[id(branch)] = slice(first, self.end)
+        self._groups = [_Group.of(group, self.columns[id(group[0])].start) for group in groups]
+        self._apart = apart
+        self._bases = self._columns_of_bases(given)
+
+    def _columns_of_bases(self, branches: Sequence[Branch]) -> list[tuple[Base, slice | Tensor]]:
+        """The prompts that are continued, with the columns of all who continue each."""
+        found: dict[int, tuple[Base, list[int]]] = {}
+        for branch in branches:
+            if branch.base is not None:
+                own = self.columns[id(branch)]
+                _, columns = found.setdefault(id(branch.base), (branch.base, []))
+                columns += range(own.start, own.stop)
+        return [(base, _as_slice(sorted(columns))) for base, columns in found.values()]
+
+    def attend(self, index: int, call: Call) -> Float[Tensor, "1 H Q E"]:
+        """All tokens' attention in one layer, over their prompts and what continues those."""
+        parts = [group.attend(index, call) for group in self._groups]
+        for branch in self._apart:
+            own = self.columns[id(branch)]
+            held = branch.append(index, call.keys[:, :, own], call.values[:, :, own])
+            given = call.queries[:, :, own], *held, call.scale, call.softcap
+            parts.append(attend_part(*given, causal=True))
+        out, lse = parts[0]
+        if len(parts) > 1:
+            out, lse = (torch.cat(side, dim=2) for side in zip(*parts, strict=True))
+        if self._bases:
+            out = join_parts([(out, lse), self._attend_to_bases(index, call, out, lse)])
+        return out.to(call.queries.dtype)
+
+    def _attend_to_bases(
+        self,
+        index: int,
+        call: Call,
+        out: Float[Tensor, "1 H Q E"],
+        lse: Float[Tensor, "1 H Q"],
+    ) -> Part:
+        """What all tokens find in the prompts that they continue; nothing for those of none."""
+        found = torch.zeros_like(out, dtype=lse.dtype), torch.full_like(lse, -torch.inf)
+        for base, columns in self._bases:
+            part = base.attend(index, call, call.queries[:, :, columns])
+            if part is not None:
+                for side, own in zip(found, part, strict=True):
+                    side[:, :, columns] = own.to(side.dtype)
+        return found
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Continuations that are stacked, each of which gets one token."""
+
+    branches: list[Branch]
+    columns: slice
+    capacity: int  # entries of a row
+    rows: Int[Tensor, " N"]
+    lengths: Int[Tensor, " N"]  # entries before this pass
+    most: int  # entries of the longest, the new one included
+    bias: Float[Tensor, "N 1 S"] | None  # -inf behind a row's entries; None: all are equally long
+
+    @classmethod
+    def of(cls, branches: list[Branch], first: int) -> "_Group":
+        """A group that stands in the row of tokens from a column on."""
+        device, count = branches[0].tails[0].keys.device, len(branches)
+        lengths = torch.tensor([len(branch.ids) for branch in branches])
+        most, bias = int(lengths.max()) + 1, None
+        if int(lengths.min()) + 1 < most:
+            beyond = torch.arange(most) > lengths[:, None]
+            bias = torch.zeros(beyond.shape).masked_fill_(beyond, -torch.inf)[:, None].to(device)
+        capacity = max(_capacity(each) for each in branches)
+        given = torch.arange(count, device=device), lengths.to(device), most, bias
+        return cls(branches, slice(first, first + count), capacity, *given)
+
+    def attend(self, index: int, call: Call) -> Part:
+        """What the new tokens find in what each continuation holds, itself included."""
+        stack = self._stack(index)
+        rows, lengths = (each.to(stack.keys.device) for each in (self.rows, self.lengths))
+        for held, new in ((stack.keys, call.keys), (stack.values, call.values)):
+            held[rows, :, lengths] = new[0, :, self.columns].transpose(0, 1)
+        bias, seen = self.bias, slice(self.most)
+        if bias is not None:
+            bias = bias.to(stack.keys.device).expand(-1, stack.keys.shape[1], -1)
+        queries = call.queries[:, :, self.columns].transpose(0, 2)
+        held = stack.keys[:, :, seen], stack.values[:, :, seen]
+        out, lse = attend_part(queries, *held, call.scale, call.softcap, bias)
+        return out.transpose(0, 2), lse.transpose(0, 2)
+
+    def _stack(self, index: int) -> Stack:
+        """One layer's stack, made anew if it is not of just these or has no room."""
+        tails = [branch.tails[index] for branch in self.branches]
+        places = [tail.place for tail in tails]
+        stack = places[0][0] if places[0] is not None else None
+        if (
+            stack is not None
+            and stack.keys.shape[2] >= self.most
+            and stack.keys.shape[0] == len(tails)
+            and all(place == (stack, row) for row, place in enumerate(places))
+        ):
+            return stack
+        like, size = tails[0], (len(tails), tails[0].keys.shape[1], self.capacity)
+        stack = Stack(
+            like.keys.new_zeros(*size, like.keys.shape[3]),
+            like.values.new_zeros(*size, like.values.shape[3]),
+        )
+        for row, (branch, tail) in enumerate(zip(self.branches, tails, strict=True)):
+            length, part = len(branch.ids), slice(row, row + 1)
+            stack.keys[part, :, :length] = tail.keys[:, :, :length]
+            stack.values[part, :, :length] = tail.values[:, :, :length]
+            branch.tails[index] = Tail(stack.keys[part], stack.values[part], (stack, row))
+        return stack
+
+
+def _is_short(branch: Branch) -> bool:
+    """Whether it may be stacked: some of it was read, and that is not long."""
+    return 0 < len(branch.ids) < _SHORT
+
+
+def _capacity(branch: Branch) -> int:
+    """Entries of a row that takes it and one more."""
+    return (len(branch.ids) // _STEP + 1) * _STEP
+
+
+def _groups(branches: Sequence[Branch]) -> list[list[Branch]]:
+    """Those that go into one stack, which takes no more room than they were promised."""
+    groups: list[list[int]] = []
+    room = 0  # what those of the last group were promised
+    capacity = [_capacity(branch) for branch in branches]
+    for number in sorted(range(len(branches)), key=lambda number: -capacity[number]):
+        own = max(branches[number].room, capacity[number])
+        if groups and (len(groups[-1]) + 1) * capacity[groups[-1][0]] <= room + own:
+            groups[-1].append(number)
+            room += own
+        else:
+            groups.append([number])
+            room = own
+    return [[branches[number] for number in sorted(group)] for group in groups]
+
+
+def _neighbours(branches: Sequence[Branch]) -> list[Branch]:
+    """The same, those of one prompt next to each other."""
+    places: dict[int, int] = {}
+    for branch in branches:
+        places.setdefault(id(branch.base), len(places))
+    return sorted(branches, key=lambda branch: places[id(branch.base)])
+
+
+def _as_slice(columns: list[int]) -> slice | Tensor:
+    """Ascending columns as a slice, if they follow each other."""
+    if columns[-1] - columns[0] == len(columns) - 1:
+        return slice(columns[0], columns[-1] + 1)
+    return torch.tensor(columns)
