@@ -70,7 +70,7 @@ ROOMS = {
     ),
     "methods.auto": Room(
         "errors methods.budgets methods.echo_tables methods.method methods.policies "
-        "methods.registry types",
+        "methods.refit methods.registry types",
         shapes=True,
     ),
     "methods.settings": Room(
