@@ -25,7 +25,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 # everything that the tests use: the other extras, test runner, linter, type checker
 $(VENV)/complete: $(VENV)/ready
-	$(PIP) -c constraints.txt -e ".[analysis,gguf,plot,eval,lm-eval,ray,serve,triton,dev]"
+	$(PIP) -c constraints.txt -e ".[analysis,gguf,plot,eval,lm-eval,ray,replicas,serve,triton,dev]"
 	touch $@
 
 setup: $(VENV)/complete

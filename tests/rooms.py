@@ -133,7 +133,7 @@ ROOMS = {
     "serve": Room(
         "api cache engine errors files hf hf.models methods.keep methods.settings prompts "
         "report.viewer serve.library serve.stream types",
-        owns="fastapi starlette pydantic prometheus_client llm",
+        owns="fastapi starlette pydantic prometheus_client llm ray",
         shapes=True,
     ),
     "serve.library": Room("errors files", owns="platformdirs", torch=False),

@@ -10,13 +10,13 @@ from processes import start
 KEY = "a-key-of-sorts"
 
 
-def launch(folder, model_folder, *more):
+def launch(folder, model_folder, *more, **environment):
     import kvtrim.serve.app  # noqa: F401 here, once for all servers
 
     command = ["serve", "--model", model_folder, "--port", 0, "--api-key", KEY]
     command += ["--method", "snapkv", "--keep", 48, *more]
     log, library = folder / "log", str(folder / "library")
-    process = start(*command, log=log, KVTRIM_LIBRARY=library)
+    process = start(*command, log=log, KVTRIM_LIBRARY=library, **environment)
     line = process.stdout.readline()
     found = re.search(r"at (http://\S+)/ ", line)
     assert found, (line, log.read_text())

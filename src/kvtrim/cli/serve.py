@@ -1,10 +1,13 @@
 """`serve`: an OpenAI-compatible server of one model and its documents."""
 
-from typing import Annotated
+import os
+from contextlib import ExitStack
+from types import ModuleType
+from typing import Annotated, Any
 
 import typer
 
-from kvtrim.cli import options
+from kvtrim.cli import options, output
 from kvtrim.errors import UsageError
 
 Host = Annotated[str, typer.Option(help="Where to listen. Others than this machine need a key.")]
@@ -27,6 +30,17 @@ Above = Annotated[
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Requests that decode together.")]
 Queue = Annotated[int, typer.Option(min=1, help="Requests that may wait; more get a 429.")]
+Replicas = Annotated[
+    int | None,
+    typer.Option(min=1, help="Servers on Ray, behind one address (extra: replicas)."),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        help="A running Ray cluster that this machine is part of: auto. Default: a new one, here.",
+    ),
+]
 Deadline = Annotated[float, typer.Option(min=1, help="Seconds that a request may take in all.")]
 
 
@@ -42,6 +56,8 @@ def serve(
     batch: Batch = 32,
     queue: Queue = 64,
     deadline: Deadline = 600.0,
+    replicas: Replicas = None,
+    ray_address: Address = None,
     model: options.Model = "smollm2",
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -52,13 +68,18 @@ def serve(
     options.request(method, keep, None, None, "error")
     from kvtrim.methods.keep import Keep as Amount
 
-    bound = Amount.parse(memory)
-    if bound.kind != "bytes":
+    try:
+        bound = Amount.parse(memory)
+    except UsageError:
+        bound = None
+    if bound is None or bound.kind != "bytes":
         raise UsageError(f"--memory {memory}: write a size, such as 8GiB")
     try:
         import uvicorn
 
-        from kvtrim.serve.app import application, is_loopback
+        from kvtrim.serve.app import application
+        from kvtrim.serve.front import Front
+        from kvtrim.serve.guard import is_loopback
         from kvtrim.serve.metrics import log_to_stderr
         from kvtrim.serve.scheduler import Limits
         from kvtrim.serve.service import Defaults, Service
@@ -73,34 +94,53 @@ def serve(
         )
     if api_key is not None and len(api_key) < 8:
         raise UsageError("--api-key: give at least 8 characters")
-    loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
-    service = Service(
-        model,
-        loaded,
-        tokenizer,
-        options.library_in(library),
-        Limits(memory=int(bound.amount), batch=batch, queue=queue),
-        Defaults(method, keep, compress_above, deadline),
-    )
+    if ray_address is not None and replicas is None:
+        raise UsageError("--ray-address is for --replicas: say how many")
+    shelf = options.library_in(library)
+    limits = Limits(memory=int(bound.amount), batch=batch, queue=queue)
+    defaults = Defaults(method, keep, compress_above, deadline)
+    config: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "log_level": "warning",
+        "access_log": False,
+        "server_header": False,
+        "timeout_graceful_shutdown": 30,
+        "timeout_keep_alive": 30,
+        "limit_concurrency": max(256, 4 * (batch + queue)) * (replicas or 1),
+    }
+    loading = model, device, dtype, threads, allow_untested
+    if replicas is None:
+        loaded, tokenizer = options.load(*loading)
+        service = Service(model, loaded, tokenizer, shelf, limits, defaults)
+        log_to_stderr()
+        _run(uvicorn.Server(uvicorn.Config(application(service, api_key), **config)), service.id)
+        return
+    ray_app = _ray_app()
+    setup = ray_app.Setup(shelf.folder.absolute(), limits, defaults, *loading, folder=os.getcwd())
     log_to_stderr()
-    config = uvicorn.Config(
-        application(service, api_key),
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=30,
-        timeout_keep_alive=30,
-        limit_concurrency=max(256, 4 * (batch + queue)),
-    )
-    _run(uvicorn.Server(config), service.id)
+    with ExitStack() as stack:
+        with output.busy(f"starting {replicas} replicas"):
+            cluster = stack.enter_context(ray_app.Cluster(setup, replicas, ray_address))
+        app = Front(cluster, api_key, deadline, long=compress_above)
+        config |= {"lifespan": "off", "ws": "none"}
+        _run(uvicorn.Server(uvicorn.Config(app, **config)), setup.id)
+
+
+def _ray_app() -> ModuleType:
+    try:
+        from kvtrim.serve import ray_app
+    except ImportError as error:
+        raise UsageError(
+            f"replicas need {error.name or 'ray'}, which is not installed: "
+            "pip install 'kvtrim[replicas]'"
+        ) from None
+    return ray_app
 
 
 def _run(server: "object", name: str) -> None:
     """Serve until told to stop, and say where once requests are answered."""
     import asyncio
-    from typing import Any
 
     own: Any = server
 

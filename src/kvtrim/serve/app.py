@@ -1,13 +1,12 @@
 """The HTTP application: OpenAI's endpoints, documents, health, metrics, a page."""
 
 import asyncio
-import hmac
-import ipaddress
 import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -20,33 +19,24 @@ from starlette.exceptions import HTTPException
 
 from kvtrim.errors import KvtrimError, UsageError
 from kvtrim.serve import protocol, wire
+from kvtrim.serve.guard import error_response, failure, turn_away
 from kvtrim.serve.library import Entry
 from kvtrim.serve.metrics import Metrics
-from kvtrim.serve.request import Done, Refused
+from kvtrim.serve.request import Done
 from kvtrim.serve.service import Asking, Service
 
-_OPEN = {"/", "/health"}
-"""What anybody may see: it tells nothing of documents or requests."""
-
-_MOST_BYTES = 64 << 20  # of a request's body
 _DRAIN_S = 30.0
-_LOCAL = {"localhost", "testserver"}
 log = logging.getLogger("kvtrim.serve.requests")
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host name means this machine alone."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host in _LOCAL
-
-
-def application(service: Service, api_key: str | None = None) -> FastAPI:
+def application(
+    service: Service, api_key: str | None = None, behind_front: bool = False
+) -> FastAPI:
     """The application of one service, started and drained with it.
 
     Args:
         api_key: asked of every request but those of the page itself and `/health`.
+        behind_front: requests come from a front that looked at them already (`serve.front`).
     """
     metrics = Metrics(service.scheduler)
 
@@ -58,7 +48,8 @@ def application(service: Service, api_key: str | None = None) -> FastAPI:
 
     app = FastAPI(title="kvtrim", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.metrics = metrics
-    app.middleware("http")(_guard(metrics, api_key))
+    check = (lambda request: None) if behind_front else partial(turn_away, api_key=api_key)
+    app.middleware("http")(_guard(metrics, check))
     app.add_exception_handler(RequestValidationError, _bad_request)
     app.add_exception_handler(KvtrimError, _refusal)
     app.add_exception_handler(HTTPException, _http)
@@ -83,23 +74,25 @@ def application(service: Service, api_key: str | None = None) -> FastAPI:
         service.document(name)
         return next(each for each in service.models() if each["id"] == name)
 
-    @app.get("/")
-    def page() -> HTMLResponse:
-        text = files("kvtrim.serve").joinpath("page.html").read_text("utf-8")
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-        policy += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
-
+    app.get("/")(page)
     return app
+
+
+def page() -> HTMLResponse:
+    """The page at `/`."""
+    text = files("kvtrim.serve").joinpath("page.html").read_text("utf-8")
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    policy += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
 
 # Who may come in, and with how much
 
 
-def _guard(metrics: Metrics, api_key: str | None) -> Callable[..., Any]:
+def _guard(metrics: Metrics, check: Callable[[Http], Response | None]) -> Callable[..., Any]:
     async def guard(request: Http, call_next: Callable[..., Any]) -> Response:
         start = time.perf_counter()
-        response = _turned_away(request, api_key)
+        response = check(request)
         if response is None:
             response = await call_next(request)
         route = getattr(request.scope.get("route"), "path", "other")
@@ -116,58 +109,18 @@ def _guard(metrics: Metrics, api_key: str | None) -> Callable[..., Any]:
     return guard
 
 
-def _turned_away(request: Http, api_key: str | None) -> Response | None:
-    """Why a request goes no further; None if it does."""
-    if api_key is None and not is_loopback(request.url.hostname or ""):
-        return _error("this server answers to its own machine's names alone", 403)
-    if api_key is not None and request.url.path not in _OPEN:
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), api_key.encode())
-        if kind.lower() != "bearer" or not right:
-            return _error("no API key, or a wrong one", 401, kind="invalid_api_key")
-    try:
-        length = int(request.headers.get("content-length", "0"))
-    except ValueError:
-        return _error("the content-length is no number", 400)
-    if length > _MOST_BYTES:
-        return _error(f"a body may have {_MOST_BYTES >> 20} MiB", 413)
-    if request.method in ("POST", "PUT") and "content-length" not in request.headers:
-        return _error("the body's length has to be known: send content-length", 411)
-    return None
-
-
-def _error(
-    message: str, status: int, kind: str | None = None, retry_s: int | None = None
-) -> JSONResponse:
-    what = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": message, "type": what, "param": None, "code": kind}
-    headers = {} if retry_s is None else {"Retry-After": str(retry_s)}
-    return JSONResponse({"error": error}, status, headers)
-
-
 async def _bad_request(request: Http, error: Any) -> JSONResponse:
     first = error.errors()[0]
     where = ".".join(str(each) for each in first["loc"][1:])[:200]
-    return _error(f"{where or 'body'}: {first['msg'][:300]}", 400)
+    return error_response(f"{where or 'body'}: {first['msg'][:300]}", 400)
 
 
 async def _http(request: Http, error: Any) -> JSONResponse:
-    return _error(str(error.detail), error.status_code)
+    return error_response(str(error.detail), error.status_code)
 
 
 async def _refusal(request: Http, error: Any) -> JSONResponse:
     return failure(error)
-
-
-def failure(error: Exception) -> JSONResponse:
-    """An error as a client sees it: what it did wrong, or that it was none of its doing."""
-    if isinstance(error, Refused):
-        return _error(str(error), error.status, retry_s=error.retry_s)
-    if isinstance(error, UsageError):
-        return _error(str(error), 400)
-    if isinstance(error, KvtrimError):
-        return _error(str(error), 409)
-    return _error("the server failed; its log says more", 500)
 
 
 # Answers
@@ -184,7 +137,7 @@ def _add_answers(app: FastAPI, service: Service, metrics: Metrics) -> None:
             try:
                 await asyncio.wait({gone, whole}, return_when=asyncio.FIRST_COMPLETED)
                 if not whole.done():
-                    return _error("the client went away", 499)
+                    return error_response("the client went away", 499)
                 choices = whole.result()
             except KvtrimError:
                 raise
@@ -251,16 +204,19 @@ async def _wait_for_close(http: Http) -> None:
 async def _events(
     service: Service, metrics: Metrics, asking: Asking, form: wire.Form
 ) -> AsyncIterator[str]:
-    """Server-sent events of answers as they come; a client that leaves ends them."""
+    """Server-sent events of answers as they come; a client that leaves ends them.
+
+    Nothing is sent before the first token is there: until then another replica may take over.
+    """
     with asking:
-        for event in form.begin(asking.count):
-            yield event
+        before = list(form.begin(asking.count))
         try:
             async for number, event in asking.events():
                 if isinstance(event, Done):
                     metrics.count_answer(event.usage)
-                for line in form.event(number, event):
+                for line in (*before, *form.event(number, event)):
                     yield line
+                before = []
         except Exception as error:
             body = json.loads(bytes(failure(error).body))
             yield f"data: {json.dumps(body)}\n\n"
