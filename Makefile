@@ -35,9 +35,10 @@ demo: $(VENV)/ready
 	$(ASK) --protocol question-aware --method auto --method snapkv --method streaming-llm
 	$(ASK) --protocol question-agnostic --method auto --method kvzip --method snapkv
 
-# processes that tests start share what is compiled, also where the environment asks for no bytecode
+# processes that tests start share what is compiled, also where the environment asks for no bytecode;
+# a file's tests stay together, since they share models, folders and packages that are loaded late
 test: setup
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""`kvtrim ...` as a process of its own that tests serve with, or kill.
+"""`kvtrim ...`, or another program, as a process of its own that tests serve with, or kill.
 
 It is forked from this one: torch, transformers and kvtrim are loaded already. What a fresh
 interpreter loads is left to tests of just that, such as those of `python -m kvtrim --version`.
@@ -51,6 +51,11 @@ def start(*command, folder=".", log=os.devnull, **environment):
     """`kvtrim ...` in a folder; its errors go to the end of a file."""
     from kvtrim.cli import main  # here, once for all children
 
+    return fork(main, "kvtrim", *command, folder=folder, log=log, **environment)
+
+
+def fork(main, *command, folder=".", log=os.devnull, **environment):
+    """A program as a process: `main` is called, and finds the command in `sys.argv`."""
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # other threads only wait
@@ -77,8 +82,10 @@ def _run(main, command, folder, log, environment, writing):
     os.chdir(folder)
     os.environ.update(environment)
     warnings.resetwarnings()
-    forkserver._forkserver.__init__()  # the parent's is not this one's child
-    sys.argv = ["kvtrim", *map(str, command)]
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray leaves one of its own
+    if forkserver._forkserver._forkserver_pid is not None:  # the parent's, which serves this too
+        forkserver._forkserver.ensure_running = lambda: None
+    sys.argv = [*map(str, command)]
     try:
         main()
     except SystemExit as left:
@@ -90,7 +97,11 @@ def _run(main, command, folder, log, environment, writing):
 
 def kill_once(so_far, what, *command, folder, **environment):
     """Start `kvtrim ...` in a folder and kill it as soon as `so_far()`, within three minutes."""
-    process = start(*command, folder=folder, **environment)
+    kill(start(*command, folder=folder, **environment), so_far, what)
+
+
+def kill(process, so_far, what):
+    """Kill a process as soon as `so_far()`, within three minutes."""
     try:
         for _ in range(18000):
             if so_far():

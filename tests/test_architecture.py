@@ -17,27 +17,28 @@ OWNERS = {}
 for place, line in ROOMS.items():
     for package in line.owns.split():
         OWNERS.setdefault(package, set()).add(place)
-every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-@every_file
-def test_imports_follow_the_arrows(path):
-    room = rooms.room_of(rooms.module_of(path))
-    for name, now in rooms.imports(path):
-        top = name.partition(".")[0]
-        assert room in OWNERS.get(top, {room}), f"{top} belongs to {OWNERS[top]}"
-        module = rooms.ours(name)
-        if module is None or (room == "" and not now):
-            continue
-        other = rooms.room_of(module)
-        assert other in {room, *ROOMS[room].may.split()}, f"{room} may not import {module}"
+def test_imports_follow_the_arrows():
+    wrong = []
+    for path in FILES:
+        room = rooms.room_of(rooms.module_of(path))
+        for name, now in rooms.imports(path):
+            top, module = name.partition(".")[0], rooms.ours(name)
+            if room not in OWNERS.get(top, {room}):
+                wrong.append(f"{path}: {top} belongs to {OWNERS[top]}")
+            if module is None or (room == "" and not now):
+                continue
+            if rooms.room_of(module) not in {room, *ROOMS[room].may.split()}:
+                wrong.append(f"{path}: {room} may not import {module}")
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_every_line_of_the_table_is_needed(room):
-    inside = [module for module in MODULES if rooms.room_of(module) == room]
-    assert inside, "no such room"
-    assert set(ROOMS[room].may.split()) <= set(ROOMS), "an arrow to no room"
+def test_every_line_of_the_table_is_needed():
+    lived_in = {rooms.room_of(module) for module in MODULES}
+    assert lived_in == set(ROOMS), "a room with nothing in it"
+    arrows = {(room, other) for room, line in ROOMS.items() for other in line.may.split()}
+    assert {(room, other) for room, other in arrows if other not in ROOMS} == set()
 
 
 def test_there_are_no_circles():
@@ -150,9 +151,9 @@ def test_optimised_kernels_do_not_import_the_reference():
         assert all(rooms.ours(name) != "kernels.reference" for name, _ in rooms.imports(path))
 
 
-@every_file
-def test_files_stay_short(path):
-    assert path.read_text().count("\n") <= 400, "split it by idea"
+def test_files_stay_short():
+    long = [path for path in FILES if path.read_text().count("\n") > 400]
+    assert not long, "split them by idea"
 
 
 # what only ends like a participle or gerund: verbs, and nouns and adjectives of the field (hidden
@@ -177,11 +178,12 @@ def acts(name):
     return not last.endswith(("ed", "ing")) and last not in IRREGULAR
 
 
-@every_file
-def test_functions_are_named_for_what_they_do(path):
+def test_functions_are_named_for_what_they_do():
     """No past participles and no gerunds; properties say what something is."""
-    defined = (ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, defined):
-            marks = " ".join(map(ast.unparse, node.decorator_list))
-            assert "property" in marks or acts(node.name), f"{node.name}, line {node.lineno}"
+    defined, wrong = (ast.FunctionDef, ast.AsyncFunctionDef), []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, defined) and not acts(node.name):
+                if "property" not in " ".join(map(ast.unparse, node.decorator_list)):
+                    wrong.append(f"{path}:{node.lineno}: {node.name}")
+    assert not wrong, "\n".join(wrong)

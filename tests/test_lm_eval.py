@@ -1,29 +1,25 @@
 """The lm-evaluation-harness adapter against the harness's own `hf` model; no network."""
 
 import json
-import warnings
+from functools import cache, partialmethod
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 import kvtrim
 from kvtrim.errors import UsageError
+from late import Late
 from models import tiny, tokenizer
 from processes import start
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    pytest.importorskip(
-        "lm_eval", reason="lm-eval is not installed: pip install 'kvtrim[lm-eval]'"
-    )
-    from lm_eval import simple_evaluate
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    from kvtrim import lm_eval
-
-pytestmark = pytest.mark.filterwarnings("ignore")
+harness, tasks_of, instances = Late("lm_eval"), Late("lm_eval.tasks"), Late("lm_eval.api.instance")
+plain_lm, lm_eval = Late("lm_eval.models.huggingface"), Late("kvtrim.lm_eval")
+missing = "lm-eval is not installed: pip install 'kvtrim[lm-eval]'"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(find_spec("lm_eval") is None, reason=missing),
+]
 TEXT = "The keeper of the lighthouse counted the ships that passed in the night, one by on; " * 3
 TEXT = TEXT.strip()  # the harness moves blanks at the end to what follows
 WINDOW = 8  # of snapkv, so that small budgets are possible
@@ -36,7 +32,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def plain(model):
-    return HFLM(pretrained=model, tokenizer=tokenizer(), batch_size=1)
+    return plain_lm.HFLM(pretrained=model, tokenizer=tokenizer(), batch_size=1)
 
 
 def ours(model, method="full", **options):
@@ -44,24 +40,26 @@ def ours(model, method="full", **options):
 
 
 def asked(kind, *arguments):
-    return [Instance(kind, {}, args, n) for n, args in enumerate(arguments)]
+    return [instances.Instance(kind, {}, args, n) for n, args in enumerate(arguments)]
 
 
-CHOICES = asked(
-    "loglikelihood",
-    (TEXT, " A lamp"),
-    (TEXT, "B"),  # one token
-    ("", "nothing before"),
-    (TEXT[:50], " some words that follow"),
-    (TEXT, " A lamp was lit"),
-    (TEXT * 2, " beyond the window"),  # 512 tokens: cut on the left
-)
+@cache
+def choices():
+    return asked(
+        "loglikelihood",
+        (TEXT, " A lamp"),
+        (TEXT, "B"),  # one token
+        ("", "nothing before"),
+        (TEXT[:50], " some words that follow"),
+        (TEXT, " A lamp was lit"),
+        (TEXT * 2, " beyond the window"),  # 512 tokens: cut on the left
+    )
 
 
 @pytest.mark.parametrize("tail", [0, 1, 7, 10_000])
 def test_with_the_full_cache_log_likelihoods_are_those_of_hf(model, plain, tail):
-    wanted = plain.loglikelihood(CHOICES, disable_tqdm=True)
-    found = ours(model, tail=tail).loglikelihood(CHOICES, disable_tqdm=True)
+    wanted = plain.loglikelihood(choices(), disable_tqdm=True)
+    found = ours(model, tail=tail).loglikelihood(choices(), disable_tqdm=True)
     for (own, greedy), (theirs, also) in zip(found, wanted, strict=True):
         assert own == pytest.approx(theirs, abs=1e-4)
         assert greedy == also
@@ -102,23 +100,23 @@ def test_a_continuation_is_scored_after_the_compressed_context(model):
     log = logits.float().log_softmax(-1)
     wanted = sum(log[n, token].item() for n, token in enumerate(answer))
     small = ours(model, "snapkv", keep=40, window=WINDOW)
-    (found, _), *_ = small.loglikelihood(CHOICES[:1], disable_tqdm=True)
+    (found, _), *_ = small.loglikelihood(choices()[:1], disable_tqdm=True)
     assert found == pytest.approx(wanted, abs=1e-5)
 
 
 def test_choices_share_a_cache_and_do_not_disturb_each_other(model):
     small = ours(model, "h2o", keep=40, window=WINDOW)
-    together = small.loglikelihood(CHOICES, disable_tqdm=True)
-    for one, found in zip(CHOICES, together, strict=True):
+    together = small.loglikelihood(choices(), disable_tqdm=True)
+    for one, found in zip(choices(), together, strict=True):
         alone = small.loglikelihood([one], disable_tqdm=True)[0]
         assert alone[0] == pytest.approx(found[0], abs=1e-9)
 
 
 def test_one_token_choices_notice_eviction_only_if_the_tail_is_read_after_it(model, plain):
-    wanted = plain.loglikelihood(CHOICES[1:2], disable_tqdm=True)[0][0]
+    wanted = plain.loglikelihood(choices()[1:2], disable_tqdm=True)[0][0]
     how = dict(keep=40, window=WINDOW)
-    blind = ours(model, "snapkv", tail=0, **how).loglikelihood(CHOICES[1:2], disable_tqdm=True)
-    seen = ours(model, "snapkv", tail=1, **how).loglikelihood(CHOICES[1:2], disable_tqdm=True)
+    blind = ours(model, "snapkv", tail=0, **how).loglikelihood(choices()[1:2], disable_tqdm=True)
+    seen = ours(model, "snapkv", tail=1, **how).loglikelihood(choices()[1:2], disable_tqdm=True)
     assert blind[0][0] == pytest.approx(wanted, abs=1e-4)
     assert abs(seen[0][0] - wanted) > 1e-3
 
@@ -126,7 +124,7 @@ def test_one_token_choices_notice_eviction_only_if_the_tail_is_read_after_it(mod
 @pytest.mark.parametrize("method", ["snapkv", "kvzip", "fastkv", "gemfilter", "pyramidinfer"])
 def test_methods_of_every_kind_score_and_answer(model, method):
     small = ours(model, method, keep="50%", **({"window": WINDOW} if method == "snapkv" else {}))
-    assert all(score < 0 for score, _ in small.loglikelihood(CHOICES, disable_tqdm=True))
+    assert all(score < 0 for score, _ in small.loglikelihood(choices(), disable_tqdm=True))
     texts = asked("loglikelihood_rolling", (TEXT,))
     assert small.loglikelihood_rolling(texts, disable_tqdm=True)[0] < 0
     texts = asked("generate_until", (TEXT, {"until": ["~"], "max_gen_toks": 4}))
@@ -200,11 +198,15 @@ def test_the_harness_runs_local_tasks_from_the_command_line(tasks, tmp_path, mon
     tokenizer().save_pretrained(tmp_path / "model")
     named = f"pretrained={tmp_path}/model,dtype=float32,method=full"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "data")
+    own = partialmethod(tasks_of.TaskManager.__init__, include_defaults=False)
+    monkeypatch.setattr(tasks_of.TaskManager, "__init__", own)  # reading 10,000 others takes long
     found = _run(tasks, tmp_path, "--model", "kvtrim", "--model_args", named)
-    hf = HFLM(pretrained=model, tokenizer=tokenizer(), batch_size=1)
-    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    hf = plain_lm.HFLM(pretrained=model, tokenizer=tokenizer(), batch_size=1)
+    manager = tasks_of.TaskManager(include_path=str(tasks), include_defaults=False)
     names = ["local_choice", "local_words", "local_text"]
-    wanted = simple_evaluate(model=hf, tasks=names, task_manager=manager, bootstrap_iters=0)
+    wanted = harness.simple_evaluate(
+        model=hf, tasks=names, task_manager=manager, bootstrap_iters=0
+    )
     for task in names:
         for metric, value in wanted["results"][task].items():
             if "," in metric and "stderr" not in metric:

@@ -60,7 +60,7 @@ def copy(tmp_path_factory):
     root = tmp_path_factory.mktemp("copy")
     for folder in ("src", "tests"):
         shutil.copy(ROOT / "pyproject.toml", root)
-        ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
+        ignored = shutil.ignore_patterns("*.safetensors")  # what is compiled goes along
         shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
     for name in NAMES:
         for kind, block in RECIPES[name]:

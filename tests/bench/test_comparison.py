@@ -56,16 +56,30 @@ def readings(net):
     hook.remove()
 
 
+ASKED = {
+    "question-aware": sorted(kvtrim.METHODS),
+    "question-agnostic": ["echo", "fastkv", "h2o", "kvzip-plus"],
+}
+
+
+@pytest.fixture(scope="module")
+def answered():
+    """Under each protocol: the model, what was asked, and the results of one comparison of all."""
+    found = {}
+    for protocol, names in ASKED.items():
+        net, asked = models.tiny("llama"), cells(names, ["40"])
+        results = compared(net, asked, protocol=protocol)[1]
+        found[protocol] = net, {c.method: (c, r) for c, r in zip(asked, results, strict=True)}
+    return found
+
+
 @pytest.mark.parametrize(
-    "protocol,name",
-    [("question-aware", name) for name in sorted(kvtrim.METHODS)]
-    + [("question-agnostic", name) for name in ("echo", "fastkv", "h2o", "kvzip-plus")],
+    "protocol,name", [(how, name) for how, names in ASKED.items() for name in ("full", *names)]
 )
-def test_a_method_answers_and_holds_what_it_does_by_itself(llama, name, protocol):
-    asked = cells([name], ["40"])
-    _, found = compared(llama, asked, protocol=protocol)
-    for cell, result in zip(asked, found, strict=True):
-        assert figures(result) == figures(by_itself(llama, cell, protocol=protocol)), cell
+def test_a_method_answers_and_holds_what_it_does_by_itself(answered, name, protocol):
+    net, results = answered[protocol]
+    cell, result = results[name]
+    assert figures(result) == figures(by_itself(net, cell, protocol=protocol)), cell
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "phi3"])

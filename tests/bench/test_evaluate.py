@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 from dataclasses import replace
 
@@ -45,6 +46,20 @@ def subject():
     return evaluate.Subject("tiny", model, models.tokenizer())
 
 
+@pytest.fixture(scope="module")
+def finished(subject, tmp_path_factory):
+    """The folder of a run that is measured once; a copy of it for tests that change it."""
+    known = {}
+
+    def folder(wanted, copy=None):
+        at = known.setdefault(repr(wanted), tmp_path_factory.mktemp("finished") / "run")
+        if not at.exists():
+            run(subject, wanted, at)
+        return at if copy is None else shutil.copytree(at, copy)
+
+    return folder
+
+
 OF_ANSWERS = ("answer", "new_tokens", "stopped")
 
 
@@ -77,8 +92,10 @@ def test_one_prefill_for_all_equals_one_for_each(subject, tmp_path, protocol, ba
 
 
 @pytest.mark.parametrize("protocol", [AWARE, AGNOSTIC])
-def test_answers_generated_together_are_those_generated_alone(subject, tmp_path, protocol):
-    alone = run(subject, asked(protocol=protocol), tmp_path / "alone")
+def test_answers_generated_together_are_those_generated_alone(
+    subject, finished, tmp_path, protocol
+):
+    alone = lines(finished(asked(protocol=protocol)))
     together = run(subject, asked(protocol=protocol, batch=64), tmp_path / "together")
     for one in alone:
         key = {name: one[name] for name in ("sample", "method", "keep")}
@@ -372,22 +389,24 @@ def test_too_little_memory_for_one_costs_that_one_alone(subject, tmp_path, monke
     assert "80 GiB" in found[0]["reason"] and found[1]["kl"] is None
 
 
-def test_without_memory_to_record_every_method_reads_for_itself(subject, tmp_path, monkeypatch):
+def test_without_memory_to_record_every_method_reads_for_itself(
+    subject, finished, tmp_path, monkeypatch
+):
     from kvtrim.bench.eval import prefill
 
     wanted = asked(methods=["snapkv", "adakv"], keeps=["48"])
-    run(subject, wanted, tmp_path / "once")
+    once = finished(wanted)
 
     def none(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(prefill, "record", none)
     run(subject, wanted, tmp_path / "each")
-    assert same(tmp_path / "once") == same(tmp_path / "each")
+    assert same(once) == same(tmp_path / "each")
 
 
-def test_answers_can_be_bounded_and_nothing_else_changes(subject, tmp_path):
-    whole = run(subject, asked(methods=["snapkv"]), tmp_path / "whole")
+def test_answers_can_be_bounded_and_nothing_else_changes(subject, finished, tmp_path):
+    whole = lines(finished(asked(methods=["snapkv"])))
     found = run(subject, asked(methods=["snapkv"], max_new_tokens=2), tmp_path / "short")
     longer = run(subject, asked(methods=["snapkv"], max_new_tokens=99), tmp_path / "longer")
     assert longer == whole and max(line["new_tokens"] for line in whole) > 2
@@ -400,8 +419,8 @@ def test_answers_can_be_bounded_and_nothing_else_changes(subject, tmp_path):
     assert "Answers of at most 2 tokens" in (tmp_path / "short" / "eval.md").read_text()
 
 
-def test_an_answer_ends_before_a_stop_string(subject, tmp_path):
-    plain = run(subject, asked(methods=["snapkv"], limit=1), tmp_path / "plain")
+def test_an_answer_ends_before_a_stop_string(subject, finished, tmp_path):
+    plain = lines(finished(asked(methods=["snapkv"], limit=1)))
     text = plain[0]["answer"]
     assert len(text) > 3 and plain[0]["stopped"] == "length"
     task = replace(questions.WORDS_TASK, stop=("nowhere", text[2:4]))
@@ -410,9 +429,11 @@ def test_an_answer_ends_before_a_stop_string(subject, tmp_path):
     assert found[0]["stopped"] == "stop" and found[0]["new_tokens"] < plain[0]["new_tokens"]
 
 
-def test_an_answer_ends_at_an_end_token_but_not_before_its_least_length(subject, tmp_path):
-    wanted = asked(methods=["snapkv"], limit=1, keeps=["48"])
-    plain = run(subject, wanted, tmp_path / "plain")
+def test_an_answer_ends_at_an_end_token_but_not_before_its_least_length(
+    subject, finished, tmp_path
+):
+    wanted = asked(methods=["snapkv"], limit=1)
+    plain = lines(finished(wanted))
     first = encode_text(subject.tokenizer, plain[0]["answer"])[0]
     before, subject.model.generation_config.eos_token_id = 2, [2, first]
     try:
@@ -466,8 +487,8 @@ def test_the_record_is_there_before_the_first_sample(subject, tmp_path):
     assert record["machine"]["packages"]["torch"] and record["machine"]["code"]
 
 
-def test_another_run_in_the_folder_is_refused(subject, tmp_path):
-    run(subject, asked(methods=["snapkv"]), tmp_path / "run")
+def test_another_run_in_the_folder_is_refused(subject, finished, tmp_path):
+    finished(asked(methods=["snapkv"]), tmp_path / "run")
     before = same(tmp_path / "run")
     for changed in ({"seed": 1}, {"limit": 3}, {"protocol": AGNOSTIC}, {"batch": 2}):
         with pytest.raises(UsageError, match="holds another run"):
@@ -481,10 +502,9 @@ def test_another_run_in_the_folder_is_refused(subject, tmp_path):
 @pytest.mark.parametrize("batch", [1, 40])
 @pytest.mark.parametrize("stop_at", [1, 2])
 def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_happened(
-    subject, tmp_path, batch, stop_at
+    subject, finished, tmp_path, batch, stop_at
 ):
     wanted = asked(questions.WORDS_TASK, questions.PREFIXED, methods=["snapkv"], batch=batch)
-    run(subject, wanted, tmp_path / "whole")
     count = 0
 
     def killed(*_):
@@ -502,13 +522,13 @@ def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_happened(
         with (folder / "inputs.jsonl").open("a") as file:
             file.write('{"task": "wor')  # what a power cut leaves
     run(subject, wanted, folder)
-    assert same(folder) == same(tmp_path / "whole")
+    assert same(folder) == same(finished(wanted))
     assert len(lines(folder, "times.jsonl")) == len(lines(folder))
 
 
-def test_lines_of_other_samples_are_not_taken_for_ones_own(subject, tmp_path):
+def test_lines_of_other_samples_are_not_taken_for_ones_own(subject, finished, tmp_path):
     wanted = asked(methods=["snapkv"])
-    run(subject, wanted, tmp_path / "run")
+    finished(wanted, tmp_path / "run")
     path = tmp_path / "run" / "samples.jsonl"
     path.write_text(path.read_text().replace('"sample": "w0"', '"sample": "w9"'))
     with pytest.raises(UsageError, match="holds other samples"):
@@ -516,8 +536,8 @@ def test_lines_of_other_samples_are_not_taken_for_ones_own(subject, tmp_path):
 
 
 @pytest.mark.parametrize("changed", [{"question": "\nWhich?"}, {"answers": ("elm",)}])
-def test_a_task_that_has_changed_is_not_gone_on_with(subject, tmp_path, changed):
-    run(subject, asked(methods=["snapkv"]), tmp_path / "run")
+def test_a_task_that_has_changed_is_not_gone_on_with(subject, finished, tmp_path, changed):
+    finished(asked(methods=["snapkv"]), tmp_path / "run")
     before = same(tmp_path / "run")
 
     def samples(request):

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import models
-from bench.test_evaluate import AGNOSTIC, AWARE, asked, lines, run, same
+from bench.test_evaluate import AGNOSTIC, AWARE, asked, finished, lines, run, same
 from kvtrim.bench.eval import evaluate, extension, runner
 from kvtrim.errors import UsageError
+
+assert finished  # the runs that tests begin with
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,8 @@ def test_answers_generated_together_say_the_same(subject, tmp_path):
         assert {**one, "kl": 0, "loss": 0} == {**other, "kl": 0, "loss": 0}
 
 
-def test_only_new_cells_answer(subject, tmp_path, monkeypatch):
-    run(subject, asked(methods=["snapkv"]), tmp_path / "run")
+def test_only_new_cells_answer(subject, finished, tmp_path, monkeypatch):
+    finished(asked(methods=["snapkv"]), tmp_path / "run")
     rows, answers = [], runner.answers
 
     def counted(model, tokenizer, branch, *more):
@@ -68,9 +70,8 @@ def test_only_new_cells_answer(subject, tmp_path, monkeypatch):
     assert sum(rows) == 2 * 3  # of two samples: snapkv 64, h2o 48 and 64
 
 
-def test_whatever_else_differs_is_refused(subject, tmp_path):
-    folder = tmp_path / "run"
-    run(subject, asked(methods=["snapkv"]), folder)
+def test_whatever_else_differs_is_refused(subject, finished, tmp_path):
+    folder = finished(asked(methods=["snapkv"]), tmp_path / "run")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for changed, named in (
         (asked(methods=["snapkv", "h2o"], limit=1), "limit: 2 there, 1 here"),
@@ -83,21 +84,19 @@ def test_whatever_else_differs_is_refused(subject, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_run_that_was_cut_off_is_finished_first(subject, tmp_path):
+def test_a_run_that_was_cut_off_is_finished_first(subject, finished, tmp_path):
     first, more = asked(methods=["snapkv"]), asked(methods=["snapkv", "h2o"])
-    run(subject, first, tmp_path / "run")
+    finished(first, tmp_path / "run")
     samples = tmp_path / "run" / "samples.jsonl"
     samples.write_text("".join(samples.read_text().splitlines(True)[:3]))
     run(subject, more, tmp_path / "run")
-    run(subject, more, tmp_path / "whole")
-    assert same(tmp_path / "run") == same(tmp_path / "whole")
+    assert same(tmp_path / "run") == same(finished(more))
 
 
 @pytest.mark.parametrize("at", range(1, 5))
-def test_one_killed_while_files_move_goes_on(subject, tmp_path, monkeypatch, at):
+def test_one_killed_while_files_move_goes_on(subject, finished, tmp_path, monkeypatch, at):
     first, more = asked(methods=["snapkv"]), asked(methods=["snapkv", "h2o"])
-    folder = tmp_path / "run"
-    run(subject, first, folder)
+    folder = finished(first, tmp_path / "run")
     real, moved = os.replace, []
 
     def replace(source, target):
@@ -112,7 +111,6 @@ def test_one_killed_while_files_move_goes_on(subject, tmp_path, monkeypatch, at)
         with pytest.raises(KeyboardInterrupt):
             run(subject, more, folder)
     run(subject, more, folder)
-    run(subject, more, tmp_path / "whole")
-    assert same(folder) == same(tmp_path / "whole")
-    assert record(folder) == record(tmp_path / "whole")
+    assert same(folder) == same(finished(more))
+    assert record(folder) == record(finished(more))
     assert not (folder / extension.PARTS).exists()

@@ -1,28 +1,33 @@
 """The plan for a GPU, on a CPU: every stage runs, and its page holds every table."""
 
 import json
-import subprocess
-import sys
+import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from kvtrim.bench.speed.agenda import LINES
 from kvtrim.report import gpu
+from processes import fork
 
 PLAN = Path(__file__).parents[2] / "experiments" / "gpu.py"
 STAGES = ("check", "tokens", "decode", "prefill", "probe", "kernels", "batch")
 
 
 @pytest.mark.process
-def test_a_dry_run_goes_through_every_stage(tmp_path):
+def test_a_dry_run_goes_through_every_stage(tmp_path, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed (pip install 'kvtrim[triton]')")
-    command = [sys.executable, str(PLAN), "--dry-run", "--minutes", "10", "--out", str(tmp_path)]
-    done = subprocess.run([*command, "--commit", "abc"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    lines = [json.loads(line) for line in (tmp_path / LINES).read_text().splitlines()]
+    monkeypatch.syspath_prepend(PLAN.parent)
+    watch, log = partial(runpy.run_path, str(PLAN), run_name="__main__"), tmp_path / "log"
+    out = tmp_path / "out"
+    command = ["--dry-run", "--minutes", "10", "--out", out, "--commit", "abc"]
+    done = fork(watch, PLAN, *command, log=log)  # begins the measuring process as anybody does
+    said = done.stdout.read()
+    assert done.wait() == 0, said[-3000:] + log.read_text()[-3000:]
+    lines = [json.loads(line) for line in (out / LINES).read_text().splitlines()]
     assert {x["stage"] for x in lines if x["outcome"] == "ok"} == set(STAGES)
-    assert not gpu.failures(lines) and "left to a further run" not in done.stdout
+    assert not gpu.failures(lines) and "left to a further run" not in said
     assert all(x["machine"]["commit"] == "abc" and x["machine"]["packages"] for x in lines)
     prefill = {x["method"] for x in gpu.figures(lines, "prefill")}
     assert prefill >= {"transformers", "full", "fastkv", "gemfilter", "headkv", "laprox"}
@@ -33,9 +38,9 @@ def test_a_dry_run_goes_through_every_stage(tmp_path):
         if rows == 2 and name != "transformers"
     }
     assert len(decode) == 10 and len(same) == 1  # equal bytes, however they are spread
-    page = (tmp_path / "summary.md").read_text()
+    page = (out / "summary.md").read_text()
     assert all(f"## {title}" in page for title in gpu._TABLES)
-    assert len(list(tmp_path.iterdir())) <= 8
+    assert len(list(out.iterdir())) <= 8
 
 
 def line(stage, name, outcome="ok", **figures):

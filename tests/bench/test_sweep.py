@@ -4,6 +4,8 @@ import os
 import re
 import signal
 import sys
+import time
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +19,10 @@ from kvtrim.bench.sweep.pool_local import LocalPool
 from kvtrim.bench.sweep.queue import Driver
 from kvtrim.bench.sweep.spec import load, pieces
 from kvtrim.bench.sweep.worker import Worker
-from kvtrim.cli import sweep
+from kvtrim.cli import main, sweep
 from kvtrim.errors import KvtrimError, UnknownNameError, UsageError
 from kvtrim.tasks.rows import Rows
-from processes import kill_once
+from processes import fork, kill
 
 AGNOSTIC = "question-agnostic"
 FILES = ("run.json", "inputs.jsonl", "samples.jsonl", "scores.jsonl", "eval.md")
@@ -212,60 +214,77 @@ def for_workers():
     """So that workers of Ray find tests and tasks, and do not wait for whatever else there is."""
     here = Path(__file__).parents[1]
     paths = [str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    threads = {"OMP_NUM_THREADS": "1"}  # as this process has
-    return {"PYTHONPATH": os.pathsep.join(paths), "RAY_worker_niceness": "0"} | threads
+    own = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}  # threads as this process has
+    return {"PYTHONPATH": os.pathsep.join(paths), "RAY_worker_niceness": "0"} | own
 
 
-@pytest.mark.process
-def test_a_killed_process_is_replaced(asked, serial, tmp_path):
-    pool, killed = LocalPool(2), []
+def kills_the_first(pool, killed):
+    """Progress of a driver that kills a worker of its own as soon as it knows what there is."""
 
-    def kill(what, done, out_of):
+    def progress(what, done, out_of):
         if not killed and out_of > 1:
             killed.append(pool.processes[0])
             os.kill(killed[0], signal.SIGKILL)
 
-    (folder,) = Driver(load(asked), tmp_path / "out", pool, progress=kill).run()
+    return progress
+
+
+def begin_a_driver(asked, folder):
+    """A sweep as a process of its own with one worker; it waits until `folder / "how"` is there,
+    whose words it takes as further options.
+    """
+    asked.write_text(asked.read_text().replace("chunk = 2", "chunk = 1"))
+
+    def later():
+        while not (folder / "how").exists():
+            time.sleep(0.05)
+        sys.argv += (folder / "how").read_text().split()
+        main()
+
+    command = ["sweep", str(asked), "--out", "out", "--workers", "1"]
+    return fork(later, "kvtrim", *command, folder=folder, **for_workers())
+
+
+def kill_the_driver(process, folder, *how):
+    """Let it begin, and kill it at its first part."""
+    (folder / "waits").write_text(" ".join(how))
+    (folder / "waits").rename(folder / "how")
+
+    def begun():
+        return list(folder.glob("out/*/parts/*/samples.jsonl"))
+
+    kill(process, begun, "no part was begun")
+    assert not list(folder.glob("out/*/samples.jsonl"))
+
+
+@pytest.mark.process
+def test_killed_drivers_are_gone_on_with_and_killed_processes_replaced(asked, serial, tmp_path):
+    pool, killed = LocalPool(2), []
+    forkserver.ensure_running()  # whose modules the driver's workers share
+    kill_the_driver(begin_a_driver(asked, tmp_path), tmp_path)
+    progress = kills_the_first(pool, killed)
+    (folder,) = Driver(load(asked), tmp_path / "out", pool, progress=progress).run()
     assert killed and same(folder, serial)
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("how", [[], ["--ray"]], ids=["local", "ray"])
-def test_a_killed_driver_is_gone_on_with(asked, serial, tmp_path, how):
-    if how:
-        pytest.importorskip("ray", reason="Ray is not installed: pip install 'kvtrim[ray]'")
-    asked.write_text(asked.read_text().replace("chunk = 2", "chunk = 1"))
-    command = ["sweep", str(asked), "--out", "out", "--workers", "1", *how]
-
-    def begun():
-        return list(tmp_path.glob("out/*/parts/*/samples.jsonl"))
-
-    kill_once(begun, "no part was begun", *command, folder=tmp_path, **for_workers())
-    assert not list(tmp_path.glob("out/*/samples.jsonl"))
-    (folder,) = Driver(load(asked), tmp_path / "out", Inside()).run()
-    assert same(folder, serial)
-
-
-@pytest.mark.process
 @pytest.mark.filterwarnings("ignore")
-def test_ray_workers_do_the_same_and_a_killed_one_is_replaced(
+def test_killed_drivers_are_gone_on_with_and_killed_workers_of_ray_replaced(
     asked, serial, tmp_path, monkeypatch
 ):
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'kvtrim[ray]'")
     for name, value in for_workers().items():
         monkeypatch.setenv(name, value)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    process = begin_a_driver(asked, tmp_path)  # before this process has anything of Ray
+    cluster = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
+        kill_the_driver(process, tmp_path, "--ray-address", cluster.address_info["address"])
         pool, killed = pool_ray.RayPool(size=2), []
-
-        def kill(what, done, out_of):
-            if not killed and out_of > 1:
-                killed.append(pool.processes[0])
-                os.kill(killed[0], signal.SIGKILL)
-
-        (folder,) = Driver(load(asked), tmp_path / "out", pool, progress=kill).run()
+        progress = kills_the_first(pool, killed)
+        (folder,) = Driver(load(asked), tmp_path / "out", pool, progress=progress).run()
     finally:
         ray.shutdown()
+        process.kill()
     assert killed and same(folder, serial)
 
 

@@ -287,15 +287,14 @@ def test_reading_results_needs_no_torch(tmp_path):
     assert done.stdout.strip() == "1", done.stderr
 
 
-def test_the_leaderboard_is_written_when_asked_for_and_checked(invoke, tmp_path):
-    pytest.importorskip("matplotlib")
+def test_the_leaderboard_is_written_when_asked_for_and_checked(run, tmp_path):
     evaluation(tmp_path / "run", ("a", "b"), ("snapkv", "h2o"), ("64", "512"), limit=3)
-    assert invoke("report", "run")[0] == 0 and not (tmp_path / "run/leaderboard.html").exists()
-    code, _, err = invoke("report", "run", "--leaderboard")
-    assert (code, err) == (0, "") and invoke("report", "run", "--check")[0] == 0
+    assert run("run")[0] == 0 and not (tmp_path / "run/leaderboard.html").exists()
+    code, _, err = run("run", "--leaderboard")
+    assert (code, err) == (0, "") and run("run", "--check")[0] == 0
     page = tmp_path / "run" / "leaderboard.html"
     page.write_text(page.read_text().replace("snapkv", "other"))
-    code, _, err = invoke("report", "run", "--check")
+    code, _, err = run("run", "--check")
     assert code == 1 and "leaderboard.html is not what the data say" in err.replace("\n", "")
-    code, _, err = invoke("report", "run", "--check", "--leaderboard")
+    code, _, err = run("run", "--check", "--leaderboard")
     assert code == 2 and "leave out --leaderboard" in err

@@ -2,15 +2,24 @@
 
 import json
 import sys
-from functools import partial
+from functools import cache, partial
 
 import pytest
 
-from kvtrim.bench.speed import peer_kvpress
-from kvtrim.hf.models.random import CONFIGS
+from kvtrim.bench.speed import peer_kvpress, roofline
+from kvtrim.hf.models import random
 
 SHORT = ("--repeats", "2", "--new-tokens", "3")
 RANDOM = ("--config", "smollm2-135m", "--layers", "2", "--width", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def once():
+    """What the machine can do, and the models made by chance: measured and made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roofline, "of_machine", cache(roofline.of_machine))
+        patch.setattr(random, "build", cache(random.build))
+        yield
 
 
 @pytest.fixture
@@ -97,7 +106,7 @@ def test_every_bad_input_is_one_line_and_an_exit_code(speed, monkeypatch, argume
 
 def test_the_help_names_every_configuration(speed):
     code, out, _ = speed("--help")
-    assert code == 0 and all(name in out for name in CONFIGS)
+    assert code == 0 and all(name in out for name in random.CONFIGS)
 
 
 def test_a_prompt_longer_than_a_loaded_models_window_is_refused(speed, model_folder):

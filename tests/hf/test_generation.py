@@ -1,5 +1,7 @@
 """kvtrim.Cache inside transformers' own generate: every mode, padded batches, turns, chunks."""
 
+import functools
+
 import pytest
 import torch
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
@@ -27,6 +29,18 @@ def generate(model, ids, cache, mask=None, **options):
         return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
 
 
+@functools.cache
+def alone(name, length):
+    """A prompt under a method: its whole text after `generate`, and what is held of it."""
+    own = cache_for(_shared(), name)
+    return generate(_shared(), models.prompt(length, seed=length), own)[0], models.positions(own)
+
+
+@functools.cache
+def _shared():
+    return models.tiny("llama")
+
+
 def greedy_by_hand(model, ids, cache):
     with torch.no_grad(), kvtrim.attach(model):
         out = model(ids, past_key_values=cache).logits
@@ -39,9 +53,9 @@ def greedy_by_hand(model, ids, cache):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_generate_equals_a_loop_by_hand(llama, name):
-    ids = models.prompt(48)
-    out = generate(llama, ids, cache_for(llama, name))
-    assert torch.equal(out[0, 48:], greedy_by_hand(llama, ids, cache_for(llama, name)))
+    ids = models.prompt(48, seed=48)
+    text, _ = alone(name, 48)
+    assert torch.equal(text[48:], greedy_by_hand(llama, ids, cache_for(llama, name)))
 
 
 def test_the_full_method_generates_what_transformers_generates(any_model):
@@ -122,15 +136,13 @@ def padded(rows):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_padded_batch_equals_its_prompts_alone(llama, name):
-    prompts = [models.prompt(n, seed=n)[0] for n in (33, 48)]
-    ids, mask = padded(prompts)
+    ids, mask = padded([models.prompt(n, seed=n)[0] for n in (33, 48)])
     batch = cache_for(llama, name)
     out = generate(llama, ids, batch, mask)
-    for row, own in enumerate(prompts):
-        alone = cache_for(llama, name)
-        expected = generate(llama, own[None], alone)
-        assert torch.equal(out[row, ids.shape[1] :], expected[0, len(own) :])
-        assert models.positions(batch, row) == models.positions(alone)
+    for row, length in enumerate((33, 48)):
+        text, held = alone(name, length)
+        assert torch.equal(out[row, 48:], text[length:])
+        assert models.positions(batch, row) == held
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "gemma2", "phi3"])
@@ -146,13 +158,13 @@ def test_a_padded_batch_equals_its_prompts_alone_on_other_architectures(architec
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_unpadded_batch_equals_its_prompts_alone(llama, name):
-    ids = models.prompt(40, rows=2)
-    batch = cache_for(llama, name)
-    out = generate(llama, ids, batch)
-    for row in range(2):
-        alone = cache_for(llama, name)
-        assert torch.equal(out[row], generate(llama, ids[row : row + 1], alone)[0])
-        assert models.positions(batch, row) == models.positions(alone)
+    other = models.prompt(48, seed=49)
+    batch, own = cache_for(llama, name), cache_for(llama, name)
+    out = generate(llama, torch.cat([models.prompt(48, seed=48), other]), batch)
+    text, held = alone(name, 48)
+    assert torch.equal(out[0], text) and models.positions(batch, 0) == held
+    assert torch.equal(out[1], generate(llama, other, own)[0])
+    assert models.positions(batch, 1) == models.positions(own)
 
 
 @pytest.mark.parametrize("name", KINDS)

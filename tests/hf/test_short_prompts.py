@@ -12,8 +12,13 @@ FORMS += [(name, preset) for name, _ in FORMS for preset in kvtrim.METHODS[name]
 
 
 def caches(model, name, preset, prompt):
-    """One for each kind of budget that takes the method; none keeps less than a token."""
-    for keep in (0.1, "1KiB"):
+    """One for each kind of budget that takes the method; none keeps less than a token.
+
+    Every method meets both, and its presets by turns: what a preset changes and how a budget was
+    written meet nowhere but in the number of entries.
+    """
+    place = FORMS.index((name, preset))
+    for keep in (0.1, "1KiB") if preset is None else ((0.1, "1KiB")[place % 2],):
         own = small(name) | ({} if preset is None else {"preset": preset})
         try:
             yield kvtrim.Cache(model, name, keep, prompt_tokens=prompt, **own)

@@ -4,12 +4,14 @@ import tomllib
 from importlib import import_module
 from pathlib import Path
 
-import llm
 import pytest
 
 import kvtrim
-from kvtrim.serve import documents, llm_plugin
+from kvtrim.serve import documents
 from kvtrim.serve.library import Library
+from late import Late
+
+llm, llm_plugin = Late("llm"), Late("kvtrim.serve.llm_plugin")
 
 TEXT = "The cat sat on the mat and looked at the sea. " * 4
 

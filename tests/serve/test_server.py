@@ -7,14 +7,15 @@ import subprocess
 import sys
 import threading
 
-import openai
 import pytest
 import torch
 from served import KEY, launch, send
 
 import kvtrim
 import models
+from late import Late
 
+openai = Late("openai")
 TEXT = "Chapter 1. " + "The cat sat on the mat and looked at the sea. " * 4
 HOSTILE = "An end </s> and a <s> beginning. " * 6
 
@@ -178,29 +179,29 @@ def test_log_probabilities_and_stops(client, model_folder):
 @pytest.mark.parametrize(
     ("change", "kind", "why"),
     [
-        ({"model": "gpt-9"}, openai.NotFoundError, "GET /v1/models"),
-        ({"model": "@nobody"}, openai.NotFoundError, "no document 'nobody'"),
-        ({"model": "@../../etc"}, openai.NotFoundError, "no document"),
-        ({"messages": []}, openai.BadRequestError, "messages"),
-        ({"messages": [{"role": "robot", "content": "a"}]}, openai.BadRequestError, "role"),
-        ({"temperature": -1}, openai.BadRequestError, "temperature"),
-        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
-        ({"max_tokens": 5000}, openai.BadRequestError, "window"),
-        ({"n": 99}, openai.BadRequestError, "n"),
-        ({"stop": ["a"] * 17}, openai.BadRequestError, "stop"),
-        ({"extra_body": {"kvtrim": {"keep": "-3"}}}, openai.BadRequestError, "keep"),
-        ({"extra_body": {"kvtrim": {"method": "os:system"}}}, openai.BadRequestError, "HTTP"),
+        ({"model": "gpt-9"}, "NotFoundError", "GET /v1/models"),
+        ({"model": "@nobody"}, "NotFoundError", "no document 'nobody'"),
+        ({"model": "@../../etc"}, "NotFoundError", "no document"),
+        ({"messages": []}, "BadRequestError", "messages"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "BadRequestError", "role"),
+        ({"temperature": -1}, "BadRequestError", "temperature"),
+        ({"max_tokens": 0}, "BadRequestError", "max_tokens"),
+        ({"max_tokens": 5000}, "BadRequestError", "window"),
+        ({"n": 99}, "BadRequestError", "n"),
+        ({"stop": ["a"] * 17}, "BadRequestError", "stop"),
+        ({"extra_body": {"kvtrim": {"keep": "-3"}}}, "BadRequestError", "keep"),
+        ({"extra_body": {"kvtrim": {"method": "os:system"}}}, "BadRequestError", "HTTP"),
         (
             {"extra_body": {"kvtrim": {"method": "headkv", "settings": {"table": "/etc/passwd"}}}},
-            openai.BadRequestError,
+            "BadRequestError",
             "names a file",
         ),
-        ({"extra_body": {"kvtrim": {"x": 1}}}, openai.BadRequestError, "x"),
+        ({"extra_body": {"kvtrim": {"x": 1}}}, "BadRequestError", "x"),
     ],
 )
 def test_faults_of_clients_are_told_as_such(client, model_folder, change, kind, why):
     asked = {"model": model_folder.name, "messages": said("Who?"), "max_tokens": 2, **change}
-    with pytest.raises(kind, match=why):
+    with pytest.raises(getattr(openai, kind), match=why):
         client.chat.completions.create(**asked)
 
 
