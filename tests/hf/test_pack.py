@@ -6,7 +6,7 @@ import torch
 import kvtrim
 import models
 from kvtrim.engine import row
-from kvtrim.engine.branch import Base, Branch
+from kvtrim.engine.branch import Base, Branch, Stem
 from kvtrim.errors import CacheError
 from kvtrim.hf.pack import Feed, Pack, position
 from small import small
@@ -152,6 +152,33 @@ def test_a_stack_lasts_and_takes_no_more_room_than_was_promised(monkeypatch):
         left = branches[0].tails[0].keys
         assert left.untyped_storage().nbytes() == 2 * left.nbytes
         assert ended.tails[0].place is None
+
+
+@pytest.mark.parametrize("name", [None, "snapkv", "adakv"])
+def test_continuations_of_a_continuation_share_what_it_read(name):
+    model = models.tiny("llama")
+    base = None if name is None else Base(read(model, name, 0).session)
+    draw, pack = torch.Generator().manual_seed(3), Pack(model)
+    lines = torch.randint(4, 260, (12, 6), generator=draw).tolist()
+    with kvtrim.attach(model):
+        first, other = Branch(base, room=40), Branch(base)
+        pack.feed(model, [Feed(first, lines[0] * 4), Feed(other, lines[1])])
+        stem = Stem(first)
+        second = Branch(stem)
+        pack.feed(model, [Feed(second, lines[2])])
+        into = [Branch(Stem(second)), first, Branch(stem), other, Branch(stem)]
+        assert into[2].base._layers[0][0][0].data_ptr() == first.tails[0].keys.data_ptr()
+        known = [*lines[0] * 4, *lines[2]], lines[0] * 4, lines[0] * 4, lines[1], lines[0] * 4
+        apart = [Branch(base) for _ in known]
+        for branch, ids in zip(apart, known, strict=True):
+            pack.feed(model, [Feed(branch, list(ids))])
+        assert [position(each) for each in into] == [position(each) for each in apart]
+        for tokens in lines[3:]:
+            feeds = [Feed(each, [token]) for each, token in zip(into, tokens, strict=False)]
+            logits = pack.feed(model, feeds)
+            for feed, branch, got in zip(feeds, apart, logits, strict=True):
+                (alone,) = pack.feed(model, [Feed(branch, feed.ids)])
+                torch.testing.assert_close(got, alone, atol=1e-9, rtol=1e-7)
 
 
 def test_continuations_are_cut_back_copied_and_leave_the_prompt_alone():

@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,8 +58,8 @@ class Client:
     def __init__(self, scheduler):
         self.scheduler = scheduler
 
-    def ask(self, text, name=None, how=None, head="", **sampling):
-        """A queue of events."""
+    def ask(self, text, name=None, how=None, head="", more=(), **sampling):
+        """A queue of events; one for every answer if there are `more`, by their seeds."""
         events, tokenizer = queue.Queue(), self.scheduler.reader.tokenizer
         document = None if name is None else self.scheduler.reader.library.get(name)
         said = [{"role": "user", "content": text}]
@@ -70,9 +71,15 @@ class Client:
             ]
         found = conversation.encode(tokenizer, said, after_document=name is not None)
         settings = Sampling(**{"max_tokens": 8, "ignore_eos": True, **sampling})
-        events.request = Request(found.rest, settings, events.put, document, found.head, how)
-        self.scheduler.submit(events.request)
-        return events
+        given = document, found.head, how
+        events.request = first = Request(found.rest, settings, events.put, *given)
+        others = [queue.Queue() for _ in more]
+        for each, seed in zip(others, more, strict=True):
+            own = replace(settings, seed=seed)
+            each.request = Request(found.rest, own, each.put, *given)
+            first.more.append(each.request)
+        self.scheduler.submit(first)
+        return [events, *others] if more else events
 
     def upload(self, name, text=None, how=None):
         events = queue.Queue()
@@ -196,6 +203,63 @@ def test_sampling_depends_on_the_seed_alone(served):
     assert got(client.ask("Who?", **how))[0] == alone
     assert got(client.ask("Who?", **{**how, "seed": 6}))[0] != alone
     assert all(isinstance(got(each)[2].seconds, float) for each in many)
+
+
+@pytest.mark.parametrize("name", [None, "d0", "d3"])
+@pytest.mark.parametrize("head", ["", "A long first message. " * 6])
+def test_answers_to_one_prompt_read_it_once(served, monkeypatch, name, head):
+    client = served()
+    if name is not None:
+        client.upload(name).get(timeout=60)
+    fed, feed = [], client.scheduler._pack.feed
+
+    def count(model, feeds):
+        fed.extend(len(each.ids) for each in feeds)
+        return feed(model, feeds)
+
+    monkeypatch.setattr(client.scheduler._pack, "feed", count)
+    how = HOWS["d0"] if head and name is None else None
+    alone = [
+        got(client.ask("Who?", name, how, head, temperature=1.5, seed=seed))[0] for seed in (5, 6)
+    ]
+    greedy = got(client.ask("Who?", name, how, head))
+    fed.clear()
+    asked = dict(temperature=1.5, seed=5, more=(6, 5))
+    answers = [got(each) for each in client.ask("Whom?", name, how, head, **asked)]
+    read = sum(fed) - 3 * 7  # the last token of an answer is never fed
+    usages = [usage for *_, usage in answers]
+    assert sum(u.prompt_tokens - u.reused_tokens for u in usages) == read < 60 + len(head)
+    assert [u.reused_tokens for u in usages[1:]] == [usages[0].prompt_tokens] * 2
+    assert len({u.prompt_tokens for u in usages}) == 1
+    answers = client.ask("Who?", name, how, head, **asked)
+    assert [got(each)[0] for each in answers] == [*alone, alone[0]] and alone[0] != alone[1]
+    answers = client.ask("Who?", name, how, head, more=(None,) * 3)
+    assert [got(each)[:2] for each in answers] == [greedy[:2]] * 4
+
+
+def test_many_answers_keep_to_places_and_memory(served):
+    client = served(batch=4)
+    scheduler, seen = client.scheduler, []
+    asked = [client.ask(f"Who {n}?", more=(1, 2), temperature=1.0, seed=0) for n in range(3)]
+    while not all(each.qsize() > 8 for answers in asked for each in answers):
+        seen.append(len(scheduler.answers))
+        time.sleep(0.001)
+    assert max(seen) <= 4
+    texts = [[got(each)[0] for each in answers] for answers in asked]
+    assert all(len({tuple(ids) for ids in answers}) == 3 for answers in texts)
+    wide = served(batch=2)  # more answers than places: alone then
+    assert len([got(each)[0] for each in wide.ask("Who?", more=(1, 2))]) == 3
+    entry = 2 * 3 * 2 * 8 * 4  # bytes of a token
+    first, *others = client.ask("Who is it? " * 9, more=(1, 2), max_tokens=100)
+    for each in (first, *others):
+        each.get(timeout=30)
+    reserved = (len(first.request.ids) + 3 * 100) * entry  # the prompt once
+    assert scheduler.memory.reserved == reserved
+    first.request.gone.set()
+    while len(scheduler.answers) == 3:
+        time.sleep(0.001)
+    assert scheduler.memory.reserved == reserved  # its entries are read by the others
+    assert all(len(got(each)[0]) == 99 for each in others)
 
 
 def test_stops_lengths_and_log_probabilities(served, model):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -90,6 +91,34 @@ def test_streams_are_the_whole_answer_in_pieces(client, manual, model_folder):
             ends += [each.finish_reason] if each.finish_reason else []
     assert texts == [each.message.content for each in whole.choices]
     assert texts[0] != texts[1] and ends == ["length"] * 2 and usage.completion_tokens == 12
+
+
+def test_answers_to_one_prompt_are_those_alone_and_read_it_once(client, url, model_folder):
+    def counted(kind):
+        page = send(url, "GET", "/metrics")[1]
+        return float(re.search(rf'kvtrim_tokens_total{{kind="{kind}"}} (\S+)', page)[1])
+
+    asked = dict(model=model_folder.name, **SHORT)
+    one = client.chat.completions.create(**asked, messages=said("Where is it now?"))
+    before, text = counted("read"), one.choices[0].message.content
+    three = client.chat.completions.create(**asked, messages=said("Where is it not?"), n=3)
+    assert counted("read") - before == three.usage.kvtrim["read_tokens"]
+    assert three.usage.kvtrim["read_tokens"] < one.usage.prompt_tokens
+    assert three.usage.completion_tokens == 18
+    same = client.chat.completions.create(**asked, messages=said("Where is it now?"), n=3)
+    assert [each.message.content for each in same.choices] == [text] * 3
+    drawn = dict(asked, messages=said("Where is it now?"), temperature=1.0)
+    alone = [client.chat.completions.create(**drawn, seed=seed) for seed in (7, 8)]
+    both = client.chat.completions.create(**drawn, seed=7, n=2)
+    texts = [each.message.content for each in both.choices]
+    assert texts == [each.choices[0].message.content for each in alone] and texts[0] != texts[1]
+    pair = client.completions.create(model=model_folder.name, prompt=["One", "Two"], n=2, **SHORT)
+    each = [
+        client.completions.create(model=model_folder.name, prompt=text, **SHORT)
+        for text in ("One", "Two")
+    ]
+    assert pair.usage.prompt_tokens == sum(one.usage.prompt_tokens for one in each)
+    assert [c.text for c in pair.choices] == [e.choices[0].text for e in each for _ in range(2)]
 
 
 def test_sixteen_at_once_get_what_each_gets_alone(client, manual, url, model_folder):

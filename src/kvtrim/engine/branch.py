@@ -27,6 +27,8 @@ Run = tuple[Tensor, Tensor, Tensor | None]
 class Base:
     """The entries of one prompt, as they are when it was read and cut.
 
+    `below` is what they continue themselves, if anything.
+
     Args:
         session: one that evicts no more (`engine.batch.joinable`), of one prompt; not to be used
             any further by others.
@@ -34,6 +36,8 @@ class Base:
     Raises:
         CacheError: it is none of these.
     """
+
+    below: "Base | None" = None
 
     def __init__(self, session: Session):
         if not joinable(session) or len(session.state.reading.lengths) != 1:
@@ -160,6 +164,26 @@ class Branch:
             for tail in self.tails
         ]
         return other
+
+
+class Stem(Base):
+    """What a continuation holds by now, for further ones to go on from; it may go on itself.
+
+    Nothing is copied: it writes behind these entries, which stay as they are.
+    """
+
+    def __init__(self, branch: Branch):
+        self.below, self.position = branch.base, branch.position
+        seen = slice(len(branch.ids))
+        self._layers = [
+            [(_apart(tail, tail.keys[:, :, seen]), _apart(tail, tail.values[:, :, seen]), None)]
+            for tail in branch.tails
+        ]
+
+
+def _apart(tail: Tail, held: Tensor) -> Tensor:
+    """Entries that do not keep those of others, beside whom they are stacked, from being freed."""
+    return held if tail.place is None else held.clone()
 
 
 def _grow(held: Tensor, like: Tensor, length: int, capacity: int) -> Tensor:

@@ -43,15 +43,25 @@ class Row:
         self._apart = apart
         self._bases = self._columns_of_bases(given)
 
-    def _columns_of_bases(self, branches: Sequence[Branch]) -> list[tuple[Base, slice | Tensor]]:
-        """The prompts that are continued, with the columns of all who continue each."""
-        found: dict[int, tuple[Base, list[int]]] = {}
+    def _columns_of_bases(
+        self, branches: Sequence[Branch]
+    ) -> list[list[tuple[Base, slice | Tensor]]]:
+        """The prompts that are continued, with the columns of all who continue each.
+
+        First those that continue nothing themselves, then what continues these, and so on.
+        """
+        levels: list[dict[int, tuple[Base, list[int]]]] = []
         for branch in branches:
-            if branch.base is not None:
-                own = self.columns[id(branch)]
-                _, columns = found.setdefault(id(branch.base), (branch.base, []))
+            own = self.columns[id(branch)]
+            for level, base in enumerate(_chain(branch)):
+                if level == len(levels):
+                    levels.append({})
+                _, columns = levels[level].setdefault(id(base), (base, []))
                 columns += range(own.start, own.stop)
-        return [(base, _as_slice(sorted(columns))) for base, columns in found.values()]
+        return [
+            [(base, _as_slice(sorted(columns))) for base, columns in found.values()]
+            for found in levels
+        ]
 
     def attend(self, index: int, call: Call) -> Float[Tensor, "1 H Q E"]:
         """All tokens' attention in one layer, over their prompts and what continues those."""
@@ -65,11 +75,13 @@ class Row:
         if len(parts) > 1:
             out, lse = (torch.cat(side, dim=2) for side in zip(*parts, strict=True))
         if self._bases:
-            out = join_parts([(out, lse), self._attend_to_bases(index, call, out, lse)])
+            found = [self._attend_to(bases, index, call, out, lse) for bases in self._bases]
+            out = join_parts([(out, lse), *found])
         return out.to(call.queries.dtype)
 
-    def _attend_to_bases(
+    def _attend_to(
         self,
+        bases: Sequence[tuple[Base, slice | Tensor]],
         index: int,
         call: Call,
         out: Float[Tensor, "1 H Q E"],
@@ -77,7 +89,7 @@ class Row:
     ) -> Part:
         """What all tokens find in the prompts that they continue; nothing for those of none."""
         found = torch.zeros_like(out, dtype=lse.dtype), torch.full_like(lse, -torch.inf)
-        for base, columns in self._bases:
+        for base, columns in bases:
             part = base.attend(index, call, call.queries[:, :, columns])
             if part is not None:
                 for side, own in zip(found, part, strict=True):
@@ -175,12 +187,23 @@ def _groups(branches: Sequence[Branch]) -> list[list[Branch]]:
     return [[branches[number] for number in sorted(group)] for group in groups]
 
 
+def _chain(branch: Branch) -> list[Base]:
+    """What it continues, beginning with what continues nothing."""
+    chain, base = [], branch.base
+    while base is not None:
+        chain.insert(0, base)
+        base = base.below
+    return chain
+
+
 def _neighbours(branches: Sequence[Branch]) -> list[Branch]:
     """The same, those of one prompt next to each other."""
     places: dict[int, int] = {}
-    for branch in branches:
-        places.setdefault(id(branch.base), len(places))
-    return sorted(branches, key=lambda branch: places[id(branch.base)])
+    chains = {id(branch): [id(base) for base in _chain(branch)] for branch in branches}
+    for chain in chains.values():
+        for base in chain:
+            places.setdefault(base, len(places))
+    return sorted(branches, key=lambda branch: [places[base] for base in chains[id(branch)]])
 
 
 def _as_slice(columns: list[int]) -> slice | Tensor:

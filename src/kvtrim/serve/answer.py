@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from kvtrim.engine.branch import Branch
+from kvtrim.engine.branch import Branch, Stem
+from kvtrim.hf.cache import Cache
 from kvtrim.prompts.detokenizer import Detokenizer
 from kvtrim.serve.memory import Conversation, Document
 from kvtrim.serve.request import Done, Request, Token, Usage
@@ -38,6 +39,36 @@ class Speaker:
 
 
 @dataclass(eq=False)
+class Share:
+    """Bytes that several answers hold together, until the last of them ends."""
+
+    nbytes: int
+    users: int
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that answers to one prompt may come to hold: the first one, and each further one."""
+
+    first: int
+    further: int
+
+    @classmethod
+    def of(cls, request: Request, document: Document | None, entry_bytes: int) -> "Room":
+        """Of a request; its further answers share what the first one read, or copy it."""
+        new = request.sampling.max_tokens * entry_bytes
+        whole = len(request.ids) * entry_bytes + new
+        if document is not None and isinstance(document.entries, Cache):
+            whole += document.held_bytes
+            return cls(whole, whole)
+        return cls(whole, new)
+
+    def total(self, count: int) -> int:
+        """By so many answers."""
+        return self.first + (count - 1) * self.further
+
+
+@dataclass(eq=False)
 class Answer:
     """A request that has its place among those that decode together."""
 
@@ -46,7 +77,10 @@ class Answer:
     document: Document | None
     talk: Conversation
     reused: int  # tokens of the prompt that nobody had to read for this
-    reserved: int  # bytes
+    room: Room
+    reserved: int  # bytes, of which `share` is no part
+    share: Share | None = None
+    forked: bool = False  # from the first answer to its prompt, which read that
     written: list[int] = field(default_factory=list)
     first_token_s: float = 0.0
     ended: bool = False
@@ -92,9 +126,45 @@ class Answer:
             self.ended = True
             self.request.emit(Done(reason, self._usage()))
 
+    def fork(self) -> "list[Answer]":
+        """The further answers to the prompt, now that it was read: each goes on from there.
+
+        Their prompt's entries are the first one's, which writes behind them; where the method goes
+        on evicting each has a copy.
+        """
+        requests, self.request.more = self.request.more, []
+        into, room, others = self.talk.into, self.room, []
+        if not requests:
+            return others
+        self.reserved, stem = room.first, None
+        if isinstance(into, Branch):  # whose entries are there until the last answer has ended
+            self.reserved, self.share = 0, Share(room.first, 1 + len(requests))
+            stem = Stem(into)
+        before = 0
+        if self.document is not None:
+            before = self.document.tokens
+            self.document.users += len(requests)
+        for each in requests:
+            each.ids = self.request.ids
+            own = into.copy() if isinstance(into, Cache) else None
+            own = own or Branch(stem, room=each.sampling.max_tokens)
+            talk = Conversation(self.document, own, list(self.talk.ids))
+            given = each, self.speaker, self.document, talk, before + len(each.ids), room
+            others.append(Answer(*given, room.further, self.share, forked=True))
+        return others
+
+    def release(self) -> int:
+        """Bytes of its reservation that are free once it has ended; asked once."""
+        if self.share is None:
+            return self.reserved
+        self.share.users -= 1
+        return self.reserved + (0 if self.share.users else self.share.nbytes)
+
     def _usage(self) -> Usage:
         shared = self.document
         own = self.talk.nbytes
+        if self.forked and isinstance(self.talk.into, Branch):
+            own += len(self.request.ids) * self.speaker.entry_bytes
         before = 0 if shared is None else shared.tokens
         if shared is not None and isinstance(self.talk.into, Branch):
             own += shared.held_bytes

@@ -120,6 +120,17 @@ class Request:
     deadline: float = float("inf")  # on time.monotonic's clock
     came: float = field(default_factory=time.monotonic)
     gone: threading.Event = field(default_factory=threading.Event)  # nobody waits for it any more
+    more: list["Request"] = field(default_factory=list)  # answers to the same prompt, read once
+
+    @property
+    def count(self) -> int:
+        """How many answers it is about."""
+        return 1 + len(self.more)
+
+    def fail(self, error: Exception) -> None:
+        """Say to all who wait for its answers that there will be none."""
+        for each in (self, *self.more):
+            each.emit(Failed(error))
 
 
 @dataclass(eq=False)

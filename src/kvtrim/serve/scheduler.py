@@ -18,7 +18,7 @@ from kvtrim.errors import KvtrimError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.pack import Feed, Pack
-from kvtrim.serve.answer import Answer, Speaker
+from kvtrim.serve.answer import Answer, Room, Speaker
 from kvtrim.serve.documents import Prints
 from kvtrim.serve.library import Entry, Library
 from kvtrim.serve.memory import Conversation, Document, Memory
@@ -80,8 +80,9 @@ class Scheduler:
                 if len(new) + len(self._uploads) >= self.limits.uploads:
                     raise Refused("many documents wait to be read; try again later", 429, 10)
             else:
-                new = [each for each in self._came if isinstance(each, Request)]
-                queued = len(new) + len(self.waiting) + sum(len(r.waiting) for r in self.readings)
+                waiting = [each for each in self._came if isinstance(each, Request)]
+                waiting += [*self.waiting, *(r for one in self.readings for r in one.waiting)]
+                queued = sum(each.count for each in waiting)
                 if queued >= self.limits.queue:
                     wait = self.pace.wait_s(queued)
                     raise Refused(f"{queued} requests wait; try again later", 429, wait)
@@ -140,7 +141,7 @@ class Scheduler:
             asked += reading.waiting
             reading.failed(error)
         for request in asked:
-            request.emit(Failed(error))
+            request.fail(error)
         for upload in self._uploads:
             upload.emit(Failed(error))
         self.answers, self.waiting = [], deque()
@@ -185,7 +186,7 @@ class Scheduler:
 
     def _late(self, request: Request) -> None:
         if not request.gone.is_set():
-            request.emit(Failed(Refused("the request was not done by its deadline", 504)))
+            request.fail(Refused("the request was not done by its deadline", 504))
 
     # Taking on
 
@@ -195,7 +196,8 @@ class Scheduler:
                 break
             self._uploads.popleft()
         for _ in range(len(self.waiting)):
-            if len(self.answers) >= self.limits.batch:
+            placed = sum(each.request.count for each in self.answers)
+            if placed and placed + self.waiting[0].count > self.limits.batch:
                 return
             request = self.waiting.popleft()
             try:
@@ -232,9 +234,8 @@ class Scheduler:
     def _join(self, request: Request, document: Document | None, reused: int) -> bool:
         tokens = len(request.ids) + request.sampling.max_tokens
         talk = self.memory.resume(document, request.ids, tokens)
-        need = tokens * self.speaker.entry_bytes
-        if document is not None and isinstance(document.entries, Cache):
-            need += document.held_bytes
+        room = Room.of(request, document, self.speaker.entry_bytes)
+        need = room.total(request.count)
         if document is not None:
             document.users += 1  # it stays while room is made
         if not self.memory.make_room(need):
@@ -249,7 +250,7 @@ class Scheduler:
         talk.expect(request.ids)
         self.memory.reserved += need
         known = reused + len(talk.ids)
-        self.answers.append(Answer(request, self.speaker, document, talk, known, need))
+        self.answers.append(Answer(request, self.speaker, document, talk, known, room, need))
         return True
 
     def _require_possible(self, need: int) -> None:
@@ -376,20 +377,24 @@ class Scheduler:
             return spent
         for answer, feed, row in zip(fed, feeds, logits, strict=True):
             if answer.note_read(feed.ids):
-                answer.extend(row)
-                if answer.ended:
-                    self._close(answer, remember=True)
+                others = answer.fork()
+                self.answers += others
+                for each in (*others, answer):
+                    each.extend(row)
+                    if each.ended:
+                        self._close(each, remember=True)
         return spent
 
     def _close(self, answer: Answer, remember: bool) -> None:
         self.answers.remove(answer)
-        self.memory.reserved -= answer.reserved
+        self.memory.reserved -= answer.release()
         if answer.document is not None:
             answer.document.users -= 1
-        if remember and (answer.document is None or self.memory.holds(answer.document)):
+        held = answer.document is None or self.memory.holds(answer.document)
+        if remember and held and not answer.forked:  # the first answer's knows their prompt
             self.memory.remember(answer.talk)
 
     def _fail(self, request: Request, error: Exception) -> None:
         if not isinstance(error, KvtrimError):
             log.exception("a request failed", exc_info=error)
-        request.emit(Failed(error))
+        request.fail(error)

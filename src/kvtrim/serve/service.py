@@ -238,7 +238,7 @@ class Service:
         asked: protocol.Asked,
         sampling: Sampling,
     ) -> Asking:
-        """Submit requests for every prompt, given as (head, rest), `n` times each.
+        """Submit requests for every prompt, given as (head, rest), for `n` answers each.
 
         Raises:
             UsageError, Refused: it cannot be done, or not now.
@@ -247,6 +247,7 @@ class Service:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         requests: list[Request] = []
+        firsts: list[Request] = []
         for head, rest in prompts:
             how = None if document is not None else self._compression(head, asked.kvtrim)
             before = document.tokens if document is not None else len(head)
@@ -254,21 +255,24 @@ class Service:
             if not _said_length(asked):
                 most = max(1, min(most, self.scheduler.reader.window - before - len(rest)))
             self._require_fits(before + len(rest), most)
+            answers: list[Request] = []
             for copy in range(asked.n or 1):
-                number = len(requests)
+                number = len(requests) + copy
 
                 def emit(event: Event, number: int = number) -> None:
                     loop.call_soon_threadsafe(events.put_nowait, (number, event))
 
                 seed = None if sampling.seed is None else sampling.seed + copy
                 own = Sampling(**{**vars(sampling), "seed": seed, "max_tokens": most})
-                deadline = time.monotonic() + self.defaults.deadline_s
                 request = Request(list(rest), own, emit, document, list(head), how)
-                request.deadline = deadline
-                requests.append(request)
+                request.deadline = time.monotonic() + self.defaults.deadline_s
+                answers.append(request)
+            answers[0].more = answers[1:]
+            firsts.append(answers[0])
+            requests += answers
         asking = Asking(requests, events)
         try:
-            for request in requests:
+            for request in firsts:
                 self.scheduler.submit(request)
         except KvtrimError:
             asking.__exit__()

@@ -11,7 +11,7 @@ from kvtrim.hf.attach import attach
 from kvtrim.hf.pack import Feed, Pack
 from kvtrim.prompts import conversation
 from kvtrim.serve import documents
-from kvtrim.serve.answer import Answer, Speaker
+from kvtrim.serve.answer import Answer, Room, Speaker
 from kvtrim.serve.library import Library
 from kvtrim.serve.memory import Conversation, Document, Memory
 from kvtrim.serve.reading import document_of
@@ -93,7 +93,7 @@ class Talk:
         talk.expect(ids)
         answer = Answer(
             Request(ids, sampling, events.put), self._speaker, self.document, talk,
-            before + len(talk.ids), 0,
+            before + len(talk.ids), Room(0, 0), 0,
         )  # fmt: skip
         try:
             with attach(self.model):

@@ -5,6 +5,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 from kvtrim.serve import protocol
@@ -12,6 +13,7 @@ from kvtrim.serve.request import Done, Token, Usage
 from kvtrim.serve.service import Choice, Service
 
 _END = "data: [DONE]\n\n"
+_REUSED = attrgetter("reused_tokens")
 
 
 def _data(body: dict[str, Any], event: str | None = None) -> str:
@@ -27,7 +29,7 @@ class Form(ABC):
     def __init__(self, asked: protocol.Asked, service: Service):
         self._asked, self._tokenizer = asked, service.tokenizer
         self.id, self._made = f"{self.prefix}{uuid.uuid4().hex}", int(time.time())
-        self._usages: list[Usage] = []
+        self._usages: dict[int, Usage] = {}  # of choices that are done
 
     @abstractmethod
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
@@ -48,21 +50,33 @@ class Form(ABC):
     def _piece(self, token: int) -> str:
         return self._tokenizer.decode([token], skip_special_tokens=False)
 
+    def _usage(self, each: Sequence[Usage]) -> dict[str, Any]:
+        return usage(each, self._asked.n or 1)
+
+    def _in_order(self) -> list[Usage]:
+        return [one for _, one in sorted(self._usages.items())]
+
     @property
     def _with_usage(self) -> bool:
         options = self._asked.stream_options
         return options is not None and options.include_usage
 
 
-def usage(each: Sequence[Usage]) -> dict[str, Any]:
-    """What answers to one prompt took together, and what kvtrim adds to OpenAI's words."""
-    first, written = each[0], sum(one.completion_tokens for one in each)
+def usage(each: Sequence[Usage], n: int = 1) -> dict[str, Any]:
+    """What answers took together, and what kvtrim adds to OpenAI's words.
+
+    Args:
+        each: in the order of the choices: `n` to every prompt, which was read once.
+    """
+    firsts = [min(each[at : at + n], key=_REUSED) for at in range(0, len(each), n)]
+    prompt, reused = sum(one.prompt_tokens for one in firsts), sum(map(_REUSED, firsts))
+    written = sum(one.completion_tokens for one in each)
     return {
-        "prompt_tokens": first.prompt_tokens,
+        "prompt_tokens": prompt,
         "completion_tokens": written,
-        "total_tokens": first.prompt_tokens + written,
-        "prompt_tokens_details": {"cached_tokens": first.reused_tokens},
-        "kvtrim": facts(first),
+        "total_tokens": prompt + written,
+        "prompt_tokens_details": {"cached_tokens": reused},
+        "kvtrim": facts(firsts[0]) | {"read_tokens": prompt - reused, "reused_tokens": reused},
     }
 
 
@@ -95,7 +109,7 @@ class Chat(Form):
             for number, each in enumerate(choices)
         ]
         body = self._body("chat.completion", said)
-        return {**body, "usage": usage([each.usage for each in choices])}
+        return {**body, "usage": self._usage([each.usage for each in choices])}
 
     def begin(self, count: int) -> Iterator[str]:
         """The role of every answer."""
@@ -105,7 +119,7 @@ class Chat(Form):
     def event(self, number: int, event: Token | Done) -> Iterator[str]:
         """One `chat.completion.chunk`."""
         if isinstance(event, Done):
-            self._usages.append(event.usage)
+            self._usages[number] = event.usage
             yield self._chunk(number, {}, None, event.reason)
         elif event.text or event.logprob is not None:
             yield self._chunk(number, {"content": event.text}, self._logprobs([event]))
@@ -114,7 +128,7 @@ class Chat(Form):
         """Usage, if asked for, and the end."""
         if self._with_usage:
             body = self._body("chat.completion.chunk", [])
-            yield _data({**body, "usage": usage(self._usages)})
+            yield _data({**body, "usage": self._usage(self._in_order())})
         yield _END
 
     def _chunk(
@@ -153,12 +167,15 @@ class Completion(Form):
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """One `text_completion`."""
         said = [self._choice(n, e.text, e.tokens, e.reason) for n, e in enumerate(choices)]
-        return {**self._body(said), "usage": usage([each.usage for each in choices])}
+        return {
+            **self._body(said),
+            "usage": self._usage([each.usage for each in choices]),
+        }
 
     def event(self, number: int, event: Token | Done) -> Iterator[str]:
         """One part of a `text_completion`."""
         if isinstance(event, Done):
-            self._usages.append(event.usage)
+            self._usages[number] = event.usage
             yield _data(self._body([self._choice(number, "", [], event.reason)]))
         elif event.text or event.logprob is not None:
             yield _data(self._body([self._choice(number, event.text, [event], None)]))
@@ -166,7 +183,12 @@ class Completion(Form):
     def end(self) -> Iterator[str]:
         """Usage, if asked for, and the end."""
         if self._with_usage:
-            yield _data({**self._body([]), "usage": usage(self._usages)})
+            yield _data(
+                {
+                    **self._body([]),
+                    "usage": self._usage(self._in_order()),
+                }
+            )
         yield _END
 
     def _body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
