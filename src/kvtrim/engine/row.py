@@ -167,8 +167,9 @@ def _is_short(branch: Branch) -> bool:
 
 
 def _capacity(branch: Branch) -> int:
-    """Entries of a row that takes it and one more."""
-    return (len(branch.ids) // _STEP + 1) * _STEP
+    """Entries of a row that takes it and one more, and no more than there will be."""
+    steps = (len(branch.ids) // _STEP + 1) * _STEP
+    return min(steps, branch.room) if branch.room > len(branch.ids) else steps
 
 
 def _groups(branches: Sequence[Branch]) -> list[list[Branch]]:

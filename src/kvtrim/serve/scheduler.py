@@ -1,9 +1,8 @@
 """Requests that decode together: they join and leave between passes, whatever each is about.
 
 One thread runs the model. In every round it feeds, in one pass, the last token of everybody who is
-answering and as many unread tokens of prompts as cost about half as much again; then, if somebody
-waits for a long document, a chunk of that. What a chunk costs is measured as it goes, so that
-nobody's tokens wait long for somebody else's document.
+answering and tokens of questions, until it takes three times as long; then, if somebody waits for
+a long document, a chunk of that. What passes take is measured, so that nobody waits for others.
 """
 
 import logging
@@ -321,7 +320,7 @@ class Scheduler:
         if count <= 0:
             return
         try:
-            with self.pace.measure(min(count, len(reading.ids) - reading.done)):
+            with self.pace.measure_chunk(min(count, len(reading.ids) - reading.done)):
                 complete = reading.read(self.model, count)
             if not complete:
                 return
@@ -353,7 +352,7 @@ class Scheduler:
 
     def _step(self) -> int:
         """One pass for all who answer; how many tokens of prompts went along."""
-        left = self.pace.chunk(any(not each.reading for each in self.answers), 0)
+        left = self.pace.along(sum(not each.reading for each in self.answers))
         feeds, fed, spent = [], [], 0
         for answer in self.answers:
             ids = answer.unread()
@@ -368,7 +367,7 @@ class Scheduler:
         if not feeds:
             return 0
         try:
-            with self.pace.measure(spent, len(feeds) if not spent else 0):
+            with self.pace.measure_step(sum(len(each.ids) for each in feeds), spent > 0):
                 logits = self._pack.feed(self.model, feeds)
         except Exception as error:
             for answer in fed:
