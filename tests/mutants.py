@@ -208,7 +208,7 @@ STATE = {
         "hf/test_going_back.py",
     ),
     "a crop leaves carried statistics": Mutant(
-        "engine/past.py",
+        "engine/state.py",
         "            if carried is None:\n                held.store.drop_column(CARRIED)\n"
         "            else:\n",
         "            if carried is not None and False:\n",

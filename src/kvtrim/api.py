@@ -22,7 +22,6 @@ from kvtrim.prompts import (
     Template,
     Words,
     encode_context,
-    encode_ends,
     encode_question,
     repeat_words,
 )
@@ -316,12 +315,11 @@ def fit_context(
     """A context that fits into `room` tokens."""
     if not Document.of(context).text.strip():
         raise UsageError("the context is empty")
-    prompt = encode_context(tokenizer, around, context)
-    if len(prompt) <= room:
-        return prompt
-    if truncate != "middle":
+    cuts = truncate == "middle"
+    prompt = encode_context(tokenizer, around, context, room if cuts else None)
+    if len(prompt) > room:
         raise UsageError(_too_long(len(prompt), 0, room))
-    return encode_ends(tokenizer, around, context, room)
+    return prompt
 
 
 def _too_long(tokens: int, answer: int, window: int) -> str:

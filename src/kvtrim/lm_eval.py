@@ -31,6 +31,7 @@ from kvtrim.errors import UnknownNameError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.generate import likelihoods
 from kvtrim.hf.models.load import default_device, load
 from kvtrim.methods.settings import split
 from kvtrim.version import VERSION
@@ -229,9 +230,8 @@ class KvtrimLM(HFLM):
 def _judge(logits: torch.Tensor, answer: list[int]) -> tuple[float, bool]:
     """Log-likelihood of an answer under [T, vocab], and whether it is the most likely one."""
     gold = torch.tensor(answer, device=logits.device)
-    log = logits.float().log_softmax(dim=-1)
-    same = bool((log.argmax(dim=-1) == gold).all())
-    return float(log.gather(1, gold[:, None]).sum()), same
+    log, chosen = likelihoods(logits, gold)
+    return float(chosen.sum()), bool((log.argmax(dim=-1) == gold).all())
 
 
 def register() -> None:

@@ -19,6 +19,7 @@ from kvtrim.methods.method import Method
 from kvtrim.methods.request import Request
 from kvtrim.methods.settings import find, spell_out, split
 from kvtrim.methods.variant import Variant
+from kvtrim.records import HeldFigures
 from kvtrim.types import Tensor
 
 PLAIN = "transformers"
@@ -45,11 +46,14 @@ class Subject:
         """The way to feed at most so many single tokens after the prompt."""
         return nullcontext((self.feed, False)) if self.captured is None else self.captured(count)
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> HeldFigures:
         """Bytes and entries that it holds now."""
         held, full = stored_bytes(self.cache)
-        own = {"held_bytes": held, "entries": mean_entries(self.cache)}
-        return own | {"full_bytes": full if self.full else None}
+        return {
+            "held_bytes": held,
+            "entries": mean_entries(self.cache),
+            "full_bytes": full if self.full else None,
+        }
 
 
 @dataclass(frozen=True)

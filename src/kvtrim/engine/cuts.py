@@ -19,7 +19,7 @@ from kvtrim.engine.refit import (
     of_one_use,
     references_of_head,
 )
-from kvtrim.engine.state import State
+from kvtrim.engine.state import CARRIED, State
 from kvtrim.engine.tokens import Pass
 from kvtrim.errors import UsageError
 from kvtrim.kernels import explicit
@@ -28,8 +28,7 @@ from kvtrim.methods.method import Method
 from kvtrim.methods.policies.base import checked_statistic
 from kvtrim.types import Float, Kept, LayerView, Probed, Tensor
 
-CARRIED = "carried"  # the store's column for a policy's running statistic
-SCORE = "score"  # and for scores, while layers compete for one budget
+SCORE = "score"  # the store's column for scores, while layers compete for one budget
 
 
 @dataclass

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Sequence
 
 from kvtrim.cache.store import LayerStore
-from kvtrim.engine.cuts import CARRIED, Cuts, Known
+from kvtrim.engine.cuts import Cuts, Known
 from kvtrim.engine.layer import (
     Attends,
     Call,
@@ -19,11 +19,11 @@ from kvtrim.engine.layer import (
     last_queries,
     writable,
 )
-from kvtrim.engine.past import Past, Undoable
+from kvtrim.engine.past import Undoable
 from kvtrim.engine.plan import Plan, plan_pass, plan_probe
 from kvtrim.engine.propagation import Narrowing
 from kvtrim.engine.reposition import roll
-from kvtrim.engine.state import State, remark, remark_later
+from kvtrim.engine.state import CARRIED, Past, State, remark, remark_later
 from kvtrim.engine.tokens import Pass
 from kvtrim.errors import CacheError
 from kvtrim.kernels.attend import require_known

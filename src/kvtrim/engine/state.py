@@ -8,18 +8,20 @@ of the prompt, parts that are kept as a whole. Whoever answers says so, once.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
 from kvtrim.cache.store import LayerStore, Reach
-from kvtrim.engine.layer import Held
+from kvtrim.engine.layer import Call, Held
 from kvtrim.engine.tokens import Pass, Reading
 from kvtrim.errors import UsageError
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.method import Method
 from kvtrim.prompts.spans import per_row, require_within
 from kvtrim.types import Int, Spans, Tensor
+
+CARRIED = "carried"
+"""The store's column for a policy's running statistic."""
 
 CLEARLY = 0.05
 """What is held differs clearly from what was asked by more than this share of it, and an entry."""
@@ -57,7 +59,7 @@ class State:
     nobody had announced."""
     appended_from: int = 0
     """Columns read from which on entries were only appended."""
-    past: list[Any] = field(default_factory=list)
+    past: "list[Past]" = field(default_factory=list)
     """The newest of the other passes as far as they can be taken back, oldest first."""
 
     @classmethod
@@ -202,6 +204,76 @@ class Mark:
             if held.store is not None and reach is not None:
                 held.store = held.store.shorten(reach.length)
         return back
+
+
+@dataclass
+class Past:
+    """One pass."""
+
+    mark: Mark  # of the state that it found
+    carried: list[Tensor | None]  # the policy's statistic of every layer, where stores are shared
+    columns: int
+    mask: Tensor | None
+    keeps_calls: bool  # else it goes as a whole
+    calls: dict[int, Call] = field(default_factory=dict)
+
+    @property
+    def seen(self) -> int:
+        """Columns read before it."""
+        return self.mark.state.reading.seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held for it."""
+        tensors = [each for each in self.carried if each is not None]
+        for call in self.calls.values():
+            tensors += [call.queries, call.keys, call.values]
+            tensors += [] if call.hidden is None else [call.hidden]
+        held = 0 if self.mark.reaches is not None else self.mark.state.held_bytes
+        return held + sum(tensor.nbytes for tensor in tensors)
+
+    @classmethod
+    def begin(
+        cls, state: State, columns: int, mask: Tensor | None, evicts: bool, keeps_calls: bool
+    ) -> "Past":
+        """A pass is about to begin, which may evict entries of this state."""
+        carried = [
+            store.column(CARRIED).clone() if store is not None and store.has(CARRIED) else None
+            for store in (held.store for held in state.layers)
+        ]
+        found = state.mark(evicts)
+        return cls(found, [] if evicts else carried, columns, mask, keeps_calls)
+
+    def note(self, index: int, call: Call, hidden: bool) -> None:
+        """Remember what a layer was handed."""
+        if self.keeps_calls:
+            self.calls[index] = call if hidden else replace(call, hidden=None)
+
+    def restore(self) -> State:
+        """The state that it found."""
+        state = self.mark.restore()
+        for held, carried in zip(state.layers, self.carried, strict=False):
+            if held.store is None:
+                continue
+            if carried is None:
+                held.store.drop_column(CARRIED)
+            else:
+                held.store.add_column(CARRIED)
+                held.store.set_column(CARRIED, carried)
+        return state
+
+    def part(self, columns: int) -> tuple[Tensor | None, dict[int, Call]]:
+        """The mask and the calls of its first columns."""
+        mask, calls = self.mask, {}
+        if mask is not None:
+            before = mask.shape[1] - self.columns
+            mask = mask[:, : before + columns]
+        for index, call in self.calls.items():
+            own = (each[:, :, :columns] for each in (call.queries, call.keys, call.values))
+            queries, keys, values = own
+            hidden = None if call.hidden is None else call.hidden[:, :columns]
+            calls[index] = replace(call, queries=queries, keys=keys, values=values, hidden=hidden)
+        return mask, calls
 
 
 def remark(method: Method, keep: Keep, state: State) -> str | None:

@@ -292,6 +292,14 @@ def stored_bytes(cache: TransformersCache) -> tuple[int, int]:
     return held, held
 
 
+def likelihoods(
+    logits: Float[Tensor, "T V"], tokens: Int[Tensor, " T"]
+) -> tuple[Float[Tensor, "T V"], Float[Tensor, " T"]]:
+    """Log-probabilities of all tokens after each place, and of the one that came there."""
+    log = logits.float().log_softmax(dim=-1)
+    return log, log.gather(1, tokens[:, None])[:, 0]
+
+
 def mean_entries(cache: TransformersCache) -> float:
     """Entries per KV head on average, for kvtrim's cache and for any other."""
     layers: list[Any] = list(cache.layers)

@@ -17,7 +17,7 @@ from kvtrim.errors import CacheError, UnsupportedModelError
 from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.layers import WindowLayer
-from kvtrim.hf.models.architectures import layout
+from kvtrim.hf.models.architectures import layout, states_of
 from kvtrim.types import Bool, Float, Tensor
 
 
@@ -53,7 +53,7 @@ class Sensitivity:
         last: list[Tensor] = []
         hooks = [
             self._decoder.get_input_embeddings().register_forward_hook(_require_grad),
-            self._last.register_forward_hook(lambda _, args, out: last.append(_first(out))),
+            self._last.register_forward_hook(lambda _, args, out: last.append(states_of(out))),
         ]
         for number, module in enumerate(self._attention):
             hooks.append(module.register_forward_hook(_note(outputs, number)))
@@ -121,11 +121,6 @@ def _note(outputs: dict[int, Tensor], number: int) -> Any:
     """A hook that notes what a module returned."""
 
     def hook(module: torch.nn.Module, args: Any, out: Any) -> None:
-        outputs[number] = _first(out)
+        outputs[number] = states_of(out)
 
     return hook
-
-
-def _first(out: Any) -> Tensor:
-    """The hidden states that a module returned."""
-    return out[0] if isinstance(out, tuple) else out

@@ -113,6 +113,8 @@ class Prompt:
     context: list[int]
     question: list[int]
     spans: Spans = field(default_factory=dict)
+    cut: bool = False
+    """The middle of the context was left out."""
 
     def __len__(self) -> int:
         return len(self.context) + len(self.question)
@@ -125,7 +127,7 @@ class Prompt:
     def with_question(self, question: "Prompt") -> "Prompt":
         """This context with a question encoded alone."""
         spans = join_spans(self.spans, question.spans, len(self.context))
-        return Prompt(self.context, question.question, spans)
+        return Prompt(self.context, question.question, spans, self.cut)
 
 
 @dataclass(frozen=True)
@@ -221,17 +223,25 @@ def encode(tokenizer: Any, around: Frame, context: str | Document, question: str
     )
 
 
-def encode_context(tokenizer: Any, around: Frame, context: str | Document) -> Prompt:
+def encode_context(
+    tokenizer: Any, around: Frame, context: str | Document, room: int | None = None
+) -> Prompt:
     """Token ids of a context and what stands before it; special tokens come from the frame alone.
 
+    Args:
+        room: tokens that there is room for; what needs more loses its middle (`encode_ends`).
+
     Raises:
-        UsageError: the document has spans, and the tokenizer does not say where tokens begin.
+        UsageError: the document has spans, and the tokenizer does not say where tokens begin; or
+            as `encode_ends`.
     """
     document = _document(around, context)
     before, parts = _before(around), _parts(tokenizer, document)
     spans = join_spans(before, parts, len(around.before))
     cuts = _cuts(tokenizer, around, document.text, len(around.before))
     ids, spans = _encode(tokenizer, around.before + document.text, spans, cuts)
+    if room is not None and len(ids) > room:
+        return encode_ends(tokenizer, around, context, room)
     return Prompt(ids, [], spans)
 
 
@@ -264,7 +274,8 @@ def encode_ends(
     head = (left + 1) // 2 if head is None else min(head, left)
     if len(ids) > left:
         spans = without(spans, head, head + len(ids) - left)
-    return Prompt(first + cut_middle(ids, left, head), [], join_spans(before, spans, len(first)))
+    ids, spans = first + cut_middle(ids, left, head), join_spans(before, spans, len(first))
+    return Prompt(ids, [], spans, cut=True)
 
 
 def encode_question(tokenizer: Any, around: Frame, question: str) -> Prompt:

@@ -106,27 +106,99 @@ class ScoreLine(Key):
     outcome: NotRequired[str]
 
 
-class SpeedLine(TypedDict):
-    """One turn of a speed measurement; figures in seconds and bytes, none where it failed."""
+class StepTimes(TypedDict):
+    """Seconds of decoding steps behind a prompt."""
+
+    token_s: float
+    median_step_s: float
+    captured: bool
+    capture_s: float
+
+
+class HeldFigures(TypedDict):
+    """What a cache held after a prompt."""
+
+    held_bytes: int
+    entries: float
+    full_bytes: int | None  # a peer cannot tell
+
+
+class SpeedFigures(TypedDict, total=False):
+    """What one turn of a speed measurement gave: peaks, or seconds and what was held."""
+
+    peak_bytes: float | None
+    decode_peak_bytes: float | None
+    ttft_s: float
+    end_to_end_s: float
+    token_s: float
+    median_step_s: float
+    captured: bool
+    capture_s: float
+    held_bytes: float
+    entries: float
+    full_bytes: float | None
+
+
+class SpeedOutcome(SpeedFigures):
+    """The same, or why there is nothing."""
+
+    outcome: str
+    reason: NotRequired[str]
+
+
+class SpeedKey(TypedDict):
+    """What tells the rows of a speed measurement apart."""
+
+    batch: int
+    length: int
+    method: str  # its label
+    keep: str  # "" for plain transformers
+
+
+class SpeedLine(SpeedOutcome):
+    """One turn of a speed measurement; old ones lack some of the key."""
 
     batch: NotRequired[int]
     length: NotRequired[int]
     method: str
     keep: NotRequired[str]
     round: NotRequired[int]
-    outcome: str
+
+
+class Fitted(TypedDict):
+    """Whether a batch went into the memory, and what it gave."""
+
+    fits: bool
     reason: NotRequired[str]
-    peak_bytes: NotRequired[float | None]
-    decode_peak_bytes: NotRequired[float | None]
-    ttft_s: NotRequired[float]
-    end_to_end_s: NotRequired[float]
+    used_bytes: NotRequired[int]  # weights included
+    held_bytes: NotRequired[int]
     token_s: NotRequired[float]
-    median_step_s: NotRequired[float]
+    tokens_per_s: NotRequired[float]
     captured: NotRequired[bool]
-    capture_s: NotRequired[float]
-    held_bytes: NotRequired[float]
-    entries: NotRequired[float]
-    full_bytes: NotRequired[float | None]
+
+
+class BatchLine(SpeedKey, Fitted):
+    """One try of a search for the largest batch; it stands in `speed.jsonl` as well."""
+
+
+class AgendaFigures(TypedDict, total=False):
+    """What is known of a measurement within a given time."""
+
+    limit_s: float  # after which it is ended
+    at: float  # begun, in seconds since the epoch
+    seconds: float
+    estimate_s: float
+    figures: dict[str, Any]
+    reason: str
+
+
+class AgendaLine(AgendaFigures):
+    """The same, what has become of it, and where."""
+
+    stage: str
+    name: str
+    outcome: str
+    machine: dict[str, Any]
 
 
 LINES: dict[str, Any] = {

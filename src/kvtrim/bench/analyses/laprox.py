@@ -23,7 +23,7 @@ from kvtrim.bench.analyses.passes import (
 )
 from kvtrim.hf.attach import attach
 from kvtrim.hf.base import BaseCache, cache_keyword
-from kvtrim.hf.models.architectures import layout
+from kvtrim.hf.models.architectures import layout, states_of
 from kvtrim.methods.policies import output
 from kvtrim.report.findings import Finding
 from kvtrim.types import Float, LayerView, Tensor
@@ -119,7 +119,7 @@ def _watch(model: Any) -> Iterator[list[Tensor]]:
     states: list[Tensor] = []
 
     def keep(module: Any, args: Any, given: Any) -> None:
-        states.append(given[0] if isinstance(given, tuple) else given)
+        states.append(states_of(given))
 
     hooks = [block.register_forward_hook(keep) for block in layout(model, True).blocks]
     try:

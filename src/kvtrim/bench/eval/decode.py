@@ -11,6 +11,7 @@ import torch
 
 from kvtrim.hf.base import BaseCache, cache_keyword
 from kvtrim.hf.batch import join, positions
+from kvtrim.hf.generate import likelihoods
 from kvtrim.types import Float, Int, Tensor
 
 _LOGITS = 1 << 26  # numbers that one pass over an answer may give: rows x tokens x vocabulary
@@ -99,8 +100,8 @@ def fits(
         at = slice(done + drop, done + logits.shape[1])
         done = at.stop
         for row in range(branch.rows if at.start < at.stop else 0):
-            log = logits[row, drop:].float().log_softmax(dim=-1)
-            loss[row] -= log.gather(1, own[at, None]).double().sum().cpu()
+            log, chosen = likelihoods(logits[row, drop:], own[at])
+            loss[row] -= chosen.double().sum().cpu()
             if branch.full:
                 first += [log] if row == 0 else []
                 true = first[-1]

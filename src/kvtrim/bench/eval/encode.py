@@ -116,22 +116,20 @@ class Encoder:
         if room - first < _LEAST_CONTEXT:
             problem = self._problem(sample, first + len(asked), task.max_new_tokens)
             return Input(sample, [], asked.ids, {}, [], around, problem=problem)
-        given, truncated = encode_context(self.tokenizer, own, document), False
+        given = encode_context(self.tokenizer, own, document, room)
         if self.truncate_at is not None:
             bare = self.count(blanks + sample.question)
-            ends = _ends(self.truncate_at, self._special(), len(given) - first, bare)
+            whole = len(encode_context(self.tokenizer, own, document)) - first
+            ends = _ends(self.truncate_at, self._special(), whole, bare)
             if ends is not None and min(ends) < 1:
                 problem = _too_narrow(self.truncate_at, bare)
                 return Input(sample, [], asked.ids, {}, [], around, problem=problem)
-            if ends is not None:
+            if ends is not None and first + sum(ends) <= room:
                 head, tail = ends
                 given = encode_ends(self.tokenizer, own, document, first + head + tail, head)
-                truncated = True
-        if len(given) > room:
-            given, truncated = encode_ends(self.tokenizer, own, document, room), True
         context, question, spans = _both(given.with_question(asked))
         gold = self._gold(task, sample, own)
-        return Input(sample, context, question, spans, gold, around, truncated)
+        return Input(sample, context, question, spans, gold, around, given.cut)
 
     def _special(self) -> int:
         """Tokens that the tokenizer puts around every text, which LongBench's code counts."""

@@ -16,9 +16,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
-from kvtrim.records import BEGUN, ENDED, FAILED, OK, SKIPPED, UNFINISHED
+from kvtrim.records import (
+    BEGUN,
+    ENDED,
+    FAILED,
+    OK,
+    SKIPPED,
+    UNFINISHED,
+    AgendaFigures,
+    AgendaLine,
+)
 from kvtrim.records.journal import Journal
 
 LINES = "gpu.jsonl"
@@ -99,7 +108,8 @@ class Agenda:
             begin, before = now(), setup()
             outcome, found = attempt(item)
             seconds = now() - begin - (setup() - before)
-            self._add(item, outcome, {"seconds": seconds, "estimate_s": item.estimate_s} | found)
+            took: AgendaFigures = {"seconds": seconds, "estimate_s": item.estimate_s}
+            self._add(item, outcome, {**took, **found})
             tell(
                 f"{item.stage}: {item.name}: {outcome}, {seconds:.1f} s {found.get('reason', '')}"
             )
@@ -111,14 +121,18 @@ class Agenda:
 
     def estimate(self, item: Item) -> float:
         """Its estimate, corrected by what others of its stage took, or else by all others."""
-        took = [line for line in self._own_lines() if line["outcome"] == OK]
-        same = [line for line in took if line["stage"] == item.stage]
-        factors = [line["seconds"] / line["estimate_s"] for line in same or took]
+        took = [
+            (line["stage"], line["seconds"] / line["estimate_s"])
+            for line in self._own_lines()
+            if line["outcome"] == OK and "seconds" in line and "estimate_s" in line
+        ]
+        same = [factor for stage, factor in took if stage == item.stage]
+        factors = same or [factor for _, factor in took]
         return item.estimate_s * (median(factors) if factors else 1.0)
 
-    def _own_lines(self) -> list[dict[str, Any]]:
-        device = self.about.get("device")
-        return [line for line in self.journal.lines if line["machine"].get("device") == device]
+    def _own_lines(self) -> list[AgendaLine]:
+        device, lines = self.about.get("device"), cast(list[AgendaLine], self.journal.lines)
+        return [line for line in lines if line["machine"].get("device") == device]
 
     def _is_done(self, item: Item) -> bool:
         lines = [x for x in self._own_lines() if item.key.items() <= x.items()]
@@ -136,11 +150,18 @@ class Agenda:
             reason = "the process ended or hung during it"
             self.journal.add({**begun, "outcome": ENDED, "reason": reason})
 
-    def _add(self, item: Item, outcome: str, found: dict[str, Any]) -> None:
-        self.journal.add(item.key | {"outcome": outcome} | found | {"machine": self.about})
+    def _add(self, item: Item, outcome: str, found: AgendaFigures) -> None:
+        line: AgendaLine = {
+            "stage": item.stage,
+            "name": item.name,
+            "outcome": outcome,
+            **found,
+            "machine": self.about,
+        }
+        self.journal.add(line)
 
 
-def attempt(item: Item) -> tuple[str, dict[str, Any]]:
+def attempt(item: Item) -> tuple[str, AgendaFigures]:
     """What a measurement gave, or its error on one line."""
     try:
         return OK, {"figures": item.work()}

@@ -22,8 +22,18 @@ from kvtrim.bench.candidates import Candidate, Feed, Subject
 from kvtrim.bench.provenance import peak_memory
 from kvtrim.errors import UsageError
 from kvtrim.hf.generate import synchronize
-from kvtrim.records import FAILED, OK, OOM, REFUSED
-from kvtrim.records.journal import Journal, Key
+from kvtrim.records import (
+    FAILED,
+    OK,
+    OOM,
+    REFUSED,
+    SpeedFigures,
+    SpeedKey,
+    SpeedLine,
+    SpeedOutcome,
+    StepTimes,
+)
+from kvtrim.records.journal import Journal
 from kvtrim.types import Int, Tensor
 
 MEMORY = 0
@@ -71,10 +81,12 @@ class Turn:
     candidate: Candidate
 
     @property
-    def row(self) -> Key:
+    def row(self) -> SpeedKey:
         """What tells rows of the table apart."""
         own = self.candidate
-        return dict(batch=self.batch, length=self.length, method=own.label, keep=own.keep)
+        return {
+            "batch": self.batch, "length": self.length, "method": own.label, "keep": own.keep,
+        }  # fmt: skip
 
     def label(self, rounds: int) -> str:
         """For the progress bar."""
@@ -117,7 +129,8 @@ def measure(
             if not _is_settled(journal, turn):
                 how = _time if turn.round != MEMORY else _memory
                 found = _attempt(how, model, plan, turn)
-                journal.add(turn.row | {"round": turn.round} | found)
+                line: SpeedLine = {**turn.row, "round": turn.round, **found}
+                journal.add(line)
 
 
 @contextmanager
@@ -133,13 +146,13 @@ def _quick_collections() -> Iterator[None]:
 
 def _is_settled(journal: Journal, turn: Turn) -> bool:
     """Whether this turn was taken, or its row has failed."""
-    failed = any(journal.holds(turn.row | {"outcome": why}) for why in (OOM, REFUSED, FAILED))
-    return failed or journal.holds(turn.row | {"round": turn.round})
+    failed = any(journal.holds({**turn.row, "outcome": why}) for why in (OOM, REFUSED, FAILED))
+    return failed or journal.holds({**turn.row, "round": turn.round})
 
 
 def _attempt(
-    how: Callable[[Any, Plan, Turn], dict[str, Any]], model: Any, plan: Plan, turn: Turn
-) -> dict[str, Any]:
+    how: Callable[[Any, Plan, Turn], SpeedFigures], model: Any, plan: Plan, turn: Turn
+) -> SpeedOutcome:
     """What a measurement gave, or why it gave nothing."""
     try:
         return {"outcome": OK, **how(model, plan, turn)}
@@ -154,7 +167,7 @@ def _attempt(
     return {"outcome": outcome, "reason": reason}
 
 
-def _warm_up(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
+def _warm_up(model: Any, plan: Plan, turn: Turn) -> SpeedFigures:
     """A short prompt and two tokens."""
     ids = prompt(model, turn.batch, turn.length)
     with turn.candidate.open(model, turn.length, None) as subject, torch.no_grad():
@@ -163,7 +176,7 @@ def _warm_up(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
     return {}
 
 
-def _memory(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
+def _memory(model: Any, plan: Plan, turn: Turn) -> SpeedFigures:
     """Peak bytes of reading the prompt and of decoding, above the loaded model."""
     ids, chunk = prompt(model, turn.batch, turn.length), plan.prefill_chunk
     opened = turn.candidate.open(model, turn.length, chunk, plan.capture)
@@ -177,7 +190,7 @@ def _memory(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
     return {"peak_bytes": reading.bytes, "decode_peak_bytes": decoding.bytes}
 
 
-def _time(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
+def _time(model: Any, plan: Plan, turn: Turn) -> SpeedFigures:
     """Seconds of one prompt and its decoding steps; bytes and entries held after the prompt."""
     ids, chunk = prompt(model, turn.batch, turn.length), plan.prefill_chunk
     gc.collect()
@@ -189,12 +202,10 @@ def _time(model: Any, plan: Plan, turn: Turn) -> dict[str, Any]:
         held = subject.figures()
         decoding = time_steps(model, subject, token, plan.new_tokens)
     whole = first + decoding["capture_s"] + plan.new_tokens * decoding["token_s"]
-    return {"ttft_s": first, "end_to_end_s": whole} | decoding | held
+    return {"ttft_s": first, "end_to_end_s": whole, **decoding, **held}
 
 
-def time_steps(
-    model: Any, subject: Subject, token: Int[Tensor, "B 1"], count: int
-) -> dict[str, Any]:
+def time_steps(model: Any, subject: Subject, token: Int[Tensor, "B 1"], count: int) -> StepTimes:
     """Seconds of so many decoding steps behind what a subject has read."""
     steps, start = [], perf_counter()
     with subject.steps(count) as (feed, captured):
@@ -203,8 +214,12 @@ def time_steps(
         for _ in range(count):
             token, seconds = step(model, feed, token)
             steps.append(seconds)
-    own = {"token_s": sum(steps) / len(steps), "median_step_s": median(steps)}
-    return own | {"captured": captured, "capture_s": before}
+    return {
+        "token_s": sum(steps) / len(steps),
+        "median_step_s": median(steps),
+        "captured": captured,
+        "capture_s": before,
+    }
 
 
 def step(

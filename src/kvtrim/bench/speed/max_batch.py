@@ -9,7 +9,7 @@ gap is halved. Every try goes to the journal at once.
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -21,6 +21,7 @@ from kvtrim.bench.provenance import peak_memory
 from kvtrim.bench.speed.clock import prompt, require_window
 from kvtrim.errors import KvtrimError, UsageError
 from kvtrim.hf.generate import synchronize
+from kvtrim.records import BatchLine, Fitted
 from kvtrim.records.journal import Journal, Key
 
 _MEMORY_STEPS = 2  # tokens while memory is measured, which slows steps down
@@ -54,7 +55,12 @@ def search(
             key = {"length": length, "method": candidate.label, "keep": candidate.keep}
             while (batch := next_batch(_tries(journal, key), plan.most)) is not None:
                 progress(f"{candidate.said}, {length} tokens x {batch}")
-                journal.add(key | {"batch": batch} | _attempt(model, plan, candidate, key, batch))
+                found = _attempt(model, plan, candidate, length, batch)
+                line: BatchLine = {
+                    "length": length, "method": candidate.label, "keep": candidate.keep,
+                    "batch": batch, **found,
+                }  # fmt: skip
+                journal.add(line)
 
 
 def next_batch(tried: dict[int, bool], most: int) -> int | None:
@@ -70,12 +76,10 @@ def _tries(journal: Journal, key: Key) -> dict[int, bool]:
     return {line["batch"]: line["fits"] for line in journal.lines if key.items() <= line.items()}
 
 
-def _attempt(
-    model: Any, plan: Search, candidate: Candidate, key: Key, batch: int
-) -> dict[str, Any]:
+def _attempt(model: Any, plan: Search, candidate: Candidate, length: int, batch: int) -> Fitted:
     """Whether a batch fits, and what it gave; a candidate that fails fits nothing."""
     try:
-        return asdict(_measure(model, plan, candidate, key["length"], batch))
+        return _measure(model, plan, candidate, length, batch)
     except (torch.OutOfMemoryError, MemoryError):
         reason = "out of memory"
     except UsageError:
@@ -92,19 +96,7 @@ def _attempt(
     return {"fits": False, "reason": reason}
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """One batch."""
-
-    fits: bool
-    used_bytes: int  # weights included
-    held_bytes: int
-    token_s: float
-    tokens_per_s: float
-    captured: bool
-
-
-def _measure(model: Any, plan: Search, candidate: Candidate, length: int, batch: int) -> _Measured:
+def _measure(model: Any, plan: Search, candidate: Candidate, length: int, batch: int) -> Fitted:
     weights = sum(parameter.nbytes for parameter in model.parameters())
     ids, steps = prompt(model, 1, length), []
     opened = candidate.open(model, length, None, plan.capture)
@@ -120,7 +112,11 @@ def _measure(model: Any, plan: Search, candidate: Candidate, length: int, batch:
                     token = feed(token)[:, -1].argmax(dim=-1, keepdim=True)
         used = _peak_bytes(weights, alone, batch, reading.bytes, decoding.bytes)
         if used > plan.memory:
-            return _Measured(False, used, subject.figures()["held_bytes"], 0.0, 0.0, False)
+            held = subject.figures()["held_bytes"]
+            return {
+                "fits": False, "used_bytes": used, "held_bytes": held,
+                "token_s": 0.0, "tokens_per_s": 0.0, "captured": False,
+            }  # fmt: skip
         with subject.steps(plan.new_tokens) as (feed, captured):
             for _ in range(plan.new_tokens):
                 synchronize(model.device)
@@ -129,7 +125,10 @@ def _measure(model: Any, plan: Search, candidate: Candidate, length: int, batch:
                 synchronize(model.device)
                 steps.append(perf_counter() - start)
         held, each = subject.figures()["held_bytes"], median(steps)
-        return _Measured(True, used, held, each, batch / each, captured)
+        return {
+            "fits": True, "used_bytes": used, "held_bytes": held,
+            "token_s": each, "tokens_per_s": batch / each, "captured": captured,
+        }  # fmt: skip
 
 
 def _peak_bytes(

@@ -83,6 +83,11 @@ def layout(model: PreTrainedModel, allow_untested: bool = False) -> Layout:
     return Layout(decoder, blocks, attention, heads, managed, _around(model, decoder))
 
 
+def states_of(given: Any) -> torch.Tensor:
+    """The hidden states among what a decoder layer, or another module, gives."""
+    return given[0] if isinstance(given, tuple) else given
+
+
 def _around(model: PreTrainedModel, decoder: torch.nn.Module) -> list[torch.nn.Module]:
     """The outer modules of an image-text model; none in a text model."""
     if model.config.get_text_config(decoder=True) is model.config:
