@@ -56,7 +56,7 @@ def test_names_that_left_a_package_are_found_there(package):
 
 def test_the_warning_points_at_the_import(tmp_path):
     script = tmp_path / "mine.py"
-    script.write_text("import kvtrim\n\nfrom kvtrim.analysis.evaluation import styles\n")
+    script.write_text("import kvtrim\n\nfrom kvtrim.analysis.style import styles\n")
     done = subprocess.run([sys.executable, "-Wd", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "DeprecationWarning" in line]

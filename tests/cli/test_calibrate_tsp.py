@@ -56,7 +56,7 @@ def test_without_matplotlib_the_table_is_written_all_the_same(run, tmp_path, mon
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     code, out, err = run(*CALIBRATE, "--json")
     assert code == 0 and json.loads(out)["plot"] is None
-    assert 'pip install "kvtrim[plot]"' in err and err.count("\n") == 1
+    assert "pip install 'kvtrim[plot]'" in err and err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["tsp.json"]
 
 

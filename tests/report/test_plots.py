@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("matplotlib")
 from PIL import Image
 
-from kvtrim.report.plots import evaluation
+from kvtrim.report.plots import evaluation, style
 
-LOOK = evaluation.styles(["full", *(f"m{n}" for n in range(20))])
+LOOK = style.styles(["full", *(f"m{n}" for n in range(20))])
 AXES = {"title": "a title\nand where", "x": "held [%]", "y": "score", "log_x": True}
 
 
@@ -26,7 +26,7 @@ def series(count):
 def test_methods_are_told_apart_and_look_the_same_everywhere():
     looks = [tuple(style.values()) for style in LOOK.values()]
     assert len(set(looks)) == len(looks) == 22 and LOOK["full"]["color"] == "black"
-    assert evaluation.styles(["m0", "full", "m1"])["m1"] == LOOK["m1"]
+    assert style.styles(["m0", "full", "m1"])["m1"] == LOOK["m1"]
 
 
 @pytest.mark.parametrize("count, across", [(1, 1), (7, 1), (8, 2), (20, 3)])

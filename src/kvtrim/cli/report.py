@@ -183,10 +183,10 @@ def _draw(
     links: dict[str, str],
 ) -> dict[str, list[tuple[str, bytes]]]:
     """Every picture as PNG by the title of its chapter; those of an evaluation also as files."""
-    from kvtrim.report.plots import evaluation
+    from kvtrim.report.plots import evaluation, style
     from kvtrim.report.plots import speed as plots
 
-    look, found = evaluation.styles(methods), {}
+    look, found = style.styles(methods), {}
     total, done = sum(len(chapter.pictures) + 3 * bool(chapter.speed) for chapter in chapters), 0
     with output.progress() as tell:
         for chapter in chapters:

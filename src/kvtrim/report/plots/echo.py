@@ -1,13 +1,9 @@
 """How well a table of echo foretells held-out texts, as a picture: R^2 of every layer and head."""
 
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from kvtrim import files
-from kvtrim.errors import UsageError
-
-MISSING = 'plots need matplotlib: pip install "kvtrim[plot]"'
+from kvtrim.report.plots.style import grid, new_figure, write_png
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -19,13 +15,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     Raises:
         UsageError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise UsageError(MISSING) from None
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, whatever the user's own backend
+    figure = new_figure(8, 3.5)
     axes = figure.subplots()
     heads = list(zip(*record["explained"], strict=True))
     for number, values in enumerate(heads):
@@ -35,11 +25,6 @@ def draw(record: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="layer", ylabel=f"R² on {held_out:,} held-out tokens", ylim=(None, 1))
     if len(heads) <= 8:
         axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
+    grid(axes)
     axes.set_title(f"{record['model']}: the log of {record['target']}'s scores by hidden states")
-    picture = BytesIO()
-    figure.savefig(picture, dpi=150, format="png")
-    try:
-        files.replace(path, picture.getvalue())
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+    write_png(figure, path)

@@ -1,41 +1,16 @@
-"""Pictures of an evaluation: lines over budgets, heat maps, methods by tasks. Needs matplotlib.
+"""Pictures of an evaluation: lines over budgets, heat maps, methods by tasks."""
 
-A method has one colour, marker and kind of line in all pictures of a report. Colours are those of
-Okabe and Ito, which people with colour-blindness tell apart; heat maps run from dark to light.
-"""
-
-from collections.abc import Mapping, Sequence
-from io import BytesIO
+from collections.abc import Mapping
 from math import ceil
-from textwrap import fill
 from typing import Any
 
-from kvtrim.errors import UsageError
+from kvtrim.report.plots.style import MAP, entitle, grid, new_figure, plain_marks, png
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00")
-_MARKERS, _LINES = "osD^vP*Xhd<>", ("-", "--", ":", "-.")
 _IN_A_PANEL, _ACROSS = 7, 3  # methods, panels
 _HEATS_ACROSS = 5
 _FEW, _MANY, _FAR = (1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8), 6  # marks of a logarithmic axis
 _ASIDE = 0.015  # between two methods, as a share of the place or of a step
-_DPI, _PALETTE = 120, 128  # and colours of a picture
 Picture = Mapping[str, Any]
-
-
-def styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """How each method looks; the full cache is black, plain transformers grey."""
-    known: dict[str, dict[str, Any]] = {
-        "full": {"color": "black", "marker": "s", "linestyle": "-"},
-        "transformers": {"color": "#777777", "marker": "x", "linestyle": "-"},
-    }
-    found: dict[str, dict[str, Any]] = {}
-    for number, method in enumerate(dict.fromkeys(name for name in methods if name not in known)):
-        found[method] = {
-            "color": _COLOURS[number % len(_COLOURS)],
-            "marker": _MARKERS[number % len(_MARKERS)],
-            "linestyle": _LINES[number // len(_COLOURS) % len(_LINES)],
-        }
-    return found | known
 
 
 def draw(picture: Picture, look: Mapping[str, Mapping[str, Any]]) -> bytes:
@@ -49,40 +24,8 @@ def draw(picture: Picture, look: Mapping[str, Mapping[str, Any]]) -> bytes:
         UsageError: matplotlib is not installed.
     """
     figure = _KINDS[picture["kind"]](picture, look)
-    figure.suptitle(fill_lines(picture["title"], int(13 * figure.get_figwidth())), fontsize=10)
-    out = BytesIO()
-    figure.savefig(out, dpi=_DPI, format="png")
-    return small(out)
-
-
-def small(drawn: BytesIO) -> bytes:
-    """The same PNG with a palette, a third of the bytes."""
-    from PIL import Image  # matplotlib brings it
-
-    drawn.seek(0)
-    out = BytesIO()
-    with Image.open(drawn) as image:
-        image.convert("RGB").quantize(_PALETTE, dither=Image.Dither.NONE).save(
-            out, "PNG", optimize=True
-        )
-    return out.getvalue()
-
-
-def fill_lines(text: str, width: int) -> str:
-    """Every line of a text broken where it is too long."""
-    return "\n".join(fill(line, width) for line in text.split("\n"))
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of that size in inches, in no window; UsageError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("plots need matplotlib: pip install 'kvtrim[plot]'") from None
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, whatever the user's own backend
-    return figure
+    entitle(figure, picture["title"])
+    return png(figure)
 
 
 def _lines(picture: Picture, look: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -140,7 +83,7 @@ def _dress(axes: Any, picture: Picture) -> None:
     axes.set_xlabel(picture["x"], fontsize=9)
     axes.set_ylabel(picture["y"], fontsize=9)
     axes.tick_params(labelsize=8, labelbottom=True, labelleft=True)
-    axes.grid(visible=True, which="major", linewidth=0.4, alpha=0.6)
+    grid(axes)
     if "level" in picture:
         axes.axhline(picture["level"], color="black", linewidth=0.8, linestyle=":")
     if "ticks" in picture:
@@ -153,9 +96,7 @@ def _dress(axes: Any, picture: Picture) -> None:
             scale("log")
             low, high = axis.get_view_interval()
             marks = _FEW if high > _FAR * low else _MANY
-            axis.get_major_locator().set_params(subs=marks, numticks=20)
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("")
+            plain_marks(axis, marks, numticks=20)
 
 
 def _heat(picture: Picture, look: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -166,23 +107,23 @@ def _heat(picture: Picture, look: Mapping[str, Mapping[str, Any]]) -> Any:
     wide = max(1.9, 0.42 * len(picture["xs"]) + 0.7)
     tall = max(1.7, 0.22 * len(picture["ys"]) + 0.8)
     figure = new_figure(max(6.0, wide * across + 1.2), tall * down + 1.0)
-    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    boxes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     image = None
-    for axes, panel in zip(grid.flat, panels, strict=False):
+    for axes, panel in zip(boxes.flat, panels, strict=False):
         cells = [
             [float("nan") if cell is None else cell for cell in line] for line in panel["cells"]
         ]
-        image = axes.imshow(cells, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        image = axes.imshow(cells, vmin=0, vmax=100, cmap=MAP, aspect="auto")
         axes.set_title(panel["title"], fontsize=8)
         axes.set_xticks(range(len(picture["xs"])), [_short(x) for x in picture["xs"]])
         axes.set_yticks(range(len(picture["ys"])), [f"{y:g}" for y in picture["ys"]])
         axes.tick_params(labelsize=7, labelbottom=True)
         axes.tick_params(axis="x", rotation=45 if len(picture["xs"]) > 4 else 0)
-    for axes in list(grid.flat)[len(panels) :]:
+    for axes in list(boxes.flat)[len(panels) :]:
         axes.set_visible(False)
     figure.supxlabel(picture["x"], fontsize=9)
     figure.supylabel(picture["y"], fontsize=9)
-    figure.colorbar(image, ax=grid, label=picture["z"], shrink=0.6, aspect=30, pad=0.01)
+    figure.colorbar(image, ax=boxes, label=picture["z"], shrink=0.6, aspect=30, pad=0.01)
     return figure
 
 
@@ -200,7 +141,7 @@ def _matrix(picture: Picture, look: Mapping[str, Mapping[str, Any]]) -> Any:
     numbers = [
         [float("nan") if cell is None else cell for cell in line] for line in picture["panels"]
     ]
-    image = axes.imshow(numbers, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+    image = axes.imshow(numbers, vmin=0, vmax=100, cmap=MAP, aspect="auto")
     for y, line in enumerate(picture["panels"]):
         for x, cell in enumerate(line):
             colour = "white" if cell is not None and cell < 50 else "black"

@@ -1,19 +1,27 @@
 """The figure of an analysis: panels of lines, points, maps and ranks, in one style."""
 
 from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
 from math import ceil
 from typing import Any, Literal
 
 from kvtrim.errors import UsageError
-from kvtrim.report.plots.evaluation import fill_lines, new_figure, small, styles
+from kvtrim.report.plots.style import (
+    MAP,
+    entitle,
+    fill_lines,
+    grid,
+    new_figure,
+    plain_marks,
+    png,
+    styles,
+    svg,
+)
 
 Panel = Mapping[str, Any]
 Format = Literal["png", "svg"]
-_WIDE, _TALL, _DPI = 4.9, 3.9, 120
+_WIDE, _TALL = 4.9, 3.9
 _FAR = 3000  # from the least to the most on an axis whose marks are plain numbers
 _FEW = 10  # lines that a legend can name
-_MAP = "cividis"
 
 
 def draw(
@@ -34,22 +42,16 @@ def draw(
     down = ceil(len(panels) / across)
     tall = sum(_height(panels[at : at + across]) for at in range(0, len(panels), across))
     figure = new_figure(max(6.5, _WIDE * across), tall + 0.4)
-    import matplotlib
-
     heights = [_height(panels[at : at + across]) for at in range(0, len(panels), across)]
-    grid = figure.subplots(down, across, squeeze=False, height_ratios=heights).ravel()
-    for axes, panel in zip(grid, panels, strict=False):
+    boxes = figure.subplots(down, across, squeeze=False, height_ratios=heights).ravel()
+    for axes, panel in zip(boxes, panels, strict=False):
         axes.set_title(fill_lines(panel["title"], 52), fontsize=9)
         axes.tick_params(labelsize=8)
         _KINDS[panel["kind"]](axes, panel)
-    for axes in grid[len(panels) :]:
+    for axes in boxes[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle(fill_lines(title, int(13 * figure.get_figwidth())), fontsize=10)
-    out = BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "kvtrim", "svg.fonttype": "none"}):
-        told = {"metadata": {"Date": None, "Description": about}} if form == "svg" else {}
-        figure.savefig(out, dpi=_DPI, format=form, **told)
-    return small(out) if form == "png" else out.getvalue()
+    entitle(figure, title)
+    return png(figure) if form == "png" else svg(figure, about)
 
 
 def _height(panels: Sequence[Panel]) -> float:
@@ -77,7 +79,7 @@ def _scales(axes: Any, panel: Panel) -> None:
         axes.axhline(panel["level"], color="black", linewidth=0.8, linestyle=":")
     if "limits" in panel:
         axes.set_ylim(*panel["limits"])
-    axes.grid(visible=True, which="major", linewidth=0.4, alpha=0.6)
+    grid(axes)
 
 
 def _plain(axis: Any) -> None:
@@ -86,9 +88,7 @@ def _plain(axis: Any) -> None:
     spans = high / max(low, 1e-300)
     if spans > _FAR:
         return
-    axis.get_major_locator().set_params(subs=(1, 2, 5) if spans > 6 else (1, 1.5, 2, 3, 4, 6, 8))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("")
+    plain_marks(axis, (1, 2, 5) if spans > 6 else (1, 1.5, 2, 3, 4, 6, 8))
 
 
 def _bar(image: Any, axes: Any, label: str) -> None:
@@ -107,7 +107,7 @@ def _looks(panel: Panel) -> list[dict[str, Any]]:
     from matplotlib import colormaps
 
     steps = max(1, len(series) - 1)
-    shades = [colormaps[_MAP](0.95 * number / steps) for number in range(len(series))]
+    shades = [colormaps[MAP](0.95 * number / steps) for number in range(len(series))]
     return [{"color": shade, "marker": "o", "linestyle": "-"} for shade in shades]
 
 
@@ -141,7 +141,7 @@ def _points(axes: Any, panel: Panel) -> None:
     shades = None
     for one, look in zip(panel["series"], _looks(panel), strict=True):
         coloured = "colour" in one
-        colour = {"c": one["colour"], "cmap": _MAP} if coloured else {"color": look["color"]}
+        colour = {"c": one["colour"], "cmap": MAP} if coloured else {"color": look["color"]}
         dots = axes.scatter(
             one["x"],
             one["y"],
@@ -171,7 +171,7 @@ def _map(axes: Any, panel: Panel) -> None:
     norm = LogNorm(low, high) if panel.get("log") else None
     limits = {} if norm is not None else {"vmin": low, "vmax": high}
     image = axes.imshow(
-        cells, cmap=_MAP, aspect="auto", norm=norm, interpolation="nearest", **limits
+        cells, cmap=MAP, aspect="auto", norm=norm, interpolation="nearest", **limits
     )
     _axes(axes, panel)
     for names, put, count in (

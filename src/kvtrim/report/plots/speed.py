@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
-from kvtrim.errors import UsageError
+from kvtrim.report.plots.style import entitle, grid, new_figure, plain_marks, write_png
 
 Row = Mapping[str, Any]
 Draw = Callable[[Any, list[Row]], bool]
@@ -24,7 +23,6 @@ def speed(
     Raises:
         UsageError: matplotlib is not installed.
     """
-    pyplot = _pyplot()
     colours = {name: style["color"] for name, style in look.items()}
     good: list[Row] = [
         {**row, "colour": colours.get(row["method"])}
@@ -38,32 +36,19 @@ def speed(
         about = title if batch == 1 else f"{title}, {batch} prompts at once"
         for name, draws in _PLOTS.items():
             path = folder / f"{name}{end}.png"
-            made += [path] if _plot(pyplot, draws, own, path, about) else []
+            made += [path] if _plot(draws, own, path, about) else []
     return made
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("plots need matplotlib: pip install 'kvtrim[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _plot(pyplot: Any, draws: Sequence[Draw], rows: list[Row], path: Path, title: str) -> bool:
+def _plot(draws: Sequence[Draw], rows: list[Row], path: Path, title: str) -> bool:
     """Draw one figure, a panel for each kind, and write it; false if there was nothing to draw."""
-    size = 6.5 + 3.5 * (len(draws) - 1) + 2, 4.8
-    figure, panels = pyplot.subplots(
-        1, len(draws), figsize=size, layout="constrained", squeeze=False
-    )
+    figure = new_figure(6.5 + 3.5 * (len(draws) - 1) + 2, 4.8)
+    panels = figure.subplots(1, len(draws), squeeze=False)
     found = [draw(axes, rows) for draw, axes in zip(draws, panels[0], strict=True)]
     if any(found):
-        figure.suptitle(fill(title, int(13 * size[0])), fontsize=9, x=0.01, ha="left")
+        entitle(figure, title)
         for axes in panels[0]:
-            axes.grid(visible=True, which="major", linewidth=0.4, alpha=0.6)
+            grid(axes)
         last = panels[0][-1]
         series = len(last.get_legend_handles_labels()[1])
         last.legend(
@@ -73,8 +58,7 @@ def _plot(pyplot: Any, draws: Sequence[Draw], rows: list[Row], path: Path, title
             frameon=False,
             ncols=1 + (series - 1) // _IN_A_COLUMN,
         )
-        figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+        write_png(figure, path)
     return any(found)
 
 
@@ -116,9 +100,7 @@ def _decode_peak(axes: Any, rows: list[Row]) -> bool:
 def _logarithmic(axes: Any) -> None:
     """Heights on a logarithmic axis with plain numbers at 1, 2, 5, 10, ..."""
     axes.set_yscale("log")
-    axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
+    plain_marks(axes.yaxis, (1, 2, 5))
 
 
 def _per_token(axes: Any, rows: list[Row]) -> bool:

@@ -3,9 +3,8 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 
-from kvtrim.report.plots.evaluation import new_figure, styles
+from kvtrim.report.plots.style import new_figure, styles, svg
 
 Point = tuple[float, float, float]  # share of the full cache held, mean, standard error
 Panels = Mapping[str, Mapping[str, Sequence[Point]]]  # title -> method -> its budgets
@@ -27,8 +26,6 @@ def draw(panels: Panels, across: str, up: str) -> bytes:
         UsageError: matplotlib is not installed.
     """
     drawn = new_figure(9.0, 4.0)
-    import matplotlib
-
     look = styles([method for panel in panels.values() for method in panel])
     top = max(y for panel in panels.values() for line in panel.values() for _, y, _ in line)
     for axes, (title, panel) in zip(
@@ -43,8 +40,4 @@ def draw(panels: Panels, across: str, up: str) -> bytes:
         axes.grid(alpha=0.3)
     drawn.axes[0].set_ylabel(up)
     drawn.axes[-1].legend(loc="upper right", fontsize=8)
-    out = BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "kvtrim", "svg.fonttype": "none"}):
-        about = {"Date": None, "Description": mark_of(panels)}
-        drawn.savefig(out, format="svg", metadata=about)
-    return out.getvalue()
+    return svg(drawn, mark_of(panels))

@@ -1,13 +1,10 @@
 """The curve of `kvtrim calibrate tsp` as a picture: what choosing at each layer does."""
 
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from kvtrim import files
-from kvtrim.errors import UsageError
+from kvtrim.report.plots.style import grid, new_figure, write_png
 
-MISSING = 'plots need matplotlib: pip install "kvtrim[plot]"'
 _MARKS = {"marker": "o", "markersize": 3}
 
 
@@ -20,28 +17,17 @@ def draw(found: dict[str, Any], path: Path) -> None:
     Raises:
         UsageError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise UsageError(MISSING) from None
-    layer, figure = found["layer"], Figure(figsize=(7, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, whatever the user's own backend
+    layer, figure = found["layer"], new_figure(7, 6.5)
     shares, distances = figure.subplots(2, sharex=True)
     _shares(shares, found)
     _distances(distances, found)
     for axes in (shares, distances):
         axes.axvline(layer, color="black", linestyle=":", linewidth=1, label=f"layer {layer}")
         axes.legend(fontsize="small")
-        axes.grid(alpha=0.3)
+        grid(axes)
     prompts = found["record"]["prompts"]
     figure.suptitle(f"{found['model']}: propagation after each layer, {prompts} prompts")
-    picture = BytesIO()
-    figure.savefig(picture, dpi=150, format="png")
-    try:
-        files.replace(path, picture.getvalue())
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+    write_png(figure, path)
 
 
 def _shares(axes: Any, found: dict[str, Any]) -> None:
