@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -43,11 +44,54 @@ def test_a_named_document_and_a_saved_cache_are_shown_as_they_are_held(run, tmp_
     for given in (["@doc"], ["--cache", "doc.kv"]):
         assert run("view", *given, *asked)[0] == 0
         data, found = stops(tmp_path / "kept.html")
-        assert found == [("knorm", "40")] and data["stops"][0]["said"] is not None
+        assert found == [("full", "all"), ("knorm", "40")] and data["question"] == "Where?"
+        held = [(stop["said"], stop["logProb"]) for stop in data["stops"]]
+        anew = ["doc.txt", "--method", "knorm", "--budget", "40", *asked, "-o", "anew.html"]
+        assert run("view", *anew)[0] == 0
+        again = stops(tmp_path / "anew.html")[0]
+        assert held == [(stop["said"], stop["logProb"]) for stop in again["stops"]]
+        assert held[0] != held[1] and data["evidence"] == again["evidence"]
+        assert run("view", *given)[0] == 0 and stops(tmp_path / "kept.html")[1] == [
+            ("knorm", "40")
+        ]
     code, _, err = run("view", "--cache", "doc.kv", "--budget", "1/2")
     assert code == 2 and "--budget was settled when doc.kv was made" in err
     assert run("view", "@doc", "--method", "full", "--method", "knorm", "--budget", "20%")[0] == 0
     assert stops(tmp_path / "kept.html")[1] == [("full", "all"), ("knorm", "20%")]
+
+
+OWN = """
+from kvtrim.methods.method import Method
+from kvtrim.methods.policies.knorm import KNorm
+
+OWN, OTHER = Method(KNorm()), Method(KNorm())
+"""
+
+
+def test_a_method_of_ones_own_is_named_to_show_what_it_made(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVTRIM_LIBRARY", str(tmp_path / "library"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # a command adds the current folder
+    (tmp_path / "mine.py").write_text(OWN)
+    own, asked = ["--method", "mine:OWN"], ["-q", "Where?", "--max-new-tokens", "3"]
+    assert run("compress", "doc.txt", "--name", "doc", *own, "--keep", "40")[0] == 0
+    assert run("compress", "doc.txt", "--out", "doc.kv", *own, "--keep", "40")[0] == 0
+    for given in (["@doc"], ["--cache", "doc.kv"]):
+        code, _, err = run("view", *given)
+        assert code == 1 and "--method mine:OWN" in err
+        assert run("view", *given, *own)[0] == 0
+        assert stops(tmp_path / "kept.html")[1] == [("mine:OWN", "40")]
+        assert run("view", *given, *own, *asked)[0] == 0
+        data, found = stops(tmp_path / "kept.html")
+        assert found == [("full", "all"), ("mine:OWN", "40")]
+        assert all(stop["logProb"].startswith("-") for stop in data["stops"])
+    code, _, err = run("view", "--cache", "doc.kv", "--method", "mine:OTHER")
+    assert code == 1 and "mine:OWN" in err
+    code, _, err = run("view", "--cache", "doc.kv", "--method", "knorm")
+    assert code == 2 and "--method was settled" in err
+    for more in (["--method", "mine:OTHER", "--budget", "20%"], [*own, "--budget", "20%"]):
+        assert run("view", "@doc", *more)[0] == 0  # its text, read anew
+        assert stops(tmp_path / "kept.html")[1] == [(more[1], "20%")]
+    sys.modules.pop("mine")
 
 
 def test_compare_shows_what_it_compared(run, tmp_path):

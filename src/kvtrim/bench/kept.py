@@ -10,13 +10,17 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from kvtrim.api import Result
+import torch
+
+from kvtrim.api import Result, generate
 from kvtrim.bench.candidates import Candidate
 from kvtrim.bench.comparison import Comparison, ProgressOf
 from kvtrim.bench.eval.decode import Reference, fits, make_branch
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.view import ABOUT, name_rest, stop_of
+from kvtrim.hf.generate import Progress, read
+from kvtrim.hf.view import ABOUT, name_rest, stop_of, token_ids, view
+from kvtrim.prompts import Template, encode_question
 from kvtrim.prompts.detokenizer import pieces
 from kvtrim.report.viewer import evidence as places
 from kvtrim.report.viewer.exhibit import Exhibit, Said, Stop
@@ -91,19 +95,63 @@ class Showing:
     def _look(self, cell: Candidate, cache: Cache, logits: Tensor, result: Result) -> None:
         if self._first is None:
             self._first = result
-        gold = self._first.answers[0].token_ids
-        mark = cache.mark()
-        try:
-            with attach(self._model):
-                lead = self._comparison.then_ids
-                length = len(self._comparison.read_ids) + len(lead)
-                branch = make_branch(self._model, [cache], [logits[0]], lead, length)
-                fit = fits(self._model, branch, gold, 0, Reference())[0]
-        finally:
-            cache.rewind(mark)
-        log_prob = None if fit.loss is None else -fit.loss * len(gold)
+        lead, gold = self._comparison.then_ids, self._first.answers[0].token_ids
+        log_prob = log_prob_of(self._model, cache, lead, gold, logits)
         self._note(cell, cache, Said(result.text, log_prob))
 
     def _note(self, cell: Candidate, cache: Cache, said: Said | None) -> None:
         self._stops.append(replace(stop_of(cache, said), method=cell.label))
         self._layers, self._about = cache.managed, name_rest(cache)
+
+
+def log_prob_of(
+    model: Any, cache: Cache, lead: list[int], gold: list[int], logits: Tensor | None = None
+) -> float | None:
+    """What a cache of one prompt, which stays as it was, gives to an answer: nats, all its tokens
+    together; None where there are none.
+
+    Args:
+        lead: token ids between what the cache has read and the answer.
+        logits: [1, V] of the token after what was read; needed where nothing leads to the answer.
+    """
+    mark = cache.mark()
+    try:
+        with attach(model):
+            after = [] if logits is None else [logits[0]]
+            branch = make_branch(model, [cache], after, lead, cache.seen + len(lead))
+            loss = fits(model, branch, gold, 0, Reference())[0].loss
+    finally:
+        cache.rewind(mark)
+    return None if loss is None else -loss * len(gold)
+
+
+def show_cache(
+    model: Any,
+    tokenizer: Any,
+    cache: Cache,
+    question: str,
+    *,
+    evidence: Sequence[str] = (),
+    max_new_tokens: int,
+    progress: Progress | None = None,
+) -> Exhibit:
+    """A cache of one document that is there, asked as any other stop: beside the full cache.
+
+    The document's tokens are read once more for that. Other arguments and errors as `view` and
+    `kvtrim.generate`.
+    """
+    ids = token_ids(cache)
+    full = Cache(model, "full", prompt_tokens=len(ids), template=cache.template)
+    asking = {"max_new_tokens": max_new_tokens, "progress": progress}
+    own = generate(model, tokenizer, cache, question, **asking)  # which refuses what is too long
+    with attach(model):
+        read(model, torch.tensor([ids], device=model.device), full, None, progress)
+    first = generate(model, tokenizer, full, question, **asking)
+    around = (cache.template or Template()).frame(tokenizer)
+    lead, gold = encode_question(tokenizer, around, question).ids, first.answers[0].token_ids
+    said = [
+        Said(r.text, log_prob_of(model, c, lead, gold)) for c, r in ((full, first), (cache, own))
+    ]
+    shown = view([full, cache], tokenizer, evidence=evidence, question=question, said=first.text)
+    stops = [replace(stop, said=each) for stop, each in zip(shown.stops, said, strict=True)]
+    return replace(shown, stops=stops, reference=first.text or None)

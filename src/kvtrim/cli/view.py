@@ -57,8 +57,8 @@ def view(
     """Show what was kept of a document: one HTML file, its text shaded by the heads that keep it.
 
     A file is read once and cut at every budget, by one method or by several to set side by side.
-    A named document (@NAME) or --cache is shown as it is held, or, with --method or --budget, its
-    text is read anew.
+    A named document (@NAME) or --cache is shown as it is held (with --method module:NAME, if your
+    own method made it); a named document's text is read anew with another --method or --budget.
     """
     if cache is not None and document is not None:
         raise UsageError("give a document or --cache, not both")
@@ -67,10 +67,12 @@ def view(
     if question is not None and not question.strip():
         raise UsageError("the question is empty; leave -q out, or ask something")
     name = options.name_in(document)
-    anew = method is not None or budget is not None
+    own = _own_method(method, None if cache is not None else name, library, budget)
+    anew = budget is not None or (method is not None and own is None)
     if cache is not None or (name is not None and not anew):
         what = f"{cache} was made" if cache is not None else f"@{name} was compressed"
         settled = (*_READ, "method", "budget") if cache is not None else _READ
+        settled = tuple(each for each in settled if own is None or each != "method")
         options.require_unset(context, settled, f"was settled when {what}; leave it out")
     options.require_writable(out)
     how: dict[str, Any] = dict(
@@ -94,10 +96,24 @@ def view(
         exhibit = _read(text, cells, question, evidence, how, named)
     else:
         held = cache if cache is not None else options.library_in(library)
-        exhibit = _load(held, name, question, evidence, max_new_tokens, named)
+        exhibit = _load(held, name, own, question, evidence, max_new_tokens, named)
     exhibit.save(out)
     size = output.size(out.stat().st_size)
     output.out.print(f"{out}: {len(exhibit.pieces):,} tokens, {len(exhibit.stops)} stops, {size}")
+
+
+def _own_method(
+    given: list[str] | None, name: str | None, library: Path | None, budget: list[str] | None
+) -> str | None:
+    """The method of one's own that made what is held, which a file does not get imported."""
+    from kvtrim.methods.settings import places
+
+    if given is None or len(given) > 1 or budget is not None or not places(given):
+        return None
+    if name is None:
+        return given[0]
+    made = options.library_in(library).get(name).method
+    return given[0] if places([made]) == places(given) else None
 
 
 def _stops(given: list[str] | None) -> list[str]:
@@ -138,6 +154,7 @@ def _read(
 def _load(
     where: Any,
     name: str | None,
+    own: str | None,
     question: str | None,
     evidence: list[str] | None,
     max_new_tokens: int,
@@ -145,19 +162,26 @@ def _load(
 ) -> "Exhibit":
     """A cache that is there: a file, or a document of a library."""
     loaded, tokenizer = options.load(*named)
+    from kvtrim.bench.kept import show_cache
     from kvtrim.hf.cache import load_cache
     from kvtrim.hf.view import view as show
 
     if name is None:
-        cache = load_cache(where, loaded, tokenizer)
+        cache = load_cache(where, loaded, tokenizer, own)
     else:
         from kvtrim.serve import documents
 
         prints = documents.Prints.of(named[0], loaded, tokenizer)
-        _, cache = documents.load(where, name, loaded, tokenizer, prints)
-    said = None
-    if question is not None:
-        from kvtrim.api import generate
-
-        said = generate(loaded, tokenizer, cache, question, max_new_tokens=max_new_tokens).text
-    return show(cache, tokenizer, evidence=evidence or (), question=question, said=said)
+        _, cache = documents.load(where, name, loaded, tokenizer, prints, own)
+    if question is None:
+        return show(cache, tokenizer, evidence=evidence or ())
+    with output.progress() as report:
+        return show_cache(
+            loaded,
+            tokenizer,
+            cache,
+            question,
+            evidence=evidence or (),
+            max_new_tokens=max_new_tokens,
+            progress=report,
+        )
