@@ -3,7 +3,7 @@
 import torch
 
 import kvtrim
-from kvtrim.engine.probe import repetition
+from kvtrim.hf.probe import repetition
 from kvtrim.hf.replay import record
 from kvtrim.prompts import Words
 

@@ -23,6 +23,7 @@ MODULES = {
     "kvtrim.cache.attend": "kvtrim.kernels.attend",
     "kvtrim.catalog": "kvtrim.methods.describe",
     "kvtrim.documents": "kvtrim.prompts.document",
+    "kvtrim.engine.probe": "kvtrim.hf.probe",
     "kvtrim.harness": "kvtrim.lm_eval",
     "kvtrim.hf.architectures": "kvtrim.hf.models.architectures",
     "kvtrim.hf.checking": "kvtrim.hf.models.check",

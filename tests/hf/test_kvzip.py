@@ -7,7 +7,7 @@ import kvtrim
 import models
 import probes
 from kvtrim.engine.cuts import Cuts
-from kvtrim.engine.probe import repetition
+from kvtrim.hf.probe import repetition
 from kvtrim.hf.replay import record
 from kvtrim.kernels import explicit
 from kvtrim.prompts import Words, frame, repeat_words

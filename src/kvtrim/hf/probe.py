@@ -1,17 +1,52 @@
-"""Running a probe: the model reads it against the full cache, and forgets it again."""
+"""A probe: text read after the prompt and forgotten again, to see what it attends to.
 
-from dataclasses import replace
+KVzip probes a prompt with the order to repeat it, chunk by chunk. Whatever the probe is, the model
+reads it against the full cache; a policy with `probes` observes each pass of it and scores what it
+saw once the last pass is over.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from kvtrim.engine.cuts import Known
-from kvtrim.engine.probe import Step, repetition
 from kvtrim.errors import UsageError
 from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.sensitivity import Sensitivity
+from kvtrim.prompts import Words
 from kvtrim.types import Bool, Int, Probed, Tensor
+
+REMEMBERED = 8
+"""Tokens of the chunk before that tell the model where to go on."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of a probe over one prompt."""
+
+    ids: list[int]
+    probed: Probed
+
+
+def repetition(ids: Sequence[int], words: Words, chunk: int) -> list[Step]:
+    """The passes that make a model repeat a prompt.
+
+    Source: KVzip, https://arxiv.org/abs/2505.23416; NVIDIA/kvpress@8bb29b9, kvzip_press.py.
+    """
+    steps, given = [], list(ids[: len(words.prefix)]) == words.prefix
+    prefix = len(words.prefix) if given else 0
+    for start in range(prefix, len(ids), chunk):
+        part = list(ids[start : start + chunk])
+        if start == prefix:
+            request = words.first
+        else:
+            request = [*words.later, *ids[start - REMEMBERED : start]]
+        probed = Probed(start, start + len(part))
+        steps.append(Step([*request, *words.suffix, *part], probed))
+    return steps
 
 
 def probe(decoder: Any, cache: Cache, known: Known | None = None) -> None:
