@@ -8,6 +8,7 @@ import models
 from kvtrim.engine import row
 from kvtrim.engine.branch import Base, Branch, Stem
 from kvtrim.errors import CacheError
+from kvtrim.hf import pack as module
 from kvtrim.hf.pack import Feed, Pack, position
 from small import small
 
@@ -179,6 +180,32 @@ def test_continuations_of_a_continuation_share_what_it_read(name):
             for feed, branch, got in zip(feeds, apart, logits, strict=True):
                 (alone,) = pack.feed(model, [Feed(branch, feed.ids)])
                 torch.testing.assert_close(got, alone, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_rows_that_fill_a_product_up_are_nobodys(monkeypatch, single):
+    model = models.tiny("llama")
+    base, pack = Base(read(model, "adakv", 0).session), Pack(model)
+    seen = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, given, out: seen.append(given[0].shape[1])
+    )
+    caches = [] if single else [read(model, "h2o", 0)]
+    with kvtrim.attach(model):
+        branches, _ = starts(model, base, 10)
+        apart = [each.copy(len(each.ids)) for each in branches] + [each.copy() for each in caches]
+        feeds = [Feed(into, [5]) for into in [*caches, *branches]]
+        seen.clear()
+        got = pack.feed(model, feeds)
+        assert got.shape[0] == len(feeds) and seen == [16]
+        monkeypatch.setattr(module, "_FEW", 16)
+        plain = pack.feed(model, [Feed(into, [5]) for into in [*apart[10:], *apart[:10]]])
+        assert seen == [16, len(feeds)]
+        again = pack.feed(model, [Feed(into, [6]) for into in [*caches, *branches]])
+        torch.testing.assert_close(got, plain, atol=1e-9, rtol=1e-7)
+        plain = pack.feed(model, [Feed(into, [6]) for into in [*apart[10:], *apart[:10]]])
+        torch.testing.assert_close(again, plain, atol=1e-9, rtol=1e-7)
+    hook.remove()
 
 
 def test_continuations_are_cut_back_copied_and_leave_the_prompt_alone():
