@@ -38,6 +38,14 @@ def pytest_collection_finish():
     gc.unfreeze = lambda: None  # which measuring speed does after its own freeze
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_pictures():
+    """What is drawn is looked at by nobody: a third of the dots each way."""
+    from kvtrim.report.plots import style
+
+    style._DPI = 40
+
+
 @pytest.fixture
 def llama():
     return _tiny("llama")

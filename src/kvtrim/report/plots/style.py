@@ -70,12 +70,12 @@ def plain_marks(axis: Any, subs: Sequence[float], **more: Any) -> None:
     axis.set_minor_formatter("")
 
 
-def png(figure: Any, dpi: int = _DPI) -> bytes:
+def png(figure: Any) -> bytes:
     """A figure as PNG with a palette, a third of the bytes."""
     from PIL import Image  # matplotlib brings it
 
     drawn, out = BytesIO(), BytesIO()
-    figure.savefig(drawn, dpi=dpi, format="png")
+    figure.savefig(drawn, dpi=_DPI, format="png")
     drawn.seek(0)
     with Image.open(drawn) as image:
         image.convert("RGB").quantize(_PALETTE, dither=Image.Dither.NONE).save(
