@@ -159,3 +159,10 @@ def test_a_prompt_that_closes_up_counts_as_long_as_what_is_read_of_it():
 def test_models_without_a_switch_are_true_and_cross_nothing(llama):
     cache = kvtrim.Cache(llama, "full")
     assert cache and cache.rope.switch is None
+
+
+def test_several_prompts_do_not_share_a_pass_over_it():
+    from kvtrim.hf.pack import Pack
+
+    with pytest.raises(CacheError, match="RoPE"):
+        Pack(made())

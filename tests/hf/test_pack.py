@@ -9,7 +9,7 @@ from kvtrim.engine import row
 from kvtrim.engine.branch import Base, Branch, Stem
 from kvtrim.errors import CacheError
 from kvtrim.hf import pack as module
-from kvtrim.hf.pack import Feed, Pack, position
+from kvtrim.hf.pack import Feed, Pack, base_of, position
 from small import small
 
 METHODS = {
@@ -27,6 +27,8 @@ METHODS = {
     "shotkv": {},
 }
 SHARED = [*METHODS][:8]
+NARROW = ["gemfilter", "fastkv"]  # refuse models some layers of which slide
+SLIDE = ["gemma2", "gemma3_text"]
 
 
 def read(model, name, number, impl="auto"):
@@ -48,29 +50,31 @@ def alone(model, cache, ids):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mixtral", *SLIDE])
 def test_feeds_of_all_kinds_go_on_as_each_alone(architecture):
     model = models.tiny(architecture)
     draw = torch.Generator().manual_seed(1)
-    caches = {name: read(model, name, n) for n, name in enumerate(METHODS)}
+    names = [name for name in METHODS if architecture not in SLIDE or name not in NARROW]
+    length = 24 if architecture in SLIDE else 9  # beyond the windows of layers that slide
+    caches = {name: read(model, name, n) for n, name in enumerate(names)}
     lines, expected, into = [], [], []
     for name, cache in caches.items():
         for _ in range(2 if name in SHARED else 1):  # two continuations of one prompt
-            ids = torch.randint(4, 260, (9,), generator=draw).tolist()
+            ids = torch.randint(4, 260, (length,), generator=draw).tolist()
             lines.append(ids)
             expected.append(alone(model, cache.copy(), ids))
         if name in SHARED:
-            base = Base(cache.copy().session)
+            base = base_of(cache.copy())
             into += [Branch(base), Branch(base)]
         else:
             into.append(cache)
-    plain = torch.randint(4, 260, (9,), generator=draw).tolist()
+    plain = torch.randint(4, 260, (length,), generator=draw).tolist()
     lines.append(plain)
     expected.append(alone(model, kvtrim.Cache(model, "full", 1.0), plain))
     into.append(Branch())
     pack, done = Pack(model), [0] * len(lines)
     with kvtrim.attach(model):
-        for step in range(20):
+        for step in range(3 * length):
             feeds, who = [], []
             for number, ids in enumerate(lines):
                 left = len(ids) - done[number]
@@ -87,7 +91,7 @@ def test_feeds_of_all_kinds_go_on_as_each_alone(architecture):
                 torch.testing.assert_close(
                     row, expected[number][done[number] - 1], atol=1e-9, rtol=1e-7
                 )
-    assert done == [9] * len(lines)
+    assert done == [length] * len(lines)
 
 
 def starts(model, base, count, room=0):
@@ -106,10 +110,14 @@ def stacks(branches, layer=0):
     return len(set(held)), len(held)
 
 
-@pytest.mark.parametrize("kernel", [True, False])
-def test_answers_that_come_and_go_share_products_and_are_those_of_each_alone(monkeypatch, kernel):
-    model = models.tiny("llama")
-    bases = [Base(read(model, name, n).session) for n, name in enumerate(["adakv", "snapkv"])]
+@pytest.mark.parametrize(
+    ("architecture", "kernel"), [("llama", True), ("llama", False), *((a, True) for a in SLIDE)]
+)
+def test_answers_that_come_and_go_share_products_and_are_those_of_each_alone(
+    monkeypatch, architecture, kernel
+):
+    model = models.tiny(architecture)
+    bases = [base_of(read(model, name, n)) for n, name in enumerate(["adakv", "snapkv"])]
     monkeypatch.setattr(row, "_SHORT", 24)
     monkeypatch.setattr(row, "_STEP", 4)
     if not kernel:
@@ -156,9 +164,10 @@ def test_a_stack_lasts_and_takes_no_more_room_than_was_promised(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [None, "snapkv", "adakv"])
-def test_continuations_of_a_continuation_share_what_it_read(name):
-    model = models.tiny("llama")
-    base = None if name is None else Base(read(model, name, 0).session)
+@pytest.mark.parametrize("architecture", ["llama", *SLIDE])
+def test_continuations_of_a_continuation_share_what_it_read(architecture, name):
+    model = models.tiny(architecture)
+    base = None if name is None else base_of(read(model, name, 0))
     draw, pack = torch.Generator().manual_seed(3), Pack(model)
     lines = torch.randint(4, 260, (12, 6), generator=draw).tolist()
     with kvtrim.attach(model):
@@ -246,11 +255,6 @@ def test_what_goes_on_evicting_cannot_be_shared(name):
         Base(read(models.tiny("llama"), name, 0).session)
 
 
-def test_models_whose_layers_slide_are_refused():
-    with pytest.raises(CacheError, match="slide"):
-        Pack(models.tiny("gemma2"))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("biased", [False, True])
@@ -270,3 +274,31 @@ def test_parts_joined_are_attention_over_everything(dtype, softcap, biased):
         attend_part(queries, keys[:, :, 40:], values[:, :, 40:], 0.3, softcap, rest, causal=True),
     ]
     torch.testing.assert_close(join_parts(parts), whole)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("count", [1, 20, 300])
+def test_a_window_is_attention_over_the_last_slots_alone(softcap, biased, count):
+    from kvtrim.kernels.parts import attend_last, attend_part
+
+    torch.manual_seed(0)
+    queries = torch.randn(1, 6, count, 8, dtype=torch.float64)
+    keys, values = torch.randn(2, 1, 2, 320, 8, dtype=torch.float64).unbind(0)
+    bias = torch.randn(1, 2, 320, dtype=torch.float64) if biased else None
+    for window in (1, 16, 310, 400):
+        out, lse = attend_part(queries, keys, values, 0.3, softcap, bias, True, window)
+        ends = torch.arange(320 - count, 320) + 1
+        for number in range(0, count, max(1, count // 5)):
+            seen = slice(max(0, int(ends[number]) - window), int(ends[number]))
+            own = slice(number, number + 1)
+            part = None if bias is None else bias[:, :, seen]
+            given = queries[:, :, own], keys[:, :, seen], values[:, :, seen], 0.3, softcap, part
+            wanted = attend_part(*given)
+            torch.testing.assert_close((out[:, :, own], lse[:, :, own]), wanted)
+    counts = torch.arange(count) % 320 + 1
+    out, lse = attend_last(queries, keys, values, 0.3, softcap, counts)
+    for number in range(0, count, max(1, count // 5)):
+        own, last = slice(number, number + 1), slice(-int(counts[number]), None)
+        given = queries[:, :, own], keys[:, :, last], values[:, :, last], 0.3, softcap
+        torch.testing.assert_close((out[:, :, own], lse[:, :, own]), attend_part(*given))

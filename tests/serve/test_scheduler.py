@@ -39,10 +39,10 @@ def model():
 def served(model, tmp_path):
     made = []
 
-    def serve(**limits):
-        prints = documents.Prints.of("tiny", model, models.tokenizer())
+    def serve(own=model, **limits):
+        prints = documents.Prints.of("tiny", own, models.tokenizer())
         library = Library(tmp_path / "library")
-        scheduler = Scheduler(model, models.tokenizer(), prints, library, Limits(**limits))
+        scheduler = Scheduler(own, models.tokenizer(), prints, library, Limits(**limits))
         made.append(scheduler)
         scheduler.start()
         return Client(scheduler)
@@ -132,6 +132,37 @@ def test_a_batch_of_sixteen_answers_as_each_alone_and_as_generate(served, model)
         assert usage.reused_tokens >= client.scheduler.reader.library.get(name).tokens
         assert usage.prompt_tokens == alone.prompt_tokens
         assert got(client.ask(text, name))[0] == ids
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "cohere2"])
+def test_models_some_layers_of_which_slide_answer_as_each_alone(served, architecture):
+    model = models.tiny(architecture, dtype=torch.float32)
+    model.generation_config.eos_token_id = 2
+    client = served(model)
+    for name in TEXTS:
+        assert not isinstance(client.upload(name).get(timeout=60), Failed)
+    plain = kvtrim.Cache(model, "full", 1.0)
+    questions = [(name, f"Who {n}{'?' * 9 * n}", 24) for n in range(3) for name in TEXTS]
+    together = [got(each) for each in [client.ask(q, d, max_tokens=m) for d, q, m in questions]]
+    for (name, text, new), (ids, *_) in zip(questions, together, strict=True):
+        assert ids == expected(model, name, text, new).token_ids
+    for name in TEXTS:  # a conversation that goes on, answers to one prompt
+        answers = client.ask("Who 0", name, max_tokens=24, more=(None,))
+        assert [got(each)[0] for each in answers] == [together[[*TEXTS].index(name)][0]] * 2
+    long = "A long first message. " * 4
+    ids, _, usage = got(client.ask("Who?", head=long, max_tokens=24))
+    entry, tokens = 2 * 2 * 8 * 4, usage.prompt_tokens + 23  # bytes of a token in one layer
+    assert usage.full_bytes == entry * (2 * tokens + models.WINDOW - 1)
+    assert got(client.ask("Who?", head=long, max_tokens=24))[0] == ids
+    alone = served(model)
+    assert got(alone.ask("Who?", head=long, max_tokens=24))[0] == ids
+    said = conversation.encode(models.tokenizer(), talk(long, "Who?"), after_document=False)
+    with kvtrim.attach(model), torch.no_grad():
+        whole = torch.tensor([said.head + said.rest])
+        written = model.generate(
+            whole, past_key_values=plain, max_new_tokens=24, eos_token_id=None, do_sample=False
+        )
+    assert written[0, whole.shape[1] :].tolist() == ids
 
 
 def test_documents_are_shared_and_conversations_resumed(served, model):

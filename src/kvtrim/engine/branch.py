@@ -6,6 +6,7 @@ costs what it adds, may be cut back to any length, and all that continue one pro
 entries together.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +16,8 @@ from kvtrim.engine.batch import joinable
 from kvtrim.engine.layer import Call
 from kvtrim.engine.session import Session
 from kvtrim.errors import CacheError
-from kvtrim.kernels.parts import Part, attend_part
-from kvtrim.types import Float, Tensor
+from kvtrim.kernels.parts import Part, attend_last, attend_part
+from kvtrim.types import Float, Int, Tensor
 
 _ROOM = 32  # entries that a continuation's buffers grow by at least
 
@@ -32,6 +33,8 @@ class Base:
     Args:
         session: one that evicts no more (`engine.batch.joinable`), of one prompt; not to be used
             any further by others.
+        windows: layers that slide: their numbers among all, ascending, and K and V
+            [1, K, S, ...] of the last tokens, one fewer than their windows take.
 
     Raises:
         CacheError: it is none of these.
@@ -39,7 +42,7 @@ class Base:
 
     below: "Base | None" = None
 
-    def __init__(self, session: Session):
+    def __init__(self, session: Session, windows: Sequence[tuple[int, Tensor, Tensor]] = ()):
         if not joinable(session) or len(session.state.reading.lengths) != 1:
             raise CacheError("only one prompt that nothing is evicted from any more can be shared")
         self.tokens = session.state.reading.lengths[0]
@@ -50,6 +53,8 @@ class Base:
             store.settle()
         self.counts = [store.length[0].tolist() for store in stores]
         self._layers = [_runs(store) for store in stores]
+        for number, keys, values in windows:
+            self._layers.insert(number, [(keys, values, None)])
 
     def attend(self, index: int, call: Call, queries: Float[Tensor, "1 H N D"]) -> Part | None:
         """What queries of any continuations find in one layer; None where it holds nothing."""
@@ -70,6 +75,17 @@ class Base:
         outs, lses = zip(*parts, strict=True)
         wide = torch.promote_types(outs[0].dtype, lses[0].dtype)
         return torch.cat([out.to(wide) for out in outs], dim=1), torch.cat(lses, dim=1)
+
+    def attend_window(
+        self,
+        index: int,
+        call: Call,
+        queries: Float[Tensor, "1 H N D"],
+        counts: Int[Tensor, " N"],
+    ) -> Part:
+        """What queries find in a layer that slides: each in its last so many entries."""
+        keys, values, _ = self._layers[index][0]
+        return attend_last(queries, keys, values, call.scale, call.softcap, counts)
 
 
 def _runs(store: LayerStore) -> list[Run]:

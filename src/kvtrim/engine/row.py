@@ -20,6 +20,10 @@ _SHORT = 512  # entries of a continuation that is stacked
 _STEP = 64  # entries that rows of a stack grow by
 
 
+Near = tuple[Base, slice | Tensor, Int[Tensor, " N"]]
+"""A prompt, columns that see some of its last entries in layers that slide, and how many each."""
+
+
 class Row:
     """The new tokens of several continuations in one pass.
 
@@ -42,6 +46,12 @@ class Row:
         self._groups = [_Group.of(group, self.columns[id(group[0])].start) for group in groups]
         self._apart = apart
         self._bases = self._columns_of_bases(given)
+        self._at = torch.empty(self.end, dtype=torch.long)  # where every token stands
+        for branch in given:
+            own = self.columns[id(branch)]
+            first = branch.position
+            self._at[own] = torch.arange(first, first + own.stop - own.start)
+        self._near: dict[int, list[list[Near]]] = {}
 
     def _columns_of_bases(
         self, branches: Sequence[Branch]
@@ -63,25 +73,46 @@ class Row:
             for found in levels
         ]
 
-    def attend(self, index: int, call: Call) -> Float[Tensor, "1 H Q E"]:
-        """All tokens' attention in one layer, over their prompts and what continues those."""
-        parts = [group.attend(index, call) for group in self._groups]
+    def _columns_near(self, window: int) -> list[list[Near]]:
+        """The prompts whose ends are within some token's window, as `_columns_of_bases`."""
+        if window not in self._near:
+            self._near[window] = levels = []
+            for bases in self._bases:
+                levels.append([])
+                for base, columns in bases:
+                    held = window - 1 - (self._at[columns] - base.position)
+                    chosen = torch.arange(self.end)[columns][held > 0]
+                    if len(chosen):
+                        own = _as_slice(chosen.tolist())
+                        levels[-1].append((base, own, held[held > 0]))
+        return self._near[window]
+
+    def attend(
+        self, index: int, call: Call, window: int | None = None
+    ) -> Float[Tensor, "1 H Q E"]:
+        """All tokens' attention in one layer, over their prompts and what continues those.
+
+        Args:
+            window: the layer slides: a token sees so many at most, itself included.
+        """
+        parts = [group.attend(index, call, window) for group in self._groups]
         for branch in self._apart:
             own = self.columns[id(branch)]
             held = branch.append(index, call.keys[:, :, own], call.values[:, :, own])
             given = call.queries[:, :, own], *held, call.scale, call.softcap
-            parts.append(attend_part(*given, causal=True))
+            parts.append(attend_part(*given, causal=True, window=window))
         out, lse = parts[0]
         if len(parts) > 1:
             out, lse = (torch.cat(side, dim=2) for side in zip(*parts, strict=True))
         if self._bases:
-            found = [self._attend_to(bases, index, call, out, lse) for bases in self._bases]
+            levels = self._bases if window is None else self._columns_near(window)
+            found = [self._attend_to(bases, index, call, out, lse) for bases in levels]
             out = join_parts([(out, lse), *found])
         return out.to(call.queries.dtype)
 
     def _attend_to(
         self,
-        bases: Sequence[tuple[Base, slice | Tensor]],
+        bases: Sequence[tuple[Base, slice | Tensor] | Near],
         index: int,
         call: Call,
         out: Float[Tensor, "1 H Q E"],
@@ -89,8 +120,12 @@ class Row:
     ) -> Part:
         """What all tokens find in the prompts that they continue; nothing for those of none."""
         found = torch.zeros_like(out, dtype=lse.dtype), torch.full_like(lse, -torch.inf)
-        for base, columns in bases:
-            part = base.attend(index, call, call.queries[:, :, columns])
+        for base, columns, *counts in bases:
+            queries = call.queries[:, :, columns]
+            if counts:
+                part = base.attend_window(index, call, queries, *counts)
+            else:
+                part = base.attend(index, call, queries)
             if part is not None:
                 for side, own in zip(found, part, strict=True):
                     side[:, :, columns] = own.to(side.dtype)
@@ -122,13 +157,23 @@ class _Group:
         given = torch.arange(count, device=device), lengths.to(device), most, bias
         return cls(branches, slice(first, first + count), capacity, *given)
 
-    def attend(self, index: int, call: Call) -> Part:
+    def _bias(self, window: int | None) -> Float[Tensor, "N 1 S"] | None:
+        """`bias`, and -inf before each row's window."""
+        if window is None or self.most <= window:
+            return self.bias
+        before = torch.arange(self.most, device=self.lengths.device) <= (
+            self.lengths[:, None] - window
+        )
+        hidden = torch.zeros(before.shape, device=before.device).masked_fill_(before, -torch.inf)
+        return hidden[:, None] if self.bias is None else self.bias + hidden[:, None]
+
+    def attend(self, index: int, call: Call, window: int | None = None) -> Part:
         """What the new tokens find in what each continuation holds, itself included."""
         stack = self._stack(index)
         rows, lengths = (each.to(stack.keys.device) for each in (self.rows, self.lengths))
         for held, new in ((stack.keys, call.keys), (stack.values, call.values)):
             held[rows, :, lengths] = new[0, :, self.columns].transpose(0, 1)
-        bias, seen = self.bias, slice(self.most)
+        bias, seen = self._bias(window), slice(self.most)
         if bias is not None:
             bias = bias.to(stack.keys.device).expand(-1, stack.keys.shape[1], -1)
         queries = call.queries[:, :, self.columns].transpose(0, 2)

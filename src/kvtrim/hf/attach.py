@@ -63,6 +63,12 @@ class Attachment:
             output = OutputProjection(module, self.layout.query_heads)
             hand_over = partial(_hand_over, number, output)
             self._hooks.append(module.register_forward_pre_hook(hand_over, with_kwargs=True))
+        slide = [n for n in range(len(self.layout.blocks)) if n not in set(self.layout.managed)]
+        for number, layer in enumerate(slide):
+            module = self.layout.attention[layer]
+            output = OutputProjection(module, self.layout.query_heads)
+            hand_over = partial(_hand_over_window, number, output)
+            self._hooks.append(module.register_forward_pre_hook(hand_over, with_kwargs=True))
         for module in self.layout.around:
             self._hooks.append(module.register_forward_pre_hook(_enter, with_kwargs=True))
 
@@ -224,6 +230,24 @@ def _hand_over(
             return None
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     handle = Handle(attending, number, output, rotate, hidden)
+    return args, {**kwargs, **handed, HANDLE: handle}
+
+
+def _hand_over_window(
+    number: int,
+    output: OutputProjection,
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+) -> Hooked | None:
+    """Likewise for a layer that slides, where the cache sees to it."""
+    cache = None if kwargs is None else cache_in(kwargs)
+    if kwargs is None or not isinstance(cache, BaseCache) or cache.windows is None:
+        return None
+    _require_implementation(module)
+    handed = {name: Handed(cache) for name, given in kwargs.items() if given is cache}
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    handle = Handle(cache.windows, number, output, None, hidden)
     return args, {**kwargs, **handed, HANDLE: handle}
 
 

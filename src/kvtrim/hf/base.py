@@ -161,6 +161,11 @@ class BaseCache(TransformersCache, ABC):
         """What stands behind the attention of the managed layers."""
 
     @property
+    def windows(self) -> Attends | None:
+        """What stands behind the attention of layers that slide; None: they see to themselves."""
+        return None
+
+    @property
     def counts_steps(self) -> bool:
         """Single tokens are appended by something that knows their positions itself."""
         return False

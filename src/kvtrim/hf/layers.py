@@ -135,6 +135,12 @@ class WindowLayer(DynamicSlidingWindowLayer):
         """Tokens of its window that it holds."""
         return min(self.sliding_window - 1, self.cumulative_length)
 
+    def last(self) -> tuple[Tensor, Tensor]:
+        """K and V [B, K, entries, D] of the tokens of its window, copied."""
+        held = _some(self.keys), _some(self.values)
+        keys, values = (each[:, :, each.shape[2] - self.entries :].clone() for each in held)
+        return keys, values
+
     @property
     def nbytes(self) -> int:
         """Bytes that it holds."""

@@ -7,18 +7,19 @@ whoever has any are laid one behind the other; only attention knows whose they a
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 
-from kvtrim.engine.branch import Branch
+from kvtrim.engine.branch import Base, Branch
 from kvtrim.engine.layer import Attends, Call
 from kvtrim.engine.row import Row
 from kvtrim.errors import CacheError
 from kvtrim.hf.base import BaseCache, Coming, cache_keyword
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.layers import ManagedLayer
+from kvtrim.hf.layers import ManagedLayer, WindowLayer
+from kvtrim.kernels.parts import attend_part
 from kvtrim.types import Float, Int, Tensor
 
 _FEW, _FULL = 9, 16
@@ -51,24 +52,46 @@ def _rows(count: int, device: torch.device) -> int:
     return _FULL if device.type == "cpu" and _FEW <= count < _FULL else count
 
 
+@dataclass
+class _Windows:
+    """What stands behind the attention of layers that slide."""
+
+    pack: "Pack"
+
+    def attend(self, index: int, call: Call) -> Float[Tensor, "B H Q E"]:
+        """Of the layer of this number among them."""
+        return self.pack.attend_window(index, call)
+
+
+def base_of(cache: Cache) -> Base:
+    """The entries of a cache of one prompt, shared by whoever continues it. Raises as `Base`."""
+    windows = []
+    for number, layer in enumerate(cast(list[Any], cache.layers)):
+        if isinstance(layer, WindowLayer):
+            windows.append((number, *layer.last()))
+    return Base(cache.session, windows)
+
+
 class Pack(BaseCache):
     """What a pass over several feeds reads into. The model has to be attached.
 
-    Caches among them have one prompt each, which is read, and no sliding layers. Nothing is held
-    here between passes.
+    Caches among them have one prompt each, which is read. Nothing is held here between passes.
 
     Raises:
-        CacheError: a model with layers that slide, or a RoPE that changes with the length.
+        CacheError: a model whose RoPE changes with the length.
     """
 
     def __init__(self, model: Any):
         like, self._read = Cache(model, "full", 1), _Read()
         super().__init__(model, copy.copy(like.rope), [])
-        if like.stock_layers() or like.rope.switch is not None:
+        if like.rope.switch is not None:
             raise CacheError(
-                "some layers of this model slide, or its RoPE changes with the length, so several "
-                "prompts cannot share a pass over it; use kvtrim.generate"
+                "the RoPE of this model changes with the length, so several prompts cannot share "
+                "a pass over it; use kvtrim.generate"
             )
+        self._managed = like.managed
+        rest = [n for n in range(len(like.layers)) if n not in set(like.managed)]
+        self._windows = [(n, cast(Any, like.layers[n]).sliding_window) for n in rest]
         self.layers = [ManagedLayer(self._read) for _ in like.layers]
         self._row, self._end = Row([]), 0
         self._caches: list[tuple[Cache, slice]] = []
@@ -118,9 +141,31 @@ class Pack(BaseCache):
         """Every feed's attention over what it holds; then evict what is due."""
         parts = [cache.attends.attend(index, call.columns(part)) for cache, part in self._caches]
         if self._row.end:
-            parts.insert(0, self._row.attend(index, call))
+            parts.insert(0, self._row.attend(self._managed[index], call))
+        return self._fill(parts, call)
+
+    def attend_window(self, index: int, call: Call) -> Float[Tensor, "1 H Q E"]:
+        """Likewise in a layer that slides, by its number among those."""
+        number, window = self._windows[index]
+        parts = []
+        if self._row.end:
+            parts.append(self._row.attend(number, call, window))
+        for cache, part in self._caches:
+            own = call.columns(part)
+            held = cast(Any, cache.layers[number]).update(own.keys, own.values)
+            given = own.queries, held[0], held[1], own.scale, own.softcap
+            out, _ = attend_part(*given, causal=True, window=window)
+            parts.append(out.to(own.queries.dtype))
+        return self._fill(parts, call)
+
+    def _fill(self, parts: list[Tensor], call: Call) -> Float[Tensor, "1 H Q E"]:
+        """All of it, and nothing for tokens that fill the row up."""
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return F.pad(out, (0, 0, 0, call.queries.shape[2] - self._end))
+
+    @property
+    def windows(self) -> Attends | None:
+        return _Windows(self)
 
     @property
     def attends(self) -> Attends:

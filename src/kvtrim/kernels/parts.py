@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvtrim.types import Float, Tensor
+from kvtrim.types import Bool, Float, Int, Tensor
 
 _ROWS_AT_ONCE = 256  # queries whose weights are there at once, where they are spelled out
 
@@ -20,23 +20,57 @@ def attend_part(
     softcap: float | None = None,
     bias: Float[Tensor, "B K S"] | None = None,
     causal: bool = False,
+    window: int | None = None,
 ) -> Part:
     """Attention over these slots, of which there is one at least.
 
     Args:
         bias: added to the logits of each slot.
         causal: the last Q slots are the queries' own; else every query sees every slot.
+        window: where they are, a query sees so many slots at most, its own included.
     """
-    if softcap is None:
+    if window is not None:
+        most = queries.shape[2] + window - 1
+        keys, values = keys[:, :, -most:], values[:, :, -most:]
+        bias = None if bias is None else bias[:, :, -most:]
+        window = window if keys.shape[2] > window else None
+    if softcap is None and window is None:
         part = attend_by_torch(queries, keys, values, scale, causal, bias)
         if part is not None:
             return part
     outs, lses = [], []
     for first in range(0, queries.shape[2], _ROWS_AT_ONCE):
         own = queries[:, :, first : first + _ROWS_AT_ONCE]
-        seen = keys.shape[2] - queries.shape[2] + first + own.shape[2] if causal else None
-        given = keys[:, :, :seen], values[:, :, :seen], None if bias is None else bias[:, :, :seen]
-        out, lse = _explicit(own, *given, scale, softcap, causal)
+        seen = slice(None)
+        if causal:
+            end = keys.shape[2] - queries.shape[2] + first + own.shape[2]
+            seen = slice(max(0, end - own.shape[2] - window + 1) if window else 0, end)
+        given = keys[:, :, seen], values[:, :, seen], None if bias is None else bias[:, :, seen]
+        hidden = _out_of_sight(own, given[0], window) if causal else None
+        out, lse = _explicit(own, *given, scale, softcap, hidden)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def attend_last(
+    queries: Float[Tensor, "B H Q D"],
+    keys: Float[Tensor, "B K S D"],
+    values: Float[Tensor, "B K S E"],
+    scale: float,
+    softcap: float | None,
+    counts: Int[Tensor, " Q"],
+) -> Part:
+    """Attention of each query over the last so many slots, of which there is one at least."""
+    slots = keys.shape[2]
+    if int(counts.min()) >= slots:
+        return attend_part(queries, keys, values, scale, softcap)
+    outs, lses, counts = [], [], counts.to(keys.device)
+    for first in range(0, queries.shape[2], _ROWS_AT_ONCE):
+        part = slice(first, first + _ROWS_AT_ONCE)
+        hidden = torch.arange(slots, device=keys.device) < slots - counts[part, None]
+        own = queries[:, :, part]
+        out, lse = _explicit(own, keys, values, None, scale, softcap, hidden)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
@@ -90,7 +124,7 @@ def _explicit(
     bias: Float[Tensor, "B K S"] | None,
     scale: float,
     softcap: float | None,
-    causal: bool,
+    hidden: Bool[Tensor, "Q S"] | None,
 ) -> Part:
     wide = torch.promote_types(queries.dtype, torch.float32)
     logits = _fold(queries, keys).to(wide) @ keys.to(wide).transpose(-1, -2) * scale
@@ -98,14 +132,22 @@ def _explicit(
         logits = softcap * torch.tanh(logits / softcap)
     if bias is not None:
         logits = logits + bias[:, :, None].to(wide)
-    if causal:
-        count, slots = queries.shape[2], keys.shape[2]
-        ends = torch.arange(slots - count, slots, device=keys.device)
-        ahead = torch.arange(slots, device=keys.device) > ends[:, None]
-        logits = logits.masked_fill(ahead.repeat(queries.shape[1] // keys.shape[1], 1), -torch.inf)
+    if hidden is not None:
+        groups = queries.shape[1] // keys.shape[1]
+        logits = logits.masked_fill(hidden.repeat(groups, 1), -torch.inf)
     lse = logits.logsumexp(dim=-1)
     out = (logits - lse[..., None]).exp() @ values.to(wide)
     return _unfold(out, queries), _unfold(lse, queries)
+
+
+def _out_of_sight(
+    queries: Float[Tensor, "B H Q D"], keys: Float[Tensor, "B K S D"], window: int | None
+) -> Bool[Tensor, "Q S"]:
+    """Slots behind each query's own, which are the last, and those before its window."""
+    count, slots = queries.shape[2], keys.shape[2]
+    ends = torch.arange(slots - count, slots, device=keys.device)[:, None]
+    places = torch.arange(slots, device=keys.device)
+    return places > ends if window is None else (places > ends) | (places <= ends - window)
 
 
 def _fold(

@@ -25,6 +25,8 @@ class Speaker:
     repetition: float
     device: torch.device
     entry_bytes: int  # of one token's K and V in all layers
+    windows: tuple[int, ...] = ()  # of layers that slide
+    layers: int = 1
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any) -> "Speaker":
@@ -35,7 +37,15 @@ class Speaker:
         width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
         entry = 2 * own.num_hidden_layers * own.num_key_value_heads * width * model.dtype.itemsize
         repetition = config.repetition_penalty or 1.0
-        return cls(tokenizer, frozenset(ends), repetition, model.device, entry)
+        windows = tuple(each.sliding_window for each in Cache(model, "full").stock_layers())
+        given = model.device, entry, windows, own.num_hidden_layers
+        return cls(tokenizer, frozenset(ends), repetition, *given)
+
+    def full_bytes(self, tokens: int) -> int:
+        """What a full cache of so many tokens holds."""
+        slide = sum(min(tokens, window - 1) for window in self.windows)
+        whole = (self.layers - len(self.windows)) * tokens
+        return (slide + whole) * self.entry_bytes // self.layers
 
 
 @dataclass(eq=False)
@@ -174,7 +184,7 @@ class Answer:
             completion_tokens=len(self.written),
             reused_tokens=self.reused,
             held_bytes=own,
-            full_bytes=(read + len(self.written) - 1) * self.speaker.entry_bytes,
+            full_bytes=self.speaker.full_bytes(read + len(self.written) - 1),
             first_token_s=self.first_token_s,
             seconds=time.monotonic() - self.request.came,
         )

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from kvtrim.engine.batch import joinable
-from kvtrim.engine.branch import Base
 from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.pack import base_of
 from kvtrim.serve.memory import Document
 
 
@@ -58,5 +58,5 @@ class Reading:
 def document_of(key: Hashable, cache: Cache) -> Document:
     """A cache of one prompt, as several requests continue it."""
     facts = cache.seen, cache.held_bytes, cache.full_bytes
-    entries = Base(cache.session) if joinable(cache.session) else cache
+    entries = base_of(cache) if joinable(cache.session) else cache
     return Document(key, entries, *facts)
