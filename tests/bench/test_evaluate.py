@@ -162,6 +162,14 @@ def test_loss_and_divergence_are_those_of_a_pass_over_the_answer(subject, tmp_pa
         assert cut["kl"] == pytest.approx(float(kl), rel=1e-3) and full["kl"] is None
 
 
+def test_auto_goes_by_the_protocol(subject, tmp_path):
+    for protocol, becomes in ((AGNOSTIC, "kvzip:refit=values+bias"), (AWARE, "adakv")):
+        wanted = asked(methods=["auto", becomes], settings={}, protocol=protocol, limit=1)
+        _, auto, own = run(subject, wanted, tmp_path / protocol)
+        names = ("loss", "kl", "held_bytes", "answer")
+        assert auto["method"] == "auto" and [auto[n] for n in names] == [own[n] for n in names]
+
+
 def test_protocols_measure_the_budget_at_their_own_moment(subject, tmp_path):
     for protocol in (AWARE, AGNOSTIC):
         wanted = asked(methods=["snapkv"], keeps=["48"], protocol=protocol)

@@ -39,6 +39,7 @@ def test_without_tables_it_takes_what_needs_none(llama):
     assert "read twice" in chosen(llama, AGNOSTIC).why
     assert "calibrate echo" in chosen(llama, AGNOSTIC).why
     assert chosen(llama, AWARE).name == chosen(llama, None).name == "adakv"
+    assert chosen(llama, AGNOSTIC | {"question": []}).name == "kvzip"  # what one was cut out of
 
 
 @pytest.mark.usefixtures("tables")

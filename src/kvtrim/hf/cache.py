@@ -28,7 +28,7 @@ from kvtrim.methods.method import Method
 from kvtrim.methods.ranges import Some, check_arguments
 from kvtrim.methods.request import Request
 from kvtrim.prompts import Template, Words, frame, repeat_words
-from kvtrim.prompts.spans import Given, end_of, per_prompt
+from kvtrim.prompts.spans import Given, end_of, have_question, per_prompt
 from kvtrim.types import Int, Target, Tensor
 
 
@@ -95,7 +95,7 @@ class Cache(BaseCache):
         if request.method.propagation.narrows:
             require_managed(model, self.managed)
         named = per_prompt(spans)
-        aware = not named or any("question" in own for own in named)
+        aware = have_question(named)
         target = _target(model, len(self.managed))
         share = request.keep.share(prompt_tokens or end_of(named))
         chosen, self.choice = auto.resolve(request.method, target, aware, share)

@@ -13,6 +13,7 @@ from kvtrim.errors import CacheFileError, UsageError
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.models.load import TOKENIZERS
 from kvtrim.prompts.detokenizer import pieces
+from kvtrim.prompts.spans import have_question
 from kvtrim.report.viewer import evidence as places
 from kvtrim.report.viewer.exhibit import Exhibit, Said, Stop
 from kvtrim.types import Int, Tensor
@@ -66,7 +67,7 @@ def view(
     if said is not None:
         stops[0] = replace(stops[0], said=Said(said))
     spans = alone[0].session.state.spans
-    aware = bool(spans) and "question" in spans[0]
+    aware = have_question(spans[:1])
     about = [ABOUT["question-aware" if aware else "question-agnostic"]] if spans else []
     return Exhibit(
         shown,

@@ -70,6 +70,14 @@ def _unit(name: str, unit: Any) -> tuple[tuple[int, int], ...]:
         ) from None
 
 
+def have_question(prompts: Sequence[Spans]) -> bool:
+    """Whether prompts are read together with their question: nobody says so, or one names it.
+
+    A part without units is none: what a question was cut out of still has its name.
+    """
+    return not prompts or any(own.get("question") for own in prompts)
+
+
 def per_prompt(given: Given | Sequence[Given] | None) -> list[Spans]:
     """The spans of each prompt of a batch; of one prompt if they are given once."""
     if given is None:
