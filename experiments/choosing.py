@@ -25,7 +25,7 @@ PAGE = ROOT / "docs" / "choosing.md"
 PICTURE = ROOT / "docs" / "pictures" / "quality.svg"
 CONFIGS = ROOT / "src" / "kvtrim" / "hf" / "models" / "configs"
 PROTOCOLS = ("question-aware", "question-agnostic")
-DRAWN = ("kvzip", "headkv", "adakv", "snapkv", "fastkv", "h2o", "streaming-llm", "random")
+DRAWN = ("auto", "kvzip", "headkv", "adakv", "snapkv", "fastkv", "h2o", "streaming-llm", "random")
 KEEPS = (512, 256)
 LENGTHS = (8192, 32768, 131072)
 SHARES = (0.25,)
@@ -165,8 +165,8 @@ QUALITY = "[quality](../experiments/quality/quality.md)"
 SITUATIONS = (
     (
         "The question is known when the text is read",
-        "`auto`, which is `headkv` with a table of the model's heads, else `adakv`, and below a "
-        "tenth `echo-window` with a table of echo",
+        "`auto`, which is `echo-window` with `--set refit=values+bias` where there is a table of "
+        "echo, else `headkv` with one of the model's heads, else `adakv`",
         "1/8",
         "{cost:headkv} of a prefill",
         "loss {loss:aware|headkv|256} and {loss:aware|adakv|256}; random eviction "

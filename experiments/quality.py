@@ -162,7 +162,10 @@ def main() -> None:
     methods, keeps = given.method or list(kvtrim.METHODS), given.keep or KEEPS
     run = {"machine": provenance(model.device), "model": "smollm2", "keeps": keeps, "seed": 1}
     run |= {"needles": given.needles, "rows": given.rows, "length": given.length}
-    (given.out / "quality.json").write_text(json.dumps(run, indent=1) + "\n")
+    run |= {"methods": methods}
+    record_path = given.out / "quality.json"
+    runs = json.loads(record_path.read_text())["runs"] if record_path.exists() else []
+    record_path.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n")
     order = sorted(range(len(prompts)), key=lambda i: (i % max(1, given.needles), i))
     with kvtrim.attach(model), path.open("a") as file:
         for number in order:

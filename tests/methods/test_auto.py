@@ -45,22 +45,20 @@ def test_without_tables_it_takes_what_needs_none(llama):
 @pytest.mark.usefixtures("tables")
 def test_with_tables_of_the_model_it_takes_what_they_serve(llama, tmp_path):
     assert chosen(llama, AGNOSTIC).name == "echo" and "tiny" in chosen(llama, AGNOSTIC).why
-    assert chosen(llama, AWARE).name == chosen(llama, None).name == "headkv"
-    long = {"context": [(0, 570)], "question": [(570, 600)]}
-    for keep, name in (
-        (59, "echo-window"),
-        (0.09, "echo-window"),
-        (60, "headkv"),
-        (0.1, "headkv"),
-    ):
-        assert kvtrim.Cache(llama, "auto", keep, spans=long).choice.name == name
-    given = {"prompt_tokens": 600}
-    assert kvtrim.Cache(llama, "auto", 40, **given).choice.name == "echo-window"
-    assert kvtrim.Cache(llama, "auto", 40).choice.name == "headkv"  # of how much, is not known
+    for spans in (AWARE, None):
+        own = chosen(llama, spans)
+        assert own.name == "echo-window" and "tiny" in own.why
+        assert own.label == "echo-window:refit=values+bias"
+    (tmp_path / "tiny.safetensors").unlink()
+    assert chosen(llama, AWARE).label == chosen(llama, None).name == "headkv"
     (tmp_path / "heads.json").unlink()
     assert chosen(llama, AWARE).name == "adakv"
+
+
+@pytest.mark.usefixtures("tables")
+def test_tables_of_other_weights_are_no_tables():
     other = models.tiny("llama", seed=7)
-    assert chosen(other, AGNOSTIC).name == "kvzip"
+    assert chosen(other, AGNOSTIC).name == "kvzip" and chosen(other, AWARE).name == "adakv"
 
 
 @pytest.mark.usefixtures("tables")

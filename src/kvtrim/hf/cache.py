@@ -28,7 +28,7 @@ from kvtrim.methods.method import Method
 from kvtrim.methods.ranges import Some, check_arguments
 from kvtrim.methods.request import Request
 from kvtrim.prompts import Template, Words, frame, repeat_words
-from kvtrim.prompts.spans import Given, end_of, have_question, per_prompt
+from kvtrim.prompts.spans import Given, have_question, per_prompt
 from kvtrim.types import Int, Target, Tensor
 
 
@@ -97,8 +97,7 @@ class Cache(BaseCache):
         named = per_prompt(spans)
         aware = have_question(named)
         target = _target(model, len(self.managed))
-        share = request.keep.share(prompt_tokens or end_of(named))
-        chosen, self.choice = auto.resolve(request.method, target, aware, share)
+        chosen, self.choice = auto.resolve(request.method, target, aware)
         if self.choice is not None:
             own = {"named": self.choice.name, "settings": self.choice.settings}
             request = replace(request, **own)

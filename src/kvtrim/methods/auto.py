@@ -1,13 +1,13 @@
 """auto: what was measured best for the protocol and the model at hand.
 
 Rule:  where the question is not known yet, `echo` if a table of exactly these weights comes with
-       kvtrim, else `kvzip`, which reads the prompt a second time, either with refit=values+bias;
-       where context and question are read together, `echo-window` if there is such a table and
-       less than a tenth is to be kept, else `headkv` if there is one of its heads, else `adakv`.
+       kvtrim, else `kvzip`, which reads the prompt a second time; where context and question are
+       read together, `echo-window` if there is such a table; all three with refit=values+bias.
+       Without such a table a known question takes `headkv` if there is a table of the model's
+       heads, else `adakv`.
 Ours:  the choice is what lost least of the answer's likelihood on the committed prompts
-       (experiments/quality, an eighth and more; experiments/aware, a 16th and less;
-       experiments/echo); it is made when a cache meets its model, and saved with it under its own
-       name.
+       (experiments/echo, experiments/aware, experiments/quality); it is made when a cache meets
+       its model, and saved with it under its own name.
 """
 
 from collections.abc import Mapping
@@ -23,9 +23,6 @@ from kvtrim.methods.registry import METHODS
 from kvtrim.types import LayerView, Scores, Target
 
 NAME = "auto"
-LITTLE = 0.1
-"""Of a prompt: what was measured below it and above it prefers different methods."""
-
 _REFIT = {"refit": "values+bias"}
 
 NO_SETTINGS = (
@@ -57,8 +54,8 @@ AUTO = Method(
     source="measured here",
     use="Whenever you do not want to choose: what was measured best for model and protocol.",
     cost="Question-agnostic: one prefill with a table of the model (echo), else a second reading "
-    "(kvzip), and a tenth of a prefill for the refit. Question-aware: a window's attention and, "
-    "at most, one sort per layer.",
+    "(kvzip), and a tenth of a prefill for the refit. Question-aware: the same with a table, else "
+    "a window's attention and, at most, one sort per layer.",
 )
 
 
@@ -82,37 +79,31 @@ class Choice:
         return replace(method, **{key: REFITS[value]() for key, value in self.settings.items()})
 
 
-def choice(target: Target, aware: bool, share: float | None = None) -> Choice:
+def choice(target: Target, aware: bool) -> Choice:
     """What auto becomes on a model.
 
     Args:
         aware: context and question are read together.
-        share: of the prompt, that is to be kept; None where that is not known.
     """
     found = echo_tables.measured_on(target.identity())
-    if aware:
-        if found is not None and share is not None and share < LITTLE:
-            why = f"the question is known, little is kept, and {found} is a table of this model"
-            return Choice("echo-window", why)
-        heads = head_scores.measured_on(target.identity())
-        if heads is not None:
-            why = f"the question is known, and {heads} is a table of this model's heads"
-            return Choice("headkv", why)
-        return Choice("adakv", "the question is known, and no table of this model's heads is here")
     if found is not None:
-        why = f"no question is known yet, and {found} is a table of this model"
-        return Choice("echo", why, _REFIT)
-    return Choice(
-        "kvzip",
-        "no question is known yet, and no table of this model is here: the prompt is read twice. "
-        f"Once fitted, a table saves that: {echo_tables.HOW_TO}",
-        _REFIT,
-    )
+        known = "the question is known" if aware else "no question is known yet"
+        why = f"{known}, and {found} is a table of this model"
+        return Choice("echo-window" if aware else "echo", why, _REFIT)
+    if not aware:
+        why = (
+            "no question is known yet, and no table of this model is here: the prompt is read "
+            f"twice. Once fitted, a table saves that: {echo_tables.HOW_TO}"
+        )
+        return Choice("kvzip", why, _REFIT)
+    heads = head_scores.measured_on(target.identity())
+    if heads is not None:
+        why = f"the question is known, and {heads} is a table of this model's heads"
+        return Choice("headkv", why)
+    return Choice("adakv", "the question is known, and no table of this model is here")
 
 
-def resolve(
-    method: Method, target: Target, aware: bool, share: float | None = None
-) -> tuple[Method, Choice | None]:
+def resolve(method: Method, target: Target, aware: bool) -> tuple[Method, Choice | None]:
     """A method made ready for a model, and what auto became if it was that.
 
     Raises:
@@ -122,5 +113,5 @@ def resolve(
         return method.fitted(target), None
     if method != AUTO:
         raise UsageError(NO_SETTINGS)
-    chosen = choice(target, aware, share)
+    chosen = choice(target, aware)
     return chosen.method.fitted(target), chosen

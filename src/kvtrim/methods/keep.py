@@ -44,12 +44,6 @@ class Keep:
             return self.amount
         return self.amount * prompt if self.kind == "share" else self.amount / entry_bytes
 
-    def share(self, prompt: int | None) -> float | None:
-        """What share of a prompt of so many tokens it is; None where that is not known."""
-        if self.kind == "share":
-            return self.amount
-        return self.amount / prompt if self.kind == "tokens" and prompt else None
-
     def beside(self, taken: int) -> "Keep":
         """What is left for entries where so many bytes are taken by what goes with them."""
         return self if self.kind != "bytes" else Keep("bytes", max(1.0, self.amount - taken))

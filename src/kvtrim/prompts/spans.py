@@ -85,12 +85,6 @@ def per_prompt(given: Given | Sequence[Given] | None) -> list[Spans]:
     return [as_spans(one) for one in ([given] if isinstance(given, Mapping) else given)]
 
 
-def end_of(spans: Sequence[Spans]) -> int | None:
-    """Where the last part of any of these prompts ends; None where nothing is named."""
-    units = (unit for own in spans for part in own.values() for unit in part)
-    return max((end for unit in units for _, end in unit), default=None)
-
-
 def per_row(spans: Sequence[Spans], rows: int) -> list[Spans]:
     """One mapping per prompt; where prompts are repeated (beams, samples) each goes along.
 
