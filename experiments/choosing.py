@@ -165,8 +165,8 @@ QUALITY = "[quality](../experiments/quality/quality.md)"
 SITUATIONS = (
     (
         "The question is known when the text is read",
-        "`auto`, which is `echo-window` with `--set refit=values+bias` where there is a table of "
-        "echo, else `headkv` with one of the model's heads, else `adakv`",
+        "`auto`, which is `echo-window` where there is a table of echo, else `headkv` with one of "
+        "the model's heads, else `adakv`",
         "1/8",
         "{cost:headkv} of a prefill",
         "loss {loss:aware|headkv|256} and {loss:aware|adakv|256}; random eviction "

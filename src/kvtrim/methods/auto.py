@@ -1,10 +1,10 @@
 """auto: what was measured best for the protocol and the model at hand.
 
 Rule:  where the question is not known yet, `echo` if a table of exactly these weights comes with
-       kvtrim, else `kvzip`, which reads the prompt a second time; where context and question are
-       read together, `echo-window` if there is such a table; all three with refit=values+bias.
-       Without such a table a known question takes `headkv` if there is a table of the model's
-       heads, else `adakv`.
+       kvtrim, else `kvzip`, which reads the prompt a second time, either with refit=values+bias;
+       where context and question are read together, `echo-window` if there is such a table, else
+       `headkv` if there is one of the model's heads, else `adakv`. No refit there: it serves what
+       the prompt's own queries look for, which a known question is not.
 Ours:  the choice is what lost least of the answer's likelihood on the committed prompts
        (experiments/echo, experiments/aware, experiments/quality); it is made when a cache meets
        its model, and saved with it under its own name.
@@ -54,8 +54,8 @@ AUTO = Method(
     source="measured here",
     use="Whenever you do not want to choose: what was measured best for model and protocol.",
     cost="Question-agnostic: one prefill with a table of the model (echo), else a second reading "
-    "(kvzip), and a tenth of a prefill for the refit. Question-aware: the same with a table, else "
-    "a window's attention and, at most, one sort per layer.",
+    "(kvzip), and a tenth of a prefill for the refit. Question-aware: a window's attention and, at "
+    "most, a product per token.",
 )
 
 
@@ -87,9 +87,10 @@ def choice(target: Target, aware: bool) -> Choice:
     """
     found = echo_tables.measured_on(target.identity())
     if found is not None:
-        known = "the question is known" if aware else "no question is known yet"
-        why = f"{known}, and {found} is a table of this model"
-        return Choice("echo-window" if aware else "echo", why, _REFIT)
+        why = f"{found} is a table of this model"
+        if aware:
+            return Choice("echo-window", f"the question is known, and {why}")
+        return Choice("echo", f"no question is known yet, and {why}", _REFIT)
     if not aware:
         why = (
             "no question is known yet, and no table of this model is here: the prompt is read "
