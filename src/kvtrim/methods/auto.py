@@ -54,8 +54,8 @@ AUTO = Method(
     source="measured here",
     use="Whenever you do not want to choose: what was measured best for model and protocol.",
     cost="Question-agnostic: one prefill with a table of the model (echo), else a second reading "
-    "(kvzip), and a tenth of a prefill for the refit. Question-aware: a window's attention and, at "
-    "most, a product per token.",
+    "(kvzip), and a tenth of a prefill for the refit. Question-aware: a window's attention and, "
+    "at most, a product per token.",
 )
 
 
