@@ -38,7 +38,7 @@ demo: $(VENV)/ready
 # processes that tests start share what is compiled, also where the environment asks for no bytecode;
 # a file's tests stay together, since they share models, folders and packages that are loaded late
 test: setup
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist loadfile
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check
