@@ -8,8 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install $(PIP_ARGS)
 REPORT_DIR ?= experiments/evaluation
-QUESTION := What is the secret password of the old lighthouse keeper?
-ASK = $(BIN)/kvtrim compare examples/time_machine.txt -q "$(QUESTION)" --max-new-tokens 24 --keep 512
+QUESTION := Which two words are the secret password of the old lighthouse keeper? Answer in one sentence.
+ASK = $(BIN)/kvtrim compare examples/time_machine.txt -q "$(QUESTION)" --max-new-tokens 24
 
 .PHONY: setup demo test check format docs site report gpu clean
 
@@ -32,8 +32,8 @@ setup: $(VENV)/complete
 
 # the question known while the document is read, then not
 demo: $(VENV)/ready
-	$(ASK) --protocol question-aware --method auto --method snapkv --method streaming-llm
-	$(ASK) --protocol question-agnostic --method auto --method kvzip --method snapkv
+	$(ASK) --keep 512 --protocol question-aware --method auto --method snapkv --method streaming-llm
+	$(ASK) --keep 25% --protocol question-agnostic --method auto --method kvzip --method snapkv
 
 # processes that tests start share what is compiled, also where the environment asks for no bytecode;
 # a file's tests stay together, since they share models, folders and packages that are loaded late

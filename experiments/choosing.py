@@ -168,8 +168,10 @@ SITUATIONS = (
         "`auto`, which is `echo-window` where there is a table of echo, else `headkv` with one of "
         "the model's heads, else `adakv`",
         "1/8",
-        "{cost:headkv} of a prefill",
-        "loss {loss:aware|headkv|256} and {loss:aware|adakv|256}; random eviction "
+        "{cost:headkv} of a prefill, with echo-window "
+        "[about 3%](../experiments/echo_prefill/prefill.json)",
+        "loss {loss:aware|auto|256}, {loss:aware|headkv|256} and {loss:aware|adakv|256}; random "
+        "eviction "
         f"{{loss:aware|random|256}} ({QUALITY}, "
         "[overhead](../experiments/overhead/overhead.md))",
     ),
@@ -188,12 +190,14 @@ SITUATIONS = (
         "echo`, once per model), or `headkv` (`kvtrim calibrate heads`)",
         "1/4",
         "one prefill and a tenth",
+        "loss {loss:agnostic|auto|512} at 1/4, {loss:agnostic|auto|256} at 1/8; headkv's "
+        "{loss:agnostic|headkv|512} and "
+        f"{{loss:agnostic|headkv|256}} ({QUALITY}). "
         "echo's KL {divergence:echo|4} at 1/4, {divergence:echo|8} at 1/8, beside kvzip's "
         "{divergence:kvzip|4} and {divergence:kvzip|8}, and "
         "{divergence:echo, values and biases|4} and "
         "{divergence:echo, values and biases|8} with the refit (25 prompts, "
-        "[echo](../experiments/echo/echo.md)); headkv's loss {loss:agnostic|headkv|512} and "
-        f"{{loss:agnostic|headkv|256}} ({QUALITY})",
+        "[echo](../experiments/echo/echo.md))",
     ),
     (
         "No table, no second reading, no question",
