@@ -34,7 +34,7 @@ def test_every_figure_of_the_page_comes_from_a_record(monkeypatch):
 
     monkeypatch.setattr(choosing, "records", other)
     changed = choosing.filled(page)
-    assert "loss 1.15 and 1.29" in changed and "loss 0.15 and 0.29" not in changed
+    assert "loss 1.06, 1.15 and 1.29" in changed and "loss 0.06, 0.15 and 0.29" not in changed
     with pytest.raises(SystemExit, match="situations"):
         choosing.filled("no place for figures")
 

@@ -209,6 +209,7 @@ def test_log_probabilities_and_stops(client, model_folder):
     ("change", "kind", "why"),
     [
         ({"model": "gpt-9"}, "NotFoundError", "GET /v1/models"),
+        ({"model": ""}, "NotFoundError", "GET /v1/models"),
         ({"model": "@nobody"}, "NotFoundError", "no document 'nobody'"),
         ({"model": "@../../etc"}, "NotFoundError", "no document"),
         ({"messages": []}, "BadRequestError", "messages"),
@@ -224,6 +225,16 @@ def test_log_probabilities_and_stops(client, model_folder):
             {"extra_body": {"kvtrim": {"method": "headkv", "settings": {"table": "/etc/passwd"}}}},
             "BadRequestError",
             "names a file",
+        ),
+        (
+            {"extra_body": {"kvtrim": {"settings": {"budget.table": "/etc/passwd"}}}},
+            "BadRequestError",
+            "names a file",
+        ),
+        (
+            {"extra_body": {"kvtrim": {"settings": {"nothing": 1}, "compress": False}}},
+            "BadRequestError",
+            "unknown parameter",
         ),
         ({"extra_body": {"kvtrim": {"x": 1}}}, "BadRequestError", "x"),
     ],

@@ -137,7 +137,7 @@ class Service:
             Refused: there is no such model or document.
         """
         own, at, name = model.partition("@")
-        if own not in (self.id, self.prints.label, ""):
+        if not model or own not in (self.id, self.prints.label, ""):
             raise Refused(f"there is no model {model[:80]!r} here; GET /v1/models lists them", 404)
         if not at:
             return None
@@ -343,11 +343,12 @@ class Service:
 
     def _compression(self, head: list[int], own: protocol.Kvtrim) -> How | None:
         """How a first message is compressed; None if it is held whole."""
-        said = own.method is not None or own.keep is not None
+        how = self.how(own.method, own.keep, dict(own.settings))  # refused also where not wanted
+        said = own.method is not None or own.keep is not None or bool(own.settings)
         wanted = own.compress
         if wanted is None:
             wanted = said or len(head) > self.defaults.compress_above
-        return self.how(own.method, own.keep, dict(own.settings)) if wanted else None
+        return how if wanted else None
 
     def _require_fits(self, prompt: int, answer: int) -> None:
         room = self.scheduler.reader.window
