@@ -169,7 +169,7 @@ SITUATIONS = (
         "the model's heads, else `adakv`",
         "1/8",
         "{cost:headkv} of a prefill, with echo-window "
-        "[about 3%](../experiments/echo_prefill/prefill.json)",
+        "[8%](../experiments/echo_prefill/prefill.md)",
         "loss {loss:aware|auto|256}, {loss:aware|headkv|256} and {loss:aware|adakv|256}; random "
         "eviction "
         f"{{loss:aware|random|256}} ({QUALITY}, "
