@@ -1,7 +1,10 @@
 """A server as a process, and plain requests to it."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 
@@ -10,13 +13,28 @@ from processes import start
 KEY = "a-key-of-sorts"
 
 
-def launch(folder, model_folder, *more, **environment):
-    import kvtrim.serve.app  # noqa: F401 here, once for all servers
+def launch(folder, model_folder, *more, fresh=False, **environment):
+    """A server and its address; a fork of this process unless it is to be fresh.
+
+    What Ray started in a process does not survive a fork: another start there waits for ever.
+    """
+    if not fresh:
+        import kvtrim.serve.app  # noqa: F401 here, once for all servers
 
     command = ["serve", "--model", model_folder, "--port", 0, "--api-key", KEY]
     command += ["--method", "snapkv", "--keep", 48, *more]
     log, library = folder / "log", str(folder / "library")
-    process = start(*command, log=log, KVTRIM_LIBRARY=library, **environment)
+    if fresh:
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "kvtrim", *map(str, command)],
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env={**os.environ, "KVTRIM_LIBRARY": library, **environment},
+            )
+    else:
+        process = start(*command, log=log, KVTRIM_LIBRARY=library, **environment)
     line = process.stdout.readline()
     found = re.search(r"at (http://\S+)/ ", line)
     assert found, (line, log.read_text())
