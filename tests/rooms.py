@@ -70,7 +70,7 @@ ROOMS = {
     ),
     "methods.auto": Room(
         "errors methods.budgets methods.echo_tables methods.method methods.policies "
-        "methods.refit methods.registry types",
+        "methods.refit methods.registry methods.variant types",
         shapes=True,
     ),
     "methods.settings": Room(

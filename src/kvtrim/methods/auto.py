@@ -20,6 +20,7 @@ from kvtrim.methods.method import Method
 from kvtrim.methods.policies.base import Policy
 from kvtrim.methods.refit import REFITS
 from kvtrim.methods.registry import METHODS
+from kvtrim.methods.variant import Variant
 from kvtrim.types import LayerView, Scores, Target
 
 NAME = "auto"
@@ -70,7 +71,7 @@ class Choice:
     @property
     def label(self) -> str:
         """As a command line takes it."""
-        return ":".join([self.name, *(f"{key}={value}" for key, value in self.settings.items())])
+        return str(Variant(self.name, self.settings))
 
     @property
     def method(self) -> Method:
