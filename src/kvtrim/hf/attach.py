@@ -58,17 +58,14 @@ class Attachment:
             narrow = partial(_narrow, number)
             self._hooks.append(block.register_forward_pre_hook(narrow, with_kwargs=True))
             self._hooks += PartOfMLP(block, number).hooks
-        for number, layer in enumerate(self.layout.managed):
-            module = self.layout.attention[layer]
-            output = OutputProjection(module, self.layout.query_heads)
-            hand_over = partial(_hand_over, number, output)
-            self._hooks.append(module.register_forward_pre_hook(hand_over, with_kwargs=True))
-        slide = [n for n in range(len(self.layout.blocks)) if n not in set(self.layout.managed)]
-        for number, layer in enumerate(slide):
-            module = self.layout.attention[layer]
-            output = OutputProjection(module, self.layout.query_heads)
-            hand_over = partial(_hand_over_window, number, output)
-            self._hooks.append(module.register_forward_pre_hook(hand_over, with_kwargs=True))
+        managed = self.layout.managed
+        slide = [n for n in range(len(self.layout.blocks)) if n not in set(managed)]
+        for layers, slides in ((managed, False), (slide, True)):
+            for number, layer in enumerate(layers):
+                module = self.layout.attention[layer]
+                output = OutputProjection(module, self.layout.query_heads)
+                hand_over = partial(_hand_over, number, output, slides)
+                self._hooks.append(module.register_forward_pre_hook(hand_over, with_kwargs=True))
         for module in self.layout.around:
             self._hooks.append(module.register_forward_pre_hook(_enter, with_kwargs=True))
 
@@ -211,43 +208,31 @@ def _narrow(
 def _hand_over(
     number: int,
     output: OutputProjection,
+    slides: bool,
     module: torch.nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any] | None = None,
 ) -> Hooked | None:
-    """Attention pre-hook: put what the layer needs of the cache among the keywords."""
+    """Attention pre-hook: put what the layer needs of the cache among the keywords.
+
+    Args:
+        number: the layer's among the managed ones, or among those that slide.
+    """
     if kwargs is None:
         return None
-    cache = cache_in(kwargs)
+    cache, rotate, handed = cache_in(kwargs), None, {}
+    if isinstance(cache, BaseCache):
+        attending = cache.windows if slides else cache.attends
+    else:
+        attending = None if slides else active_filter(number, cache)
+    if attending is None:
+        return None
     if isinstance(cache, BaseCache):
         _require_implementation(module)
-        rotate = cache.rotations[number] if cache.rotations else None
-        attending = cache.attends
+        rotate = cache.rotations[number] if cache.rotations and not slides else None
         handed = {name: Handed(cache) for name, given in kwargs.items() if given is cache}
-    else:
-        attending, rotate, handed = active_filter(number, cache), None, {}
-        if attending is None:
-            return None
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     handle = Handle(attending, number, output, rotate, hidden)
-    return args, {**kwargs, **handed, HANDLE: handle}
-
-
-def _hand_over_window(
-    number: int,
-    output: OutputProjection,
-    module: torch.nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any] | None = None,
-) -> Hooked | None:
-    """Likewise for a layer that slides, where the cache sees to it."""
-    cache = None if kwargs is None else cache_in(kwargs)
-    if kwargs is None or not isinstance(cache, BaseCache) or cache.windows is None:
-        return None
-    _require_implementation(module)
-    handed = {name: Handed(cache) for name, given in kwargs.items() if given is cache}
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    handle = Handle(cache.windows, number, output, None, hidden)
     return args, {**kwargs, **handed, HANDLE: handle}
 
 
