@@ -1,6 +1,6 @@
 """Attention over some of the slots at a time: log-sum-exps join the parts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -38,19 +38,17 @@ def attend_part(
         part = attend_by_torch(queries, keys, values, scale, causal, bias)
         if part is not None:
             return part
-    outs, lses = [], []
-    for first in range(0, queries.shape[2], _ROWS_AT_ONCE):
-        own = queries[:, :, first : first + _ROWS_AT_ONCE]
-        seen = slice(None)
+
+    def attend(part: slice) -> Part:
+        own, seen = queries[:, :, part], slice(None)
         if causal:
-            end = keys.shape[2] - queries.shape[2] + first + own.shape[2]
+            end = keys.shape[2] - queries.shape[2] + part.start + own.shape[2]
             seen = slice(max(0, end - own.shape[2] - window + 1) if window else 0, end)
         given = keys[:, :, seen], values[:, :, seen], None if bias is None else bias[:, :, seen]
         hidden = _out_of_sight(own, given[0], window) if causal else None
-        out, lse = _explicit(own, *given, scale, softcap, hidden)
-        outs.append(out)
-        lses.append(lse)
-    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+        return _explicit(own, *given, scale, softcap, hidden)
+
+    return _in_blocks(queries.shape[2], attend)
 
 
 def attend_last(
@@ -65,15 +63,21 @@ def attend_last(
     slots = keys.shape[2]
     if int(counts.min()) >= slots:
         return attend_part(queries, keys, values, scale, softcap)
-    outs, lses, counts = [], [], counts.to(keys.device)
-    for first in range(0, queries.shape[2], _ROWS_AT_ONCE):
-        part = slice(first, first + _ROWS_AT_ONCE)
-        hidden = torch.arange(slots, device=keys.device) < slots - counts[part, None]
-        own = queries[:, :, part]
-        out, lse = _explicit(own, keys, values, None, scale, softcap, hidden)
-        outs.append(out)
-        lses.append(lse)
-    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+    first = slots - counts.to(keys.device)[:, None]
+
+    def attend(part: slice) -> Part:
+        hidden = torch.arange(slots, device=keys.device) < first[part]
+        return _explicit(queries[:, :, part], keys, values, None, scale, softcap, hidden)
+
+    return _in_blocks(queries.shape[2], attend)
+
+
+def _in_blocks(count: int, attend: Callable[[slice], Part]) -> Part:
+    """So many queries, a block of them at a time, since their weights are spelled out."""
+    starts = range(0, count, _ROWS_AT_ONCE)
+    parts = [attend(slice(first, first + _ROWS_AT_ONCE)) for first in starts]
+    out, lse = (torch.cat(side, dim=2) for side in zip(*parts, strict=True))
+    return out, lse
 
 
 def attend_by_torch(
