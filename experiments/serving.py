@@ -278,13 +278,13 @@ def load(server, folder, minutes, clients, malformed, options, model):
         while time.monotonic() < end:
             what = rng.random()
             try:
-                if what < 0.5 and left[0] > 0:
+                if what < 0.7 and left[0] > 0:
                     left[0] -= 1
                     _send_malformed(rng)
                     time.sleep(rng.random())
                     continue
                 key = rng.choice(asked)
-                if what < 0.65:
+                if what < 0.79:
                     server.times(*key, 200, leave=rng.randrange(1, 12), ignore_eos=True)
                     tally["left"] += 1
                     continue

@@ -52,7 +52,7 @@ ROOMS = {
         "errors kernels methods.echo_tables methods.ranges methods.unit_numbers types",
         shapes=True,
     ),
-    "methods.budgets": Room("errors files methods.ranges moved types", shapes=True),
+    "methods.budgets": Room("errors files methods.ranges methods.unit moved types", shapes=True),
     "methods.propagation": Room(
         "errors methods.budgets methods.policies methods.ranges methods.selection types",
         shapes=True,

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import oracles
 from kvtrim.errors import UsageError
+from kvtrim.methods import unit
 from kvtrim.methods.selection import kept_from_mask, select
 from kvtrim.methods.unit import Chunk, Token
 
@@ -52,6 +53,22 @@ def test_heads_of_different_length_equal_each_head_alone(data):
         )
         got = kept.slots[0, head, : int(kept.counts[0, head])]
         assert got.tolist() == alone.slots[0, 0].tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_best_are_those_of_the_lowest_ranks_however_they_are_found(data):
+    width = data.draw(st.integers(0, 12))
+    levels = st.sampled_from([-torch.inf, 0.0, 0.5, 1.0, torch.inf])
+    values = data.draw(st.lists(levels, min_size=6 * width, max_size=6 * width))
+    scores = torch.tensor(values).view(2, 3, width)
+    wanted = [data.draw(st.integers(0, width + 2)) for _ in range(6)]
+    wanted = torch.tensor(wanted).view(2, 3)
+    assert torch.equal(unit.highest(scores, wanted), unit.ranks(scores) < wanted[..., None])
+    if width:
+        places = wanted.clamp(max=width - 1)
+        found = [find(scores, places) for find in (unit.sorted_value, unit.selected_value)]
+        assert torch.equal(*found)
 
 
 def test_a_score_of_the_candidates_alone_is_enough():

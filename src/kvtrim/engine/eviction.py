@@ -14,8 +14,8 @@ from kvtrim.methods.policies.base import checked_rescore, checked_score
 from kvtrim.methods.selection import SecondStage, select
 from kvtrim.types import Counts, Float, Kept, LayerView, Room, Scores, Tensor
 
-LATE = 4
-"""While layers go by, they are cut again once all together hold a quarter more than they may."""
+LATE = 2
+"""While layers go by, they are cut again once all together hold half more than they may."""
 
 
 class Cutter(ABC):

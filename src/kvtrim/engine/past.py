@@ -159,7 +159,8 @@ class Undoable(ABC):
         part = (1 < columns <= RECALLED or (self.recording and columns > 1)) and not (
             plan.propagate or plan.before
         )
-        return Past.begin(self.state, columns, mask, evicts, part)
+        stays = plan.carry and self.method.policy.foresees  # what is foretold once is not changed
+        return Past.begin(self.state, columns, mask, evicts, part, changes=not stays)
 
     def _note(self, index: int, call: Call) -> None:
         if self._past is not None and not self._plan.probe:

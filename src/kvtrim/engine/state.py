@@ -212,6 +212,7 @@ class Past:
 
     mark: Mark  # of the state that it found
     carried: list[Tensor | None]  # the policy's statistic of every layer, where stores are shared
+    # and it may change
     columns: int
     mask: Tensor | None
     keeps_calls: bool  # else it goes as a whole
@@ -234,15 +235,25 @@ class Past:
 
     @classmethod
     def begin(
-        cls, state: State, columns: int, mask: Tensor | None, evicts: bool, keeps_calls: bool
+        cls,
+        state: State,
+        columns: int,
+        mask: Tensor | None,
+        evicts: bool,
+        keeps_calls: bool,
+        changes: bool,
     ) -> "Past":
-        """A pass is about to begin, which may evict entries of this state."""
+        """A pass is about to begin.
+
+        Args:
+            evicts: it may evict entries of this state.
+            changes: it may change the policy's statistic of entries that are there.
+        """
         carried = [
             store.column(CARRIED).clone() if store is not None and store.has(CARRIED) else None
-            for store in (held.store for held in state.layers)
+            for store in (held.store for held in state.layers if changes and not evicts)
         ]
-        found = state.mark(evicts)
-        return cls(found, [] if evicts else carried, columns, mask, keeps_calls)
+        return cls(state.mark(evicts), carried, columns, mask, keeps_calls)
 
     def note(self, index: int, call: Call, hidden: bool) -> None:
         """Remember what a layer was handed."""

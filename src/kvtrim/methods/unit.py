@@ -55,7 +55,7 @@ class Token(Unit):
         self, scores: Scores, counts: Counts, members: Int[Tensor, "B K N"] | None = None
     ) -> Bool[Tensor, "B K N"]:
         """See `Unit.choose`."""
-        return _rank(scores) < counts.to(scores.device)[..., None]
+        return highest(scores, counts)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Chunk(Unit):
             scores = shared.expand_as(scores).masked_fill(absent, -torch.inf)
         entries = counts.to(scores.device)[..., None]  # [B, K, 1]
         there = (~scores.isneginf()).sum(dim=-1, keepdim=True)  # slots that a head has
-        order = _rank(self._runs(scores))  # [B, K, C]
+        order = ranks(self._runs(scores))  # [B, K, C]
         whole = entries // self.chunk
         if self.window_competes:  # kvpress counts runs, not tokens
             runs = -(-there // self.chunk)
@@ -222,8 +222,40 @@ class Shot(Unit):
         return values[:, :shots].sum(dim=0).masked_fill(sizes == 0, -torch.inf), sizes
 
 
-def _rank(scores: Scores) -> Int[Tensor, "B K N"]:
-    """Rank of each candidate, 0 = best; ties to the lower slot."""
+def highest(scores: Float[Tensor, "*B N"], counts: Int[Tensor, "*B"]) -> Bool[Tensor, "*B N"]:
+    """The best `counts` of each row, of equal scores the first; all of a row that has fewer.
+
+    Args:
+        counts: on the CPU, wherever the scores are.
+    """
+    if not scores.shape[-1]:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    counts = counts.clamp(min=0, max=scores.shape[-1])
+    places = (counts - 1).clamp(min=0)
+    least = sorted_value(scores, places) if scores.is_cuda else selected_value(scores, places)
+    least = least.masked_fill((counts == 0).to(scores.device), torch.inf)[..., None]
+    above, level = scores > least, scores == least
+    missing = counts.to(scores.device)[..., None] - above.sum(dim=-1, keepdim=True)
+    return above | (level & (level.cumsum(dim=-1) <= missing))
+
+
+def sorted_value(scores: Float[Tensor, "*B N"], places: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+    """The score in this place of each row, 0 for the best; all rows at once."""
+    ordered = scores.sort(dim=-1, descending=True).values
+    return ordered.gather(-1, places[..., None].to(scores.device))[..., 0]
+
+
+def selected_value(
+    scores: Float[Tensor, "*B N"], places: Int[Tensor, "*B"]
+) -> Float[Tensor, "*B"]:
+    """The same, row by row: on a CPU several times faster than to sort."""
+    rows = zip(scores.flatten(0, -2), places.flatten().tolist(), strict=True)
+    found = [row.kthvalue(len(row) - place).values for row, place in rows]
+    return torch.stack(found).view(places.shape)
+
+
+def ranks(scores: Float[Tensor, "*B N"]) -> Int[Tensor, "*B N"]:
+    """The place of each score in its row, 0 for the best; of equal scores the first is better."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, ranks)
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)

@@ -13,6 +13,7 @@ import torch
 
 from kvtrim.methods.budgets.base import Ledger, ModelWide
 from kvtrim.methods.ranges import Number, Share
+from kvtrim.methods.unit import highest
 from kvtrim.types import Bool, Counts, Float, Int, Room, Scores, Tensor
 
 
@@ -36,7 +37,7 @@ class Global(ModelWide):
 
 
 class _Pool(Ledger):
-    """The best entries so far, best first, as score and owner (layer and head in one number)."""
+    """The best entries so far, in order: score, and owner (layer and head in one number)."""
 
     def __init__(self, floor: float, threshold: float):
         self.floor, self.threshold = floor, threshold
@@ -55,8 +56,10 @@ class _Pool(Ledger):
             owners = torch.cat([self.owners, owners], dim=1)
         self.layers += 1
         entries = room.layers * heads * room.free
-        best = new.argsort(dim=1, descending=True, stable=True)[:, :entries]
-        self.scores, self.owners = new.gather(1, best), owners.gather(1, best)
+        if entries < new.shape[1]:
+            best = highest(new, torch.full((batch,), entries))
+            new, owners = new[best].view(batch, -1), owners[best].view(batch, -1)
+        self.scores, self.owners = new, owners
         worth = (self.scores >= self.threshold) & ~self.scores.isneginf()
         return self._deal(self.owners, worth, batch, heads)
 
@@ -72,5 +75,5 @@ class _Pool(Ledger):
         """The best `safe` of each head above every other score."""
         if safe == 0:
             return scores
-        ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        return scores.masked_fill((ranks < safe) & ~scores.isneginf(), torch.inf)
+        best = highest(scores, torch.full(scores.shape[:2], safe))
+        return scores.masked_fill(best & ~scores.isneginf(), torch.inf)

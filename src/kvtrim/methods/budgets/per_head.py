@@ -17,6 +17,7 @@ import torch
 from kvtrim.errors import UsageError
 from kvtrim.methods.budgets.base import Budget, Ledger, Uniform
 from kvtrim.methods.ranges import Share
+from kvtrim.methods.unit import highest
 from kvtrim.types import Counts, Float, Int, Room, Scores, Tensor
 
 
@@ -64,8 +65,8 @@ class PerHead(Budget):
         """The head of a layer's best entry, of its second best, and so on."""
         if self.rule == "floor":  # kvpress: the best of each head are safe before any other
             safe = max(0, int(self.floor * room.keep) - room.protected)
-            ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            scores = scores.masked_fill((ranks < safe) & ~scores.isneginf(), torch.inf)
+            best = highest(scores, torch.full(scores.shape[:2], safe))
+            scores = scores.masked_fill(best & ~scores.isneginf(), torch.inf)
         elif self.normalize:
             scores = self._weighed(scores, base)
         order = scores.flatten(1).argsort(dim=-1, descending=True, stable=True)

@@ -17,8 +17,9 @@ Ours:  one pool for the model in place of a threshold (`budget.threshold` gives 
        weights it was fitted on; the second map.
 """
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,16 @@ class Echo(Policy):
             )
         return replace(self, table=found).fitted(target)
 
+    @cached_property
+    def _maps(self) -> echo_tables.EchoTable:
+        """The table, which is the same from the first layer to the last step."""
+        if self.table == AUTO:
+            raise UsageError(f"no table for echo was given. Fit one: {echo_tables.HOW_TO}")
+        return echo_tables.read(self.table)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
     def lookback(self) -> int:
         return self.window
 
@@ -91,9 +102,7 @@ class Echo(Policy):
         values: Float[Tensor, "B K Q E"],
     ) -> Float[Tensor, "B N Q"]:
         """Exp of the first map, of a layer's KV heads, fp32."""
-        if self.table == AUTO:
-            raise UsageError(f"no table for echo was given. Fit one: {echo_tables.HOW_TO}")
-        first = echo_tables.read(self.table).first(index, hidden.device)
+        first = self._maps.first(index, hidden.device)
         found = F.linear(hidden.float(), first.weight, first.bias)
         if first.lengths is not None:
             heads = first.weight.shape[0]
@@ -115,7 +124,7 @@ class Echo(Policy):
         if not layer.whole or self.table == AUTO:
             return layer.carried
         asked = layer.asked is not None
-        second = echo_tables.read(self.table).second(layer.index, asked, layer.carried.device)
+        second = self._maps.second(layer.index, asked, layer.carried.device)
         if second is None:
             return layer.carried
         heads = second.weight.shape[0]

@@ -208,8 +208,8 @@ def newest(layer: LayerView, count: int) -> LayerView:
 
 
 def length_of(vectors: Float[Tensor, "*B D"]) -> Float[Tensor, "*B"]:
-    """L2 norm of the last dimension; several times faster on a CPU than torch's own."""
-    return (vectors * vectors).sum(dim=-1).sqrt()
+    """L2 norm of the last dimension."""
+    return torch.linalg.vector_norm(vectors, dim=-1)
 
 
 def variance_of(weights: Float[Tensor, "B H W N"]) -> Float[Tensor, "B H N"]:

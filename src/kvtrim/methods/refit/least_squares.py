@@ -26,7 +26,7 @@ from kvtrim.methods.refit.base import Refit
 from kvtrim.types import Aim, Bool, Counts, Float, Refitted, Tensor
 
 _RUN, _OUT_OF = 8, 5  # of every 5 runs of 8 queries one is held out
-_STEPS = 12  # of the projected gradient
+_STEPS = 8  # of the projected gradient
 _LEAST = 1e-4  # smallest weight of an entry
 _PULL = 0.001  # the ridge of the weights
 _ROUNDING = 1e-4  # of what is missing, as a share
