@@ -4,7 +4,8 @@
 
 Fills the parts between `<!-- figures:NAME -->` and `<!-- /figures -->` of docs/choosing.md and
 draws docs/pictures/quality.svg. Measures nothing: it reads quality/, overhead/, probe_cost/,
-fast_prefill/, echo_prefill/, decode_pairs/, echo/ and chunked_memory/, and kvtrim's configs of published models.
+fast_prefill/, echo_prefill/, decode_pairs/, echo/ and chunked_memory/, and kvtrim's configs of
+published models.
 """
 
 import json

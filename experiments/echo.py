@@ -7,7 +7,7 @@ it should be.
 
     python experiments/echo.py --data DIR [--needles 6] [--rows 6] [--ruler 1] [--length 1400]
         [--longest 2300] [--exercises 0] [--cell NAME ...] [--share N ...] [--table FILE]
-        [--aware] [--base CELL] [--seed 7] [--out experiments/echo]
+        [--aware] [--base CELL] [--model smollm2] [--seed 7] [--out experiments/echo]
 
 The question comes later (question-agnostic), or is read with the context (--aware). DIR holds
 essays/ and longbench_mini/. Writes echo.jsonl (one line per prompt, cell and budget), echo.json
@@ -175,11 +175,12 @@ def main() -> None:
     parser.add_argument("--share", type=int, action="append", help="all of 32, 16, 8, 4")
     parser.add_argument("--table", help="a table of echo; by default the model's own")
     parser.add_argument("--aware", action="store_true", help="the question is read with it")
+    parser.add_argument("--model", default="smollm2", help="another one needs its own --table")
     parser.add_argument("--base", default="kvzip", choices=[*CELLS])
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("experiments/echo"))
     given = parser.parse_args()
-    model, tokenizer = kvtrim.load()
+    model, tokenizer = kvtrim.load(given.model)
     prompts = turns(
         [*needles(tokenizer, given.data, given.needles, given.length, seed=given.seed)],
         longbench(tokenizer, given.data, given.rows, given.longest),
@@ -191,7 +192,7 @@ def main() -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     run = {
         "machine": provenance(model.device),
-        "model": "smollm2",
+        "model": Path(given.model).name,
         "seed": given.seed,
         "aware": given.aware,
     }

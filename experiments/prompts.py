@@ -49,7 +49,7 @@ def needles(tokenizer: Any, data: Path, count: int, length: int, seed: int = 0) 
     for _ in range(count):
         start = draw.randrange(len(essays) - 8 * length)
         start = essays.index(". ", start) + 2
-        ids = tokenizer(essays[start : start + 8 * length]).input_ids[: length - 70]
+        ids = _ids(tokenizer, essays[start : start + 8 * length])[: length - 70]
         text = tokenizer.decode(ids)
         words = draw.choice(COLOURS.split()), draw.choice(THINGS.split())
         who = draw.choice(PEOPLE)
@@ -74,8 +74,8 @@ def longbench(tokenizer: Any, data: Path, count: int, longest: int) -> list[Aske
         before, after = template.split("{context}")
         sized = []
         for number, row in enumerate(rows):
-            size, answer = len(tokenizer(row["context"]).input_ids), row["answers"][0].strip()
-            ids = tokenizer(answer).input_ids[:ANSWER]
+            size, answer = len(_ids(tokenizer, row["context"])), row["answers"][0].strip()
+            ids = _ids(tokenizer, answer)[:ANSWER]
             if 1000 <= size <= longest and len(ids) >= 3:
                 answer = tokenizer.decode(ids)
                 question = after.replace("{input}", row["question"])
@@ -87,12 +87,12 @@ def longbench(tokenizer: Any, data: Path, count: int, longest: int) -> list[Aske
 
 def ruler(tokenizer: Any, data: Path, length: int, each: int = 1, seed: int = 0) -> list[Asked]:
     """RULER's tasks that need no rows of others, `each` samples of all of them in turn."""
-    size, rows = (lambda text: len(tokenizer(text).input_ids)), reader(data)
+    size, rows = (lambda text: len(_ids(tokenizer, text))), reader(data)
     request = Request(rows=rows, tokens=size, length=length, limit=each, seed=seed)
     made = [[(task.name, sample) for sample in task.samples(request)] for task in OFFLINE]
     found = []
     for name, sample in (one for turn in zip(*made, strict=True) for one in turn):
-        ids = tokenizer(" " + ", ".join(sample.answers)).input_ids[:ANSWER]
+        ids = _ids(tokenizer, " " + ", ".join(sample.answers))[:ANSWER]
         given = sample.document.text, sample.question, tokenizer.decode(ids), sample.answers
         found.append(Asked(name, *given, sample.prefix))
     return found
@@ -115,10 +115,10 @@ def exercises(
             texts, size = [], 0
             for question, answer in solved:
                 texts.append(f"Question: {question}\nAnswer: {answer}")
-                size += len(tokenizer(texts[-1] + "\n\n").input_ids)
+                size += len(_ids(tokenizer, texts[-1] + "\n\n"))
                 if size > length:
                     break
-            answers = [tokenizer(" " + answer).input_ids for _, answer in solved]
+            answers = [_ids(tokenizer, " " + answer) for _, answer in solved]
             judged = [n for n in range(len(texts) * 3 // 4) if len(answers[n]) > 3]
             asked = draw.choice(judged)
             question, answer = solved[asked]
@@ -128,6 +128,11 @@ def exercises(
             given = context, request, tokenizer.decode(ids), _words(answer)
             found.append(Asked(f"exercise {kind}", *given))
     return found
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Of the text alone."""
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def _solved_problem(row: dict[str, Any]) -> tuple[str, str]:
