@@ -96,6 +96,8 @@ def test_every_choice_shows_what_was_kept(page, exhibit):
     page.select_option("#method", "full")
     settle(page, "panes[0].name === 'full'")
     assert set(shares(page)) == {1.0}
+    all_of_it = f"layer 3, head 0: {TOKENS:,} of {TOKENS:,} tokens kept"
+    assert page.inner_text("#token") == all_of_it  # said anew for what is shown now
     picture(page, f"view-full-{page.name}", full_page=True)
 
 
@@ -137,6 +139,7 @@ def test_evidence_is_marked_and_found(page):
     page.select_option("#beside", "")
     settle(page, "panes.length === 1 && panes[0].name === 'full'")
     assert all("0 of 4 lost" in text for text in places.all_inner_texts())
+    assert "full: 100 % of 12 heads" in page.inner_text("#token")
 
 
 def test_answers_stand_under_it(page):
