@@ -168,11 +168,11 @@ QUALITY = "[quality](../experiments/quality/quality.md)"
 SITUATIONS = (
     (
         "The question is known when the text is read",
-        "`auto`, which is `echo-window` where there is a table of echo, else `headkv` with one of "
-        "the model's heads, else `adakv`",
+        "`auto`, which is `echo-window:refit=values+bias` where there is a table of echo, else "
+        "`headkv` with one of the model's heads, else `adakv`",
         "1/8",
-        "{cost:headkv} of a prefill, with echo-window "
-        "[{more:echo, 25%}](../experiments/echo_prefill/prefill.md)",
+        "{cost:headkv} of a prefill, with echo-window and its refit "
+        "[{more:echo, values and biases, 25%}](../experiments/echo_prefill/prefill.md)",
         "loss {loss:aware|auto|256}, {loss:aware|headkv|256} and {loss:aware|adakv|256}; random "
         "eviction "
         f"{{loss:aware|random|256}} ({QUALITY}, "

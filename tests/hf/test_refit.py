@@ -41,7 +41,7 @@ def turned(model, call, layer, positions, n, behind):
 
 
 @pytest.mark.parametrize("settings", [REFIT, BOTH])
-@pytest.mark.parametrize("name", ["snapkv", "adakv", "echo", "knorm"])
+@pytest.mark.parametrize("name", ["snapkv", "adakv", "echo", "echo-window", "knorm"])
 def test_entries_become_what_the_formula_says_and_the_same_ones_stay(llama, name, settings):
     ids, own = models.prompt(N), small(name)
     plain = read(llama, kvtrim.Cache(llama, name, KEEP, **own), ids)
@@ -50,9 +50,13 @@ def test_entries_become_what_the_formula_says_and_the_same_ones_stay(llama, name
     positions = [at for at in range(N) if at * 16 // N != (at - 1) * 16 // N]
     assert len(positions) == 16  # 48 for each KV head, of which 3 query heads have a third each
     refit = LeastSquares(bias="bias" in settings["refit"], queries=48)
+    last = min(refit.last, cache.session.method.policy.lookback())  # the question's, as they are
+    assert (last > 0) is (name not in ("echo", "knorm"))
     changed = 0
     for layer, call in enumerate(record(llama, ids).calls):
-        queries = turned(llama, call, layer, positions, N, 64).unflatten(0, (2, 3)).flatten(1, 2)
+        queries = turned(llama, call, layer, positions, N, 64)
+        queries = torch.cat([queries, call.queries[0][:, N - last :]], dim=1)
+        queries = queries.unflatten(0, (2, 3)).flatten(1, 2)
         aim = aim_of(queries, call.keys[0], call.values[0], call.scale)
         for head, kept in enumerate(models.positions(cache)[layer]):
             part = slice(head, head + 1)

@@ -47,7 +47,7 @@ def test_with_tables_of_the_model_it_takes_what_they_serve(llama, tmp_path):
     assert chosen(llama, AGNOSTIC).name == "echo" and "tiny" in chosen(llama, AGNOSTIC).why
     for spans in (AWARE, None):
         own = chosen(llama, spans)
-        assert own.label == own.name == "echo-window" and "tiny" in own.why
+        assert own.label == "echo-window:refit=values+bias" and "tiny" in own.why
     (tmp_path / "tiny.safetensors").unlink()
     assert chosen(llama, AWARE).name == chosen(llama, None).name == "headkv"
     (tmp_path / "heads.json").unlink()

@@ -127,11 +127,17 @@ class Refitting:
             if self.known is not None and row in self.known.get(index, {}):
                 own[row] = self.known[index][row]
                 continue
-            queries = references[row].unflatten(0, (kv_heads, -1)).flatten(1, 2)
+            queries = torch.cat([references[row], self._last(view, number)], dim=1)
+            queries = queries.unflatten(0, (kv_heads, -1)).flatten(1, 2)
             given = queries, view.keys[number], view.values[number]
             own[row] = aim_of(*given, view.scale, view.softcap)
             if self.known is not None:
                 self.known.setdefault(index, {})[row] = own[row]
+
+    def _last(self, view: LayerView, number: int) -> Float[Tensor, "H r D"]:
+        """The last queries of a prompt, if they are wanted; a probe's are references already."""
+        count = 0 if view.probed is not None else min(self.refit.last, view.queries.shape[2])
+        return view.queries[number, :, view.queries.shape[2] - count :]
 
     def apply(self, index: int, store: LayerStore) -> None:
         """Refit what stayed of a layer."""

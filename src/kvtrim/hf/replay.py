@@ -87,7 +87,7 @@ class Recording:
         statistics = self._statistics.setdefault(which, {})
         if not refit.changes:
             return Known(statistics)
-        same = (which, refit.queries, refit.behind)
+        same = (which, refit.queries, refit.behind, refit.last)
         return Known(statistics, self._aims.setdefault(same, {}))
 
     def unshare(self) -> "Recording":

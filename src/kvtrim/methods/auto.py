@@ -2,9 +2,8 @@
 
 Rule:  where the question is not known yet, `echo` if a table of exactly these weights comes with
        kvtrim, else `kvzip`, which reads the prompt a second time, either with refit=values+bias;
-       where context and question are read together, `echo-window` if there is such a table, else
-       `headkv` if there is one of the model's heads, else `adakv`. No refit there: it serves what
-       the prompt's own queries look for, which a known question is not.
+       where context and question are read together, `echo-window` with the same refit if there is
+       such a table, else `headkv` if there is one of the model's heads, else `adakv`.
 Ours:  the choice is what lost least of the answer's likelihood on the committed prompts
        (experiments/echo, experiments/aware, experiments/quality); it is made when a cache meets
        its model, and saved with it under its own name.
@@ -55,8 +54,8 @@ AUTO = Method(
     source="measured here",
     use="Whenever you do not want to choose: what was measured best for model and protocol.",
     cost="Question-agnostic: one prefill with a table of the model (echo), else a second reading "
-    "(kvzip), and a tenth of a prefill for the refit. Question-aware: a window's attention and, "
-    "at most, a product per token.",
+    "(kvzip), and a tenth of a prefill for the refit. Question-aware: the same with a table "
+    "of echo, else a window's attention and, at most, a product per token.",
 )
 
 
@@ -90,7 +89,7 @@ def choice(target: Target, aware: bool) -> Choice:
     if found is not None:
         why = f"{found} is a table of this model"
         if aware:
-            return Choice("echo-window", f"the question is known, and {why}")
+            return Choice("echo-window", f"the question is known, and {why}", _REFIT)
         return Choice("echo", f"no question is known yet, and {why}", _REFIT)
     if not aware:
         why = (

@@ -20,6 +20,10 @@ class Refit(Declared, ABC):
     behind: int = 0
     """So many positions behind the prompt the prompt's own queries are turned to."""
 
+    last: int = 0
+    """So many of the prompt's last queries are added as they are, where the policy looks at them:
+    the question is known then."""
+
     @property
     def biases(self) -> bool:
         """Every entry gets a number that is added to its logit."""

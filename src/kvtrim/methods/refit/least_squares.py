@@ -10,7 +10,8 @@ Paper: Attention Matching, https://arxiv.org/abs/2602.16284 (weights by non-nega
 Code:  adamzweiger/compaction@2e59cc8, algorithms/highest_attention_keys.py.
 Ours:  ridge around what the model wrote; every fifth run of queries is held out, chooses the ridge
        of each head, and nothing is changed where no ridge does better on it; reference queries
-       need no probe: the prompt's own, turned to a position behind it.
+       need no probe: the prompt's own, turned to a position behind it; where the question is known
+       (the policy looks at the last queries), its queries are among them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,8 @@ class LeastSquares(Refit):
     bias: bool = False  # entries get a weight too, added to their logits as its log
     queries: Queries = 384  # reference queries per KV head, its query heads taken together
     behind: Tokens = 64  # positions behind the prompt that its own queries are turned to
+    last: Tokens = 32  # of the prompt's last queries are added, as they are, where the scores come
+    # from such queries, too
     ridges: tuple[Positive, ...] = (0.01, 0.1)  # tried, shares of the Gram's mean diagonal
 
     def __post_init__(self) -> None:
