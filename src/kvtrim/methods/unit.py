@@ -232,7 +232,8 @@ def highest(scores: Float[Tensor, "*B N"], counts: Int[Tensor, "*B"]) -> Bool[Te
         return torch.zeros_like(scores, dtype=torch.bool)
     counts = counts.clamp(min=0, max=scores.shape[-1])
     places = (counts - 1).clamp(min=0)
-    least = sorted_value(scores, places) if scores.is_cuda else selected_value(scores, places)
+    on_cpu = scores.device.type == "cpu"
+    least = (selected_value if on_cpu else sorted_value)(scores, places)
     least = least.masked_fill((counts == 0).to(scores.device), torch.inf)[..., None]
     above, level = scores > least, scores == least
     missing = counts.to(scores.device)[..., None] - above.sum(dim=-1, keepdim=True)
