@@ -37,7 +37,8 @@ from kvtrim.types import Float, LayerView, Scores, Tensor
 Target = Literal["kvzip", "kvzip-plus"]
 Report = Callable[[str, int, int], None]
 
-RIDGES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # shares of the mean variance, to choose from
+# Shares of the mean variance, to choose from: little for much text, much for little text.
+RIDGES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 SECOND = 1e-4  # the ridge of the second maps, which read few numbers
 LEAST = 1e-3  # added to a score before its log: entries below it go at any budget
 WEIGHT = 0.5  # the power of a score that a token counts by
