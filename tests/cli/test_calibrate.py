@@ -31,6 +31,11 @@ def test_a_measured_table_is_one_that_headkv_reads(run, tmp_path, every_answer_c
     assert sum(map(sum, kept)) / 6 == pytest.approx(64 + 1, abs=2)
 
 
+def test_of_kvzips_scores_it_names_the_method_that_reads_them(run):
+    code, out, _ = run(*CALIBRATE, "--score", "kvzip")
+    assert code == 0 and "--method kvzip-head --set table=table.json" in out
+
+
 def test_the_record_says_what_was_measured(run, tmp_path, every_answer_counts, model_folder):
     code, out, _ = run(*CALIBRATE, "--seed", "3", "--puzzle", "contrast", "--json")
     printed = json.loads(out)

@@ -10,7 +10,7 @@ import models
 from kvtrim.errors import UsageError
 from kvtrim.hf.models import fingerprint
 from kvtrim.hf.models.load import EMBEDDED
-from kvtrim.methods.budgets import HeadTable, head_scores
+from kvtrim.methods.budgets import HeadTable, WholeHeads, head_scores
 from kvtrim.types import Target
 
 TABLES = sorted(head_scores.shipped_tables().items())
@@ -32,9 +32,11 @@ def test_a_table_and_its_record_agree(name, path):
 
 
 def test_auto_takes_the_table_of_the_very_model_and_no_other():
-    assert [name for name, _ in TABLES] == ["smollm2", "smollm2-r"]
+    assert [name for name, _ in TABLES] == ["smollm2", "smollm2-kvzip", "smollm2-r"]
     own = head_scores.record_of(dict(TABLES)["smollm2"])["identity"]
     assert HeadTable().fitted(target(own)).table == "smollm2"
+    kinds = WholeHeads(), WholeHeads(measure="kvzip")  # each finds the one of its kind of scores
+    assert [budget.fitted(target(own)).table for budget in kinds] == ["smollm2", "smollm2-kvzip"]
     for other in ("another", None):
         with pytest.raises(UsageError, match="measured on other weights"):
             HeadTable().fitted(target(other))

@@ -132,10 +132,10 @@ def heads(
             {"file": str(out), "record": str(head_scores.record_path(out))} | written
         )
     else:
-        _print(out, measured, prompts)
+        _print(out, measured, prompts, score)
 
 
-def _print(out: Path, measured: "Measured", prompts: int) -> None:
+def _print(out: Path, measured: "Measured", prompts: int, score: str) -> None:
     scores = measured.means().flatten().tolist()
     best = sorted(range(len(scores)), key=lambda at: -scores[at])[:8]
     rows = [
@@ -154,7 +154,8 @@ def _print(out: Path, measured: "Measured", prompts: int) -> None:
     )
     columns = [("layer-head", "left"), ("mean score", "right"), ("of all scores", "right")]
     output.table("strongest heads", columns, rows)
-    output.out.print(f"use it: --method headkv --set table={out}", markup=False, highlight=False)
+    reader = "kvzip-head" if score == "kvzip" else "headkv"
+    output.out.print(f"use it: --method {reader} --set table={out}", markup=False, highlight=False)
 
 
 @group.command("tsp")
