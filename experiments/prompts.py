@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvtrim.prompts import encode_text
 from kvtrim.tasks.base import Request
 from kvtrim.tasks.rows import reader
 from kvtrim.tasks.ruler import OFFLINE
@@ -49,7 +50,7 @@ def needles(tokenizer: Any, data: Path, count: int, length: int, seed: int = 0) 
     for _ in range(count):
         start = draw.randrange(len(essays) - 8 * length)
         start = essays.index(". ", start) + 2
-        ids = _ids(tokenizer, essays[start : start + 8 * length])[: length - 70]
+        ids = encode_text(tokenizer, essays[start : start + 8 * length])[: length - 70]
         text = tokenizer.decode(ids)
         words = draw.choice(COLOURS.split()), draw.choice(THINGS.split())
         who = draw.choice(PEOPLE)
@@ -74,8 +75,8 @@ def longbench(tokenizer: Any, data: Path, count: int, longest: int) -> list[Aske
         before, after = template.split("{context}")
         sized = []
         for number, row in enumerate(rows):
-            size, answer = len(_ids(tokenizer, row["context"])), row["answers"][0].strip()
-            ids = _ids(tokenizer, answer)[:ANSWER]
+            size, answer = len(encode_text(tokenizer, row["context"])), row["answers"][0].strip()
+            ids = encode_text(tokenizer, answer)[:ANSWER]
             if 1000 <= size <= longest and len(ids) >= 3:
                 answer = tokenizer.decode(ids)
                 question = after.replace("{input}", row["question"])
@@ -87,12 +88,12 @@ def longbench(tokenizer: Any, data: Path, count: int, longest: int) -> list[Aske
 
 def ruler(tokenizer: Any, data: Path, length: int, each: int = 1, seed: int = 0) -> list[Asked]:
     """RULER's tasks that need no rows of others, `each` samples of all of them in turn."""
-    size, rows = (lambda text: len(_ids(tokenizer, text))), reader(data)
+    size, rows = (lambda text: len(encode_text(tokenizer, text))), reader(data)
     request = Request(rows=rows, tokens=size, length=length, limit=each, seed=seed)
     made = [[(task.name, sample) for sample in task.samples(request)] for task in OFFLINE]
     found = []
     for name, sample in (one for turn in zip(*made, strict=True) for one in turn):
-        ids = _ids(tokenizer, " " + ", ".join(sample.answers))[:ANSWER]
+        ids = encode_text(tokenizer, " " + ", ".join(sample.answers))[:ANSWER]
         given = sample.document.text, sample.question, tokenizer.decode(ids), sample.answers
         found.append(Asked(name, *given, sample.prefix))
     return found
@@ -115,10 +116,10 @@ def exercises(
             texts, size = [], 0
             for question, answer in solved:
                 texts.append(f"Question: {question}\nAnswer: {answer}")
-                size += len(_ids(tokenizer, texts[-1] + "\n\n"))
+                size += len(encode_text(tokenizer, texts[-1] + "\n\n"))
                 if size > length:
                     break
-            answers = [_ids(tokenizer, " " + answer) for _, answer in solved]
+            answers = [encode_text(tokenizer, " " + answer) for _, answer in solved]
             judged = [n for n in range(len(texts) * 3 // 4) if len(answers[n]) > 3]
             asked = draw.choice(judged)
             question, answer = solved[asked]
@@ -128,11 +129,6 @@ def exercises(
             given = context, request, tokenizer.decode(ids), _words(answer)
             found.append(Asked(f"exercise {kind}", *given))
     return found
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    """Of the text alone."""
-    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def _solved_problem(row: dict[str, Any]) -> tuple[str, str]:

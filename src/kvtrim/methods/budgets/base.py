@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from kvtrim.methods.ranges import Declared
+from kvtrim.methods.unit import highest
 from kvtrim.types import Counts, Float, Room, Scores, Target, Tensor
 
 
@@ -99,6 +100,12 @@ class ModelWide(Budget):
     def counts(self, room: Room, scores: Scores) -> Counts:
         alone = Room(0, 1, room.heads, room.keep, room.asked, room.protected, room.tokens)
         return self.open().add(alone, scores, scores.new_ones(scores.shape[0]))[0]
+
+
+def lift(scores: Scores, safe: int) -> Scores:
+    """The best `safe` of each head above every other score."""
+    best = highest(scores, torch.full(scores.shape[:2], safe))
+    return scores.masked_fill(best & ~scores.isneginf(), torch.inf)
 
 
 def everyone(entries: int, scores: Scores) -> Counts:

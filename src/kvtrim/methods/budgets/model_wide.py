@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtrim.methods.budgets.base import Ledger, ModelWide
+from kvtrim.methods.budgets.base import Ledger, ModelWide, lift
 from kvtrim.methods.ranges import Number, Share
 from kvtrim.methods.unit import highest
 from kvtrim.types import Bool, Counts, Float, Int, Room, Scores, Tensor
@@ -47,8 +47,8 @@ class _Pool(Ledger):
 
     def add(self, room: Room, scores: Scores, wanted: Float[Tensor, " B"]) -> list[Counts]:
         batch, heads, width = scores.shape
-        lifted = self._lift(scores, int(self.floor * room.free))
-        new = lifted.flatten(1)
+        safe = int(self.floor * room.free)
+        new = (lift(scores, safe) if safe else scores).flatten(1)
         owner = torch.arange(heads, device=scores.device).repeat_interleave(width)
         owners = (self.layers * heads + owner).expand(batch, -1)
         if self.scores is not None and self.owners is not None:
@@ -69,11 +69,3 @@ class _Pool(Ledger):
         won = torch.zeros(batch, self.layers * heads, dtype=torch.int64, device=owners.device)
         won.scatter_add_(1, owners, worth.long())
         return list(won.cpu().unflatten(1, (self.layers, heads)).unbind(1))
-
-    @staticmethod
-    def _lift(scores: Scores, safe: int) -> Scores:
-        """The best `safe` of each head above every other score."""
-        if safe == 0:
-            return scores
-        best = highest(scores, torch.full(scores.shape[:2], safe))
-        return scores.masked_fill(best & ~scores.isneginf(), torch.inf)

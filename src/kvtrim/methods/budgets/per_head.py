@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from kvtrim.errors import UsageError
-from kvtrim.methods.budgets.base import Budget, Ledger, Uniform
+from kvtrim.methods.budgets.base import Budget, Ledger, Uniform, lift
 from kvtrim.methods.ranges import Share
 from kvtrim.methods.unit import highest
 from kvtrim.types import Counts, Float, Int, Room, Scores, Tensor
@@ -65,8 +65,7 @@ class PerHead(Budget):
         """The head of a layer's best entry, of its second best, and so on."""
         if self.rule == "floor":  # kvpress: the best of each head are safe before any other
             safe = max(0, int(self.floor * room.keep) - room.protected)
-            best = highest(scores, torch.full(scores.shape[:2], safe))
-            scores = scores.masked_fill(best & ~scores.isneginf(), torch.inf)
+            scores = lift(scores, safe)
         elif self.normalize:
             scores = self._weighed(scores, base)
         order = scores.flatten(1).argsort(dim=-1, descending=True, stable=True)
@@ -134,6 +133,5 @@ def _repair(caps: Counts, ideal: Tensor, totals: Tensor) -> Counts:
     """Largest remainder: spread what rounding gained or lost so that each layer's total is met."""
     whole = ideal.floor().long()
     missing = totals - whole.sum(dim=-1)  # [B]
-    ranks = (ideal - whole).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    share = missing[:, None] // caps.shape[-1]
-    return whole + share + (ranks < (missing[:, None] % caps.shape[-1])).long()
+    share, rest = missing // caps.shape[-1], missing % caps.shape[-1]
+    return whole + share[:, None] + highest(ideal - whole, rest).long()

@@ -24,6 +24,7 @@ import torch
 from kvtrim.methods.budgets import head_scores
 from kvtrim.methods.budgets.base import Budget, everyone
 from kvtrim.methods.ranges import Number
+from kvtrim.methods.unit import highest
 from kvtrim.types import Bool, Counts, Room, Scores, Target
 
 
@@ -64,8 +65,7 @@ class WholeHeads(Budget):
         grouped = table.unflatten(1, (room.heads, room.group))
         own = (grouped.amax(dim=-1) if self.group == "max" else grouped.mean(dim=-1)).flatten()
         fit = room.layers * room.heads * room.free // room.candidates
-        best = own.argsort(descending=True, stable=True)[:fit]
-        chosen = torch.zeros(own.shape, dtype=torch.bool).index_fill(0, best, True)
+        chosen = highest(own[None], torch.tensor([fit]))[0]
         if self.threshold is not None:
             chosen &= own >= self.threshold
         return chosen.view(room.layers, room.heads)
