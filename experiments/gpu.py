@@ -13,6 +13,7 @@ check     the kernels against float64, each number format
 tokens    captured decoding gives the tokens of plain decoding
 decode    a step over caches filled with random entries: plain transformers, kvtrim plain and
           captured, heads alike and from 0.2 to 1.8 of the mean, share of the copy bandwidth
+serve     answers over four documents in common passes, as a server makes them, plain and captured
 prefill   time to first token and peak memory, methods in turn, there and back
 probe     h2o and kvzip, which read every query, beside a plain prefill
 kernels   decode attention alone, by implementation and shape
@@ -39,7 +40,7 @@ from gpu_work import SUBJECTS, Bench, Scale  # noqa: E402
 from kvtrim.bench.speed import agenda  # noqa: E402
 from kvtrim.bench.speed.agenda import Agenda, Item  # noqa: E402
 
-STAGES = ("check", "tokens", "decode", "prefill", "probe", "kernels", "batch")
+STAGES = ("check", "tokens", "decode", "serve", "prefill", "probe", "kernels", "batch")
 SUMMARY_S = 5.0  # kept back for the last page
 PREFILL = {  # method: its settings, and its share of the work of reading everything
     "transformers": ({}, 1.0),
@@ -63,6 +64,7 @@ GPU = Scale(
     prompt=1500, keep=256, answers=40,
     held=((1, 1024), (32, 2048), (1, 2048), (1, 512), (1, 32_768), (1, 131_072), (32, 1024),
           (32, 512), (32, 32_768)),
+    served=(1, 4, 16), documents=2048,
     steps=24, lengths=(32_768, 65_536, 131_072), budget="2048", warm=4096, probed=16_384,
     kernel_shapes=((1, 1024), (1, 16_384), (1, 131_072), (32, 2048)), filled=32_768, most=512,
     flop_per_s=3.5e14, bytes_per_s=2.5e12,
@@ -71,8 +73,10 @@ DRY = Scale(
     device="cpu", config="smollm2-135m", layers=2, width=1, dtype="float32",
     formats=("float32", "float16"), impl="triton",  # the interpreter does not know bf16
     shapes=((64, 3, 2),), runs=([[70, 7]],), prompt=48, keep=36, answers=8,
-    held=((1, 24), (2, 24), (2, 10**9)), steps=2, lengths=(64,), budget="40", warm=48, probed=64,
-    kernel_shapes=((2, 24),), filled=48, most=2, flop_per_s=1e11, bytes_per_s=1e10,
+    held=((1, 24), (2, 24), (2, 10**9)), served=(5,), documents=24, steps=2,
+    lengths=(64,), budget="40", warm=48, probed=64,
+    kernel_shapes=((2, 24),), filled=48, most=2, flop_per_s=1e11,
+    bytes_per_s=1e10,
 )  # fmt: skip
 
 
@@ -91,6 +95,10 @@ def items(bench: Bench, folder: Path, until: float) -> Iterator[Item]:
                              ("headkv", {"table": "random"})):  # fmt: skip
         yield Item("tokens", method, 3.0, partial(work.same_tokens, bench, method, settings))
     yield from decode_items(bench)
+    for answers, captured in product(s.served, (False, True)):
+        name = f"{answers} answers{' captured' if captured else ''}"
+        todo = partial(work.serve, bench, answers, captured)
+        yield Item("serve", name, 2.0 + s.steps * 0.1, todo)
     yield from prefill_items(bench, first=True)
     for number, method in rounds(PROBE):
         todo = partial(work.first_token, bench, method, {}, s.probed, "10%")

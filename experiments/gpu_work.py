@@ -36,6 +36,8 @@ class Scale:
     keep: int
     answers: int  # new tokens there
     held: tuple[tuple[int, int], ...]  # prompts, entries per head
+    served: tuple[int, ...]  # answers that decode together over four documents
+    documents: int  # entries per head of such a document
     steps: int
     lengths: tuple[int, ...]  # of prompts whose reading is timed
     budget: str
@@ -316,6 +318,49 @@ def decode(bench: Bench, rows: int, held: int, name: str) -> dict[str, Any]:
     own = {"rows": rows, "held": held, "subject": name, "held_bytes": held_bytes}
     own |= {"floor_s": floor, "of_bandwidth": floor / found["median_step_s"]}
     return own | found | {"copy_bytes_per_s": limits["copy_bytes_per_s"]}
+
+
+def serve(bench: Bench, answers: int, captured: bool) -> dict[str, Any]:
+    """Steps of answers over four documents, heads of unequal length, as a server feeds them."""
+    import torch
+
+    from kvtrim.bench.speed import random_entries
+    from kvtrim.engine.branch import Branch
+    from kvtrim.hf.attach import attach
+    from kvtrim.hf.decode import LEAST
+    from kvtrim.hf.pack import Feed, Pack, base_of
+
+    model, s, bases = bench.model, bench.scale, []
+    for _ in range(4):
+        with random_entries.ours(model, 1, s.documents, per_head=True, capture=False) as subject:
+            bases.append(base_of(subject.cache))
+    draw = torch.Generator().manual_seed(answers)
+    lines = torch.randint(4, 250, (answers, s.steps + LEAST + 12), generator=draw).tolist()
+    pack, found, taken = Pack(model, seats=captured), [], []
+    with attach(model):
+        branches = [Branch(bases[n % 4], room=len(line)) for n, line in enumerate(lines)]
+        pack.feed(model, [Feed(b, line[:8]) for b, line in zip(branches, lines, strict=True)])
+        for step in range(8, 12 + s.steps):
+            feeds = [Feed(b, [line[step]]) for b, line in zip(branches, lines, strict=True)]
+            bench.wait()
+            begin = time.perf_counter()
+            taken.append(pack.feed(model, feeds).argmax(-1).tolist())
+            bench.wait()
+            found.append(time.perf_counter() - begin)
+        plain = Pack(model, seats=False)  # what each answer, asked for alone, has in the end
+        apart = [
+            Branch(each.base, room=len(line)) for each, line in zip(branches, lines, strict=True)
+        ]
+        feeds = [Feed(b, line[: 12 + s.steps]) for b, line in zip(apart, lines, strict=True)]
+        alone = [plain.feed(model, [each]).argmax(-1).item() for each in feeds]
+    if captured and not pack.has_seats:
+        raise RuntimeError("no step was captured")
+    own = {"answers": answers, "captured": captured, "held": s.documents}
+    own |= {"median_step_s": median(found[4:]), "first_s": max(found[:4])}
+    return own | {
+        "same": sum(map(int.__eq__, taken[-1], alone)),
+        "held_bytes": sum(b.held_bytes for b in bases),
+    }
 
 
 def capture_missing(name: str, captured: bool, bench: Bench) -> bool:

@@ -12,7 +12,7 @@ from kvtrim.report import gpu
 from processes import fork
 
 PLAN = Path(__file__).parents[2] / "experiments" / "gpu.py"
-STAGES = ("check", "tokens", "decode", "prefill", "probe", "kernels", "batch")
+STAGES = ("check", "tokens", "decode", "serve", "prefill", "probe", "kernels", "batch")
 
 
 @pytest.mark.process
@@ -38,6 +38,8 @@ def test_a_dry_run_goes_through_every_stage(tmp_path, monkeypatch):
         if rows == 2 and name != "transformers"
     }
     assert len(decode) == 10 and len(same) == 1  # equal bytes, however they are spread
+    served = {x["captured"]: x for x in gpu.figures(lines, "serve")}
+    assert [served[each]["same"] for each in (False, True)] == [5, 5]
     page = (out / "summary.md").read_text()
     assert all(f"## {title}" in page for title in gpu._TABLES)
     assert len(list(out.iterdir())) <= 8

@@ -9,9 +9,16 @@ from transformers import Phi3Config, PhimoeConfig
 
 import kvtrim
 import models
-from kvtrim.errors import CacheError
+from kvtrim.api import window
+from kvtrim.engine.branch import Branch
+from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf.base import cache_in, cache_keyword
 from kvtrim.hf.batch import join, positions
+from kvtrim.hf.pack import Feed, Pack, base_of, position
+from kvtrim.serve import documents
+from kvtrim.serve.library import Library
+from kvtrim.serve.reader import Reader
+from kvtrim.serve.request import Upload
 from small import small
 
 SWITCH = 64
@@ -161,8 +168,61 @@ def test_models_without_a_switch_are_true_and_cross_nothing(llama):
     assert cache and cache.rope.switch is None
 
 
-def test_several_prompts_do_not_share_a_pass_over_it():
-    from kvtrim.hf.pack import Pack
+def fed_alone(model, cache, ids):
+    """Logits after each token through the cache's own attention."""
+    found = []
+    with torch.no_grad(), kvtrim.attach(model):
+        for token in ids:
+            at = torch.tensor([[cache.seen]])
+            asked = {"position_ids": at, **cache_keyword(cache)}
+            found.append(model(torch.tensor([[token]]), **asked).logits[0, -1])
+    return found
 
-    with pytest.raises(CacheError, match="RoPE"):
-        Pack(made())
+
+@pytest.mark.parametrize("method", ["snapkv", "gemfilter"])
+def test_prompts_share_passes_below_the_switch_and_none_goes_beyond(model, method):
+    bases, expected, pack = [], [], Pack(model)
+    lines = torch.randint(4, 250, (3, 6), generator=torch.Generator().manual_seed(1)).tolist()
+    for tokens in (30, 50):
+        cache = kvtrim.Cache(model, method, 20, **small(method))
+        with torch.no_grad(), kvtrim.attach(model):
+            model(models.prompt(tokens), **cache_keyword(cache))
+        expected.append(fed_alone(model, cache.copy(), lines[len(bases)]))
+        bases.append(base_of(cache))
+    expected.append(fed_alone(model, kvtrim.Cache(model, "full", 1.0), lines[2]))
+    branches = [Branch(bases[0]), Branch(bases[1]), Branch()]
+    with kvtrim.attach(model):
+        for step in range(6):
+            feeds = [Feed(b, [line[step]]) for b, line in zip(branches, lines, strict=True)]
+            for row, want in zip(pack.feed(model, feeds), expected, strict=True):
+                torch.testing.assert_close(row, want[step], atol=1e-5, rtol=1e-4)
+        room = SWITCH - position(branches[1])
+        before = list(branches[1].ids)
+        with pytest.raises(CacheError, match="other rotary frequencies"):
+            pack.feed(model, [Feed(branches[0], [5]), Feed(branches[1], [5] * (room + 1))])
+        assert branches[1].ids == before
+        pack.feed(model, [Feed(branches[0], [5]), Feed(branches[1], [5] * room)])
+
+
+def test_what_was_read_beyond_the_switch_is_not_shared(model):
+    cache = kvtrim.Cache(model, "snapkv", 20, window=8)
+    with torch.no_grad(), kvtrim.attach(model):
+        model(models.prompt(SWITCH + 9), **cache_keyword(cache))
+    with pytest.raises(CacheError, match=r"beyond that \(73 tokens\)"):
+        base_of(cache)
+    cache.rope.beyond = None  # as of a file
+    with pytest.raises(CacheError, match="cannot share passes"):
+        base_of(cache)
+
+
+def test_it_is_served_below_the_switch_and_told_why_not_beyond(model, tmp_path):
+    prints = documents.Prints.of("tiny", model, models.tokenizer())
+    library = Library(tmp_path / "library")
+    reader = Reader(model, models.tokenizer(), prints, library)
+    assert reader.window == SWITCH
+    with pytest.raises(UsageError, match=f"from {SWITCH} tokens on this model turns keys by"):
+        reader.upload(Upload("long", "word " * 30, documents.How("snapkv", "20"), print))
+    plain = models.tiny("llama")
+    prints = documents.Prints.of("tiny", plain, models.tokenizer())
+    own = Reader(plain, models.tokenizer(), prints, library)
+    assert own.window == window(plain) and own.limit.startswith("the model's window takes")

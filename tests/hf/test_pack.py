@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kvtrim
 import models
 from kvtrim.engine import row
-from kvtrim.engine.branch import Base, Branch, Stem
+from kvtrim.engine.branch import Base, Branch, Stem, Tail
 from kvtrim.errors import CacheError
 from kvtrim.hf import pack as module
 from kvtrim.hf.pack import Feed, Pack, base_of, position
@@ -189,6 +191,182 @@ def test_continuations_of_a_continuation_share_what_it_read(architecture, name):
             for feed, branch, got in zip(feeds, apart, logits, strict=True):
                 (alone,) = pack.feed(model, [Feed(branch, feed.ids)])
                 torch.testing.assert_close(got, alone, atol=1e-9, rtol=1e-7)
+
+
+def seated(model, count, room=40):
+    """A pack that gives seats, continuations of two prompts, and copies of these to go alone."""
+    bases = [base_of(read(model, name, n)) for n, name in enumerate(["adakv", "laprox"])]
+    branches, lines = starts(model, bases[0], count, room)
+    for number, branch in enumerate(branches):
+        branch.base = bases[number % 2]  # what was read stays as it is
+    return (
+        Pack(model, seats=True),
+        branches,
+        [each.copy(len(each.ids)) for each in branches],
+        lines,
+    )
+
+
+def fed(model, pack, branches, tokens):
+    return pack.feed(model, [Feed(each, [t]) for each, t in zip(branches, tokens, strict=False)])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mixtral"])
+def test_answers_in_seats_are_those_of_each_alone_whoever_comes_and_goes(architecture):
+    model = models.tiny(architecture)
+    plain, sat = Pack(model), 0
+    with kvtrim.attach(model):
+        pack, branches, apart, lines = seated(model, 6)
+        for step, tokens in enumerate(lines[:28]):
+            here = [n for n in range(6) if step < 28 - 4 * n or step > 24]  # one after the other
+            if step == 20:
+                here.append(5)  # joins, by a question of more tokens
+            feeds = [Feed(branches[n], [tokens[n]] * (1 + (n == 5))) for n in here]
+            logits = pack.feed(model, feeds)
+            sat += pack._seats is not None
+            for feed, n, got in zip(feeds, here, logits, strict=True):
+                (alone,) = plain.feed(model, [Feed(apart[n], feed.ids)])
+                torch.testing.assert_close(got, alone, atol=1e-9, rtol=1e-7)
+                assert branches[n].ids == apart[n].ids
+    assert 10 < sat < 27  # not where they are new, and not with a question
+
+
+def test_seats_last_while_some_leave_and_what_is_empty_is_given_back():
+    model = models.tiny("llama")
+    with kvtrim.attach(model):
+        pack, branches, _, lines = seated(model, 6)
+        for tokens in lines[:3]:
+            fed(model, pack, branches, tokens)
+        seats, held = pack._seats, branches[0].tails[0].keys.untyped_storage().nbytes()
+        assert seats is not None and seats.plain == "interpreted on a CPU"
+        assert held == 6 * branches[0].tails[0].keys.nbytes == 6 * 2 * 40 * 8 * 8
+        left = branches.pop(1)
+        before = [tail.keys.clone() for tail in left.tails]
+        assert pack.empty_bytes == 0
+        pack.leave(left)
+        assert pack.empty_bytes == left.nbytes > 0
+        for tokens in lines[3:6]:
+            fed(model, pack, branches, tokens)
+        assert pack._seats is seats
+        assert all(map(torch.equal, (tail.keys for tail in left.tails), before))
+        fed(model, pack, branches[:3], lines[6])  # the others left, and nobody said so
+        assert pack._seats is seats
+        pack.leave(branches[0])
+        assert pack._seats is None and pack.empty_bytes == 0  # more are empty than not
+
+
+def test_seats_do_not_keep_a_prompt_that_nobody_continues():
+    model = models.tiny("llama")
+    with kvtrim.attach(model):
+        pack, branches, _, lines = seated(model, 3)
+        for tokens in lines[:3]:
+            fed(model, pack, branches, tokens)
+        assert pack._seats is not None
+        pack.leave(branches[1])  # the only one of its prompt
+        assert pack._seats is None
+
+
+def test_seats_are_left_for_what_moved_entries_or_takes_more_than_was_promised():
+    model = models.tiny("llama")
+    with kvtrim.attach(model):
+        pack, branches, apart, lines = seated(model, 4)
+        for tokens in lines[:4]:
+            fed(model, pack, branches, tokens)
+        seats, plain = pack._seats, Pack(model)
+        fed(model, plain, branches[:2], lines[4])  # another stack
+        fed(model, pack, branches, lines[5])
+        assert pack._seats is not seats is not None
+        for branch in branches[:2]:
+            branch.crop(len(branch.ids) - 1)
+        for tokens in lines[6:30]:  # whatever happens to the seats
+            fed(model, pack, branches, tokens)
+        expected = lines[:6], lines[:4] + lines[5:6]
+        for number, branch in enumerate(branches):
+            own = [tokens[number] for tokens in expected[number > 1]][: 5 if number < 2 else None]
+            own += [tokens[number] for tokens in lines[6:30]]
+            for token in own:
+                (alone,) = plain.feed(model, [Feed(apart[number], [token])])
+            assert branch.ids == apart[number].ids
+        assert min(len(each.ids) for each in branches) < 40  # as much as was promised ...
+        for branch in branches:
+            branch.room = len(branch.ids)
+        logits = fed(model, pack, branches, lines[0])  # ... and more
+        assert pack._seats is None
+        for copied, token, got in zip(apart, lines[0], logits, strict=True):
+            (alone,) = plain.feed(model, [Feed(copied, [token])])
+            torch.testing.assert_close(got, alone, atol=1e-9, rtol=1e-7)
+
+
+class Watch(TorchDispatchMode):
+    """Notes what a graph could not capture: numbers that come from the host, or go to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.found = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        asks = ("local_scalar", "lift_fresh", "nonzero", "equal", "unique")
+        self.calls += 1
+        if {x.device.type for x in tensors} - {"meta"} or any(name in str(func) for name in asks):
+            self.found.append(str(func))
+        return out
+
+
+def on_meta(model, lengths, bias):
+    """A prompt as if it lay on a device: of every head so many entries."""
+    held = torch.zeros(1, 1, max(lengths), 8, dtype=torch.float64, device="meta")
+    base = Base.__new__(Base)
+    base.tokens = base.position = 60
+    weights = torch.zeros(1, 1, max(lengths), device="meta") if bias else None
+    runs = [
+        (held[:, :, :n], held[:, :, :n], None if weights is None else weights[:, :, :n])
+        for n in lengths
+    ]
+    base._layers = [runs] * model.config.num_hidden_layers
+    return base
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_a_step_of_seats_asks_nothing_of_the_host_so_that_it_can_be_captured(
+    monkeypatch, architecture
+):
+    model, watch = models.tiny(architecture).to("meta"), Watch()
+
+    class Watched(module.Capture):
+        def __call__(self):
+            with watch:
+                return super().__call__()
+
+    monkeypatch.setattr(module, "Capture", Watched)
+    monkeypatch.setattr("kvtrim.kernels.parts.attend_by_torch", lambda *given: None)  # of CPUs
+    bases = (
+        on_meta(model, (20, 13), True),
+        on_meta(model, (5, 9), False),
+        on_meta(model, (7,), True),
+    )
+    branches = []
+    for n in range(7):
+        branches.append(Branch(bases[n % 3], [1] * (n + 1), room=(40, 400)[n % 2]))
+        held = torch.zeros(1, 2, n + 1, 8, dtype=torch.float64, device="meta")
+        branches[-1].tails = [Tail(held, held) for _ in range(model.config.num_hidden_layers)]
+    branches.append(Branch(None, [1], room=40))
+    branches[-1].tails = branches[0].tails
+    pack = Pack(model, seats=True)
+    with kvtrim.attach(model):
+        pack._before = {id(branch) for branch in branches}
+        for _ in range(3):
+            fed(model, pack, branches, [3] * 8)
+        row = pack._seats.row
+    columns = [own for level in row._bases for _, own in level]
+    assert any(isinstance(own, torch.Tensor) for own in columns) and len(row._groups) == 2
+    assert watch.calls > 1000 and not watch.found
+
+
+@pytest.mark.parametrize("architecture", SLIDE)
+def test_layers_that_slide_get_no_seats(architecture):
+    assert not Pack(models.tiny(architecture), seats=True).gives_seats
 
 
 @pytest.mark.parametrize("single", [True, False])

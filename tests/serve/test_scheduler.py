@@ -4,16 +4,19 @@ import queue
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import kvtrim
 import models
+from kvtrim.hf.pack import Pack, Seats
 from kvtrim.prompts import conversation
 from kvtrim.serve import documents
 from kvtrim.serve.documents import How
 from kvtrim.serve.library import Library
+from kvtrim.serve.memory import Memory
 from kvtrim.serve.request import Done, Failed, Refused, Request, Sampling, Token, Upload
 from kvtrim.serve.scheduler import Limits, Scheduler
 
@@ -132,6 +135,40 @@ def test_a_batch_of_sixteen_answers_as_each_alone_and_as_generate(served, model)
         assert usage.reused_tokens >= client.scheduler.reader.library.get(name).tokens
         assert usage.prompt_tokens == alone.prompt_tokens
         assert got(client.ask(text, name))[0] == ids
+
+
+def test_sixteen_in_seats_answer_as_each_alone(served, model, monkeypatch):
+    steps, step = [], Seats.step
+
+    def counted(self, feeds):
+        steps.append((len(feeds), self.empty_bytes > 0))
+        return step(self, feeds)
+
+    monkeypatch.setattr(Seats, "step", counted)
+    client = served()
+    client.scheduler._pack.gives_seats = True  # as on CUDA
+    names = [name for name in TEXTS if name != "d3"]
+    for name in names:
+        client.upload(name).get(timeout=60)
+    questions = [(name, f"Who {n}{'?' * n}", 12 + 4 * n) for n in range(5) for name in names]
+    questions.append(("d0", "Why?", 40))
+    asked = [client.ask(text, name, max_tokens=new) for name, text, new in questions]
+    for (name, text, new), events in zip(questions, asked, strict=True):
+        assert got(events)[0] == expected(model, name, text, new).token_ids
+    assert len(steps) > 10 and max(count for count, _ in steps) > 8
+    assert any(empty for _, empty in steps)  # some had left
+    assert client.scheduler._pack.empty_bytes == 0
+
+
+def test_empty_seats_count_as_held_and_are_the_first_to_go(model):
+    pack = Pack(model)
+    memory = Memory(100, pack)
+    memory.reserved = 30
+    pack._seats = SimpleNamespace(empty_bytes=60)
+    assert memory.held_bytes == 90
+    assert memory.make_room(10) and pack.has_seats
+    assert memory.make_room(70) and not pack.has_seats
+    assert memory.held_bytes == 30 and not memory.make_room(71)
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "cohere2"])

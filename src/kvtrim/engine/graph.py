@@ -3,8 +3,8 @@
 After the prompt, a method that evicts nothing more only appends and attends. `Steps` takes over
 from the session for that time: room for all new tokens is reserved at once, and lengths and
 positions live on the device, so every step launches the same kernels with the same arguments. A
-`Stepper` captures one step as a CUDA graph, which costs the host one launch per token. Knows
-nothing of transformers: it is given the forward pass as a function.
+`Capture` makes one step a CUDA graph, which costs the host one launch per token; a `Stepper` has
+one of a session's. Knows nothing of transformers: it is given the forward pass as a function.
 """
 
 from collections.abc import Callable
@@ -129,6 +129,60 @@ class Steps:
                 store.cut_back(store.length)  # what was reserved for tokens that never came
 
 
+class Capture:
+    """A step that is done over and over on the same buffers; on CUDA one replay of a graph.
+
+    Args:
+        step: leaves its result in a tensor, which the next call overwrites.
+        undo: takes back what a step has changed; called after each one that is done on trial.
+        device: where the buffers are.
+    """
+
+    def __init__(self, step: Callable[[], Tensor], undo: Callable[[], None], device: torch.device):
+        self._step, self._undo, self._device = step, undo, device
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._out: Tensor | None = None
+        self.plain: str | None = None  # why the steps are not captured, if they are not
+        with available.on(device):
+            self._try_capture()
+
+    def __call__(self) -> Tensor:
+        """Do one step."""
+        if self._graph is None or self._out is None:
+            return self._step()
+        with available.on(self._device):
+            self._graph.replay()
+        return self._out
+
+    def _try_capture(self) -> None:
+        """Capture a step; a model whose pass cannot be captured goes on step by step."""
+        if self._device.type != "cuda":
+            self.plain = "interpreted on a CPU"
+            return
+        stream = torch.cuda.current_stream()
+        try:
+            self._capture()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a capture that fails may leave its own behind
+            self._undo()
+            self._graph = None
+            self.plain = f"could not be captured ({' '.join(str(error).split())[:200]})"
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP):
+                self._step()
+                self._undo()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._out = self._step()
+
+
 class Stepper:
     """One step after the other; on CUDA each is one replay of a captured graph.
 
@@ -139,17 +193,16 @@ class Stepper:
 
     def __init__(self, forward: Forward, steps: Steps):
         self.steps, self._forward = steps, forward
-        rows = steps.position.shape[0]
-        self._ids = torch.zeros(rows, 1, dtype=torch.int64, device=steps.position.device)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self.plain: str | None = None  # why the steps are not captured, if they are not
+        rows, device = steps.position.shape[0], steps.position.device
+        self._ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         steps.session.lend(steps)
+        before = steps.snapshot()
         try:
-            with available.on(self._ids.device):
-                self._try_capture()
+            self._capture = Capture(self._step, lambda: steps.restore(before), device)
         except BaseException:
             steps.close()
             raise
+        self.plain = self._capture.plain  # why the steps are not captured, if they are not
 
     def __call__(self, ids: Int[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
         """Read one token per prompt. The logits are overwritten by the next call.
@@ -160,47 +213,15 @@ class Stepper:
         if self.steps.taken >= self.steps.room:
             raise IndexError(f"room was reserved for {self.steps.room} steps")
         self._ids.copy_(ids)
-        if self._graph is None:
-            self._logits = self._step()
-        else:
-            with available.on(self._ids.device):
-                self._graph.replay()
+        logits = self._capture()
         self.steps.taken += 1
-        return self._logits
+        return logits
 
     def close(self) -> None:
         """Give the session back; what was captured is freed."""
         self.steps.close()
-        self._graph = None
+        del self._capture
 
     def _step(self) -> Float[Tensor, "B V"]:
         self.steps.advance()
         return self._forward(self._ids, self.steps.positions)
-
-    def _try_capture(self) -> None:
-        """Capture a step; a model whose pass cannot be captured goes on step by step."""
-        if not self._ids.is_cuda:
-            self.plain = "interpreted on a CPU"
-            return
-        before, stream = self.steps.snapshot(), torch.cuda.current_stream()
-        try:
-            self._capture(before)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # a capture that fails may leave its own behind
-            self.steps.restore(before)
-            self._graph = None
-            self.plain = f"could not be captured ({' '.join(str(error).split())[:200]})"
-
-    def _capture(self, before: Tensor) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                self._step()
-                self.steps.restore(before)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._logits = self._step()

@@ -6,15 +6,15 @@ pass: all new entries are written at once, and one product goes through all of t
 attention for each would take longer than reading all weights of a small model.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from kvtrim.engine.branch import Base, Branch, Stack, Tail
 from kvtrim.engine.layer import Call
 from kvtrim.kernels.parts import Part, attend_part, join_parts
-from kvtrim.types import Float, Int, Tensor
+from kvtrim.types import Bool, Float, Int, Tensor
 
 _SHORT = 512  # entries of a continuation that is stacked
 _STEP = 64  # entries that rows of a stack grow by
@@ -29,13 +29,19 @@ class Row:
 
     Args:
         branches: each with how many tokens it gets. They may stand in another order in the row.
+        seated: pass after pass they get one token each, by buffers that stay where they are. All
+            are stacked then, with all the room that they were promised, and `seats` says what a
+            pass is about.
     """
 
-    def __init__(self, branches: Sequence[tuple[Branch, int]]):
+    def __init__(self, branches: Sequence[tuple[Branch, int]], seated: bool = False):
         counts = {id(branch): count for branch, count in branches}
         given = _neighbours([branch for branch, _ in branches])
-        single = [each for each in given if counts[id(each)] == 1 and _is_short(each)]
-        groups = [group for group in _groups(single) if len(group) > 1]
+        if seated:
+            groups = _groups(given, _room)
+        else:
+            single = [each for each in given if counts[id(each)] == 1 and _is_short(each)]
+            groups = [group for group in _groups(single, _capacity) if len(group) > 1]
         stacked = [each for group in groups for each in group]
         apart = [each for each in given if not any(each is other for other in stacked)]
         self.columns: dict[int, slice] = {}  # by the identity of a branch
@@ -43,8 +49,11 @@ class Row:
         for branch in [*stacked, *apart]:
             first, self.end = self.end, self.end + counts[id(branch)]
             self.columns[id(branch)] = slice(first, self.end)
-        self._groups = [_Group.of(group, self.columns[id(group[0])].start) for group in groups]
-        self._apart = apart
+        self._apart, self._groups, first = apart, [], 0
+        self.seats = Seats.of(self.end, given[0].tails[0].keys.device) if seated else None
+        for group in groups:
+            self._groups.append(_Group.of(group, first, self.seats))
+            first += len(group)
         self._bases = self._columns_of_bases(given)
         self._at = torch.empty(self.end, dtype=torch.long)  # where every token stands
         for branch in given:
@@ -52,6 +61,15 @@ class Row:
             first = branch.position
             self._at[own] = torch.arange(first, first + own.stop - own.start)
         self._near: dict[int, list[list[Near]]] = {}
+
+    def is_seated(self, branch: Branch) -> bool:
+        """Whether all that a branch holds is still where this row has it."""
+        return any(group.holds(branch) for group in self._groups)
+
+    def hide(self) -> None:
+        """Hide what stands behind each seat's entries, before a pass over seats."""
+        for group in self._groups:
+            group.hide()
 
     def _columns_of_bases(
         self, branches: Sequence[Branch]
@@ -69,7 +87,7 @@ class Row:
                 _, columns = levels[level].setdefault(id(base), (base, []))
                 columns += range(own.start, own.stop)
         return [
-            [(base, _as_slice(sorted(columns))) for base, columns in found.values()]
+            [(base, self._columns(sorted(columns))) for base, columns in found.values()]
             for found in levels
         ]
 
@@ -83,9 +101,15 @@ class Row:
                     held = window - 1 - (self._at[columns] - base.position)
                     chosen = torch.arange(self.end)[columns][held > 0]
                     if len(chosen):
-                        own = _as_slice(chosen.tolist())
+                        own = self._columns(chosen.tolist())
                         levels[-1].append((base, own, held[held > 0]))
         return self._near[window]
+
+    def _columns(self, columns: list[int]) -> slice | Tensor:
+        """Ascending columns as a slice, if they follow each other."""
+        if columns[-1] - columns[0] == len(columns) - 1:
+            return slice(columns[0], columns[-1] + 1)
+        return torch.tensor(columns, device=None if self.seats is None else self.seats.device)
 
     def attend(
         self, index: int, call: Call, window: int | None = None
@@ -133,6 +157,29 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Seats:
+    """What a pass over seats is about, in buffers that stay where they are."""
+
+    lengths: Int[Tensor, " N"]  # entries of each, before the pass
+    taken: Bool[Tensor, " N"]  # False: who sat there has left, and nothing is written
+
+    @classmethod
+    def of(cls, count: int, device: torch.device) -> "Seats":
+        """So many, all taken, by branches without entries."""
+        lengths = torch.zeros(count, dtype=torch.long, device=device)
+        return cls(lengths, torch.ones(count, dtype=torch.bool, device=device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self.lengths.device
+
+    def part(self, columns: slice) -> "Seats":
+        """Some of them."""
+        return Seats(self.lengths[columns], self.taken[columns])
+
+
+@dataclass(frozen=True)
 class _Group:
     """Continuations that are stacked, each of which gets one token."""
 
@@ -143,11 +190,21 @@ class _Group:
     lengths: Int[Tensor, " N"]  # entries before this pass
     most: int  # entries of the longest, the new one included
     bias: Float[Tensor, "N 1 S"] | None  # -inf behind a row's entries; None: all are equally long
+    seats: Seats | None = None
+    stacks: tuple[Stack, ...] = ()  # of every layer, where they stay
 
     @classmethod
-    def of(cls, branches: list[Branch], first: int) -> "_Group":
+    def of(cls, branches: list[Branch], first: int, seats: Seats | None) -> "_Group":
         """A group that stands in the row of tokens from a column on."""
         device, count = branches[0].tails[0].keys.device, len(branches)
+        columns = slice(first, first + count)
+        if seats is not None:
+            most = max(map(_room, branches))
+            bias = torch.zeros(count, 1, most, device=device)
+            rows, own = torch.arange(count, device=device), seats.part(columns)
+            group = cls(branches, columns, most, rows, own.lengths, most, bias, own)
+            stacks = [group._stack(index) for index in range(len(branches[0].tails))]
+            return replace(group, stacks=tuple(stacks))
         lengths = torch.tensor([len(branch.ids) for branch in branches])
         most, bias = int(lengths.max()) + 1, None
         if int(lengths.min()) + 1 < most:
@@ -155,7 +212,21 @@ class _Group:
             bias = torch.zeros(beyond.shape).masked_fill_(beyond, -torch.inf)[:, None].to(device)
         capacity = max(_capacity(each) for each in branches)
         given = torch.arange(count, device=device), lengths.to(device), most, bias
-        return cls(branches, slice(first, first + count), capacity, *given)
+        return cls(branches, columns, capacity, *given)
+
+    def hide(self) -> None:
+        """Make the bias of a pass over seats, in its place."""
+        if self.bias is not None:
+            beyond = torch.arange(self.most, device=self.bias.device) > self.lengths[:, None]
+            self.bias.zero_().masked_fill_(beyond[:, None], -torch.inf)
+
+    def holds(self, branch: Branch) -> bool:
+        """Whether a branch is of this group, and its entries are where they were stacked."""
+        row = next((n for n, each in enumerate(self.branches) if each is branch), None)
+        ends = (0, -1)  # a pass moves all layers' entries
+        return row is not None and all(
+            branch.tails[end].place == (self.stacks[end], row) for end in ends
+        )
 
     def _bias(self, window: int | None) -> Float[Tensor, "N 1 S"] | None:
         """`bias`, and -inf before each row's window."""
@@ -169,10 +240,13 @@ class _Group:
 
     def attend(self, index: int, call: Call, window: int | None = None) -> Part:
         """What the new tokens find in what each continuation holds, itself included."""
-        stack = self._stack(index)
+        stack = self.stacks[index] if self.stacks else self._stack(index)
         rows, lengths = (each.to(stack.keys.device) for each in (self.rows, self.lengths))
-        for held, new in ((stack.keys, call.keys), (stack.values, call.values)):
-            held[rows, :, lengths] = new[0, :, self.columns].transpose(0, 1)
+        for held, came in ((stack.keys, call.keys), (stack.values, call.values)):
+            new = came[0, :, self.columns].transpose(0, 1)
+            if self.seats is not None:
+                new = torch.where(self.seats.taken[:, None, None], new, held[rows, :, lengths])
+            held[rows, :, lengths] = new
         bias, seen = self._bias(window), slice(self.most)
         if bias is not None:
             bias = bias.to(stack.keys.device).expand(-1, stack.keys.shape[1], -1)
@@ -217,11 +291,20 @@ def _capacity(branch: Branch) -> int:
     return min(steps, branch.room) if branch.room > len(branch.ids) else steps
 
 
-def _groups(branches: Sequence[Branch]) -> list[list[Branch]]:
-    """Those that go into one stack, which takes no more room than they were promised."""
+def _room(branch: Branch) -> int:
+    """Entries of a row that takes all that it will come to hold."""
+    return max(branch.room, len(branch.ids) + 1)
+
+
+def _groups(branches: Sequence[Branch], rows: Callable[[Branch], int]) -> list[list[Branch]]:
+    """Those that go into one stack, which takes no more room than they were promised.
+
+    Args:
+        rows: entries that a branch's row is made for.
+    """
     groups: list[list[int]] = []
     room = 0  # what those of the last group were promised
-    capacity = [_capacity(branch) for branch in branches]
+    capacity = [rows(branch) for branch in branches]
     for number in sorted(range(len(branches)), key=lambda number: -capacity[number]):
         own = max(branches[number].room, capacity[number])
         if groups and (len(groups[-1]) + 1) * capacity[groups[-1][0]] <= room + own:
@@ -250,10 +333,3 @@ def _neighbours(branches: Sequence[Branch]) -> list[Branch]:
         for base in chain:
             places.setdefault(base, len(places))
     return sorted(branches, key=lambda branch: [places[base] for base in chains[id(branch)]])
-
-
-def _as_slice(columns: list[int]) -> slice | Tensor:
-    """Ascending columns as a slice, if they follow each other."""
-    if columns[-1] - columns[0] == len(columns) - 1:
-        return slice(columns[0], columns[-1] + 1)
-    return torch.tensor(columns)

@@ -123,6 +123,19 @@ class LongRope:
             beyond = self._was_beyond(end, read) if read else first > self.switch
             self._require_one_side(beyond, end)
 
+    def require_below(self, read: list[int]) -> None:
+        """Refuse what was read beyond the switch, where others that were not are to go along.
+
+        Raises:
+            CacheError: it was.
+        """
+        if self.switch is not None and self._was_beyond(max(read), read):
+            raise CacheError(
+                f"this model turns keys by other rotary frequencies from {self.switch:,} tokens "
+                f"on, and this was read beyond that ({max(read):,} tokens), so that it cannot "
+                "share passes with others; use kvtrim.generate, or read a shorter part"
+            )
+
     def _was_beyond(self, end: int, read: list[int]) -> bool:
         """Whether what is held was turned as beyond the switch."""
         if self.beyond is not None or self.switch is None:

@@ -92,6 +92,19 @@ def _decode(lines: Sequence[Line]) -> _Table:
     return _columns([*names, "capture s"], left=(2,)), rows
 
 
+def _serve(lines: Sequence[Line]) -> _Table:
+    rows = [
+        [
+            f"{x['answers']}", "captured" if x["captured"] else "plain",
+            f"{1e3 * x['median_step_s']:.2f}", f"{x['answers'] / x['median_step_s']:.0f}",
+            seconds(x["first_s"]), size(x["held_bytes"]), f"{x['same']} of {x['answers']}",
+        ]
+        for x in figures(lines, "serve")
+    ]  # fmt: skip
+    names = ["answers", "step", "ms per step", "tokens/s", "slowest of the first four"]
+    return _columns([*names, "documents held", "last token as alone"], left=(1,)), rows
+
+
 def _prefill(lines: Sequence[Line], stage: str = "prefill") -> _Table:
     found, rows = figures(lines, stage), []
     for length, method in dict.fromkeys((x["length"], x["method"]) for x in found):
@@ -149,6 +162,7 @@ _TABLES: dict[str, Callable[[Sequence[Line]], _Table]] = {
     "Kernels against float64": _check,
     "Captured and plain decoding": _tokens,
     "Decoding": _decode,
+    "Answers over four documents": _serve,
     "Prefill": _prefill,
     "Methods that read every query": _probe,
     "Decode attention alone": _kernels,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from kvtrim.engine.branch import Base, Branch
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.pack import Pack
 
 _CONVERSATIONS = 256
 
@@ -59,10 +60,15 @@ class Conversation:
 
 
 class Memory:
-    """The bound, and what is held without being in use."""
+    """The bound, and what is held without being in use.
 
-    def __init__(self, bound: int):
-        self.bound = bound
+    Args:
+        bound: in bytes.
+        pack: what answers are fed by, whose empty seats count, and are given up for others.
+    """
+
+    def __init__(self, bound: int, pack: Pack | None = None):
+        self.bound, self._pack = bound, pack
         self.documents: OrderedDict[Hashable, Document] = OrderedDict()
         self._idle: OrderedDict[int, Conversation] = OrderedDict()
         self.reserved = 0  # by requests under way and what is being read
@@ -71,11 +77,15 @@ class Memory:
     def held_bytes(self) -> int:
         """Everything, reservations as if they were filled."""
         idle = sum(each.nbytes for each in self._idle.values())
+        idle += 0 if self._pack is None else self._pack.empty_bytes
         return idle + self.reserved + sum(each.held_bytes for each in self.documents.values())
 
     def make_room(self, count: int) -> bool:
         """Let go of what is not in use until so many bytes are free; whether they are."""
         while self.held_bytes + count > self.bound:
+            if self._pack is not None and self._pack.empty_bytes:
+                self._pack.leave_seats()
+                continue
             if self._idle:
                 self._idle.popitem(last=False)
                 continue

@@ -6,6 +6,7 @@ from typing import Any
 from kvtrim.api import window
 from kvtrim.errors import UsageError
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.rotary import LongRope
 from kvtrim.prompts import Template, encode_context, frame, repeat_words
 from kvtrim.prompts.document import Document as Text
 from kvtrim.serve import documents
@@ -22,7 +23,14 @@ class Reader:
     def __init__(self, model: Any, tokenizer: Any, prints: Prints, library: Library):
         self.model, self.tokenizer = model, tokenizer
         self.prints, self.library = prints, library
-        self.window = window(model)
+        switch = LongRope.of(model).switch
+        self.window = min(window(model), switch or window(model))
+        self.limit = f"the model's window takes {self.window}"  # said where it is exceeded
+        if switch == self.window:
+            self.limit = (
+                f"from {switch} tokens on this model turns keys by other rotary frequencies, and "
+                "the server stays below that (kvtrim ask and chat do not)"
+            )
 
     def require_own(self, entry: Entry) -> None:
         """Refuse another model's document: CacheError."""
@@ -65,8 +73,8 @@ class Reader:
         prompt = encode_context(self.tokenizer, around, text)
         if len(prompt) > self.window - 1:
             raise UsageError(
-                f"the document has {len(prompt)} tokens, the model's window takes "
-                f"{self.window - 1}; shorten it"
+                f"the document has {len(prompt)} tokens and leaves no room for a question; "
+                f"{self.limit}: shorten it"
             )
         cache = Cache(
             self.model,

@@ -48,8 +48,8 @@ class Scheduler:
         self.model, self.limits = model, limits
         self.reader = Reader(model, tokenizer, prints, library)
         self.speaker = Speaker.of(model, tokenizer)
-        self.memory, self.pace = Memory(limits.memory), Pace()
-        self._pack = Pack(model)
+        self._pack, self.pace = Pack(model), Pace()
+        self.memory = Memory(limits.memory, self._pack)
         self._came: deque[Request | Upload] = deque()
         self._forgotten: deque[Hashable] = deque()
         self.waiting: deque[Request] = deque()
@@ -145,7 +145,8 @@ class Scheduler:
             upload.emit(Failed(error))
         self.answers, self.waiting = [], deque()
         self.readings, self._uploads = deque(), deque()
-        self.memory = Memory(self.limits.memory)
+        self._pack.leave_seats()
+        self.memory = Memory(self.limits.memory, self._pack)
 
     @property
     def _busy(self) -> bool:
@@ -258,11 +259,8 @@ class Scheduler:
         Raises:
             Refused: saying what it takes.
         """
-        if (
-            not self.answers
-            and not self.readings
-            and not any(each.users for each in self.memory.documents.values())
-        ):
+        in_use = any(each.users for each in self.memory.documents.values())
+        if not (self.answers or self.readings or in_use):
             raise Refused(
                 f"this needs {need >> 20} MiB beside what is held, and the server may hold "
                 f"{self.memory.bound >> 20} MiB in all (--memory); ask for fewer tokens, or "
@@ -386,6 +384,7 @@ class Scheduler:
 
     def _close(self, answer: Answer, remember: bool) -> None:
         self.answers.remove(answer)
+        self._pack.leave(answer.talk.into)
         self.memory.reserved -= answer.release()
         if answer.document is not None:
             answer.document.users -= 1

@@ -351,11 +351,11 @@ class Service:
         return how if wanted else None
 
     def _require_fits(self, prompt: int, answer: int) -> None:
-        room = self.scheduler.reader.window
-        if prompt + answer > room:
+        reader = self.scheduler.reader
+        if prompt + answer > reader.window:
             raise Refused(
-                f"the prompt has {prompt} tokens and the answer may have {answer}; the model's "
-                f"window takes {room}. Shorten it, or ask for fewer tokens (max_tokens)",
+                f"the prompt has {prompt} tokens and the answer may have {answer}; "
+                f"{reader.limit}. Shorten it, or ask for fewer tokens (max_tokens)",
                 400,
             )
 
