@@ -2,7 +2,7 @@
 
     python -m venv PRESS && PRESS/bin/pip install torch==2.13.0 kvpress==0.5.5 'transformers<5.3'
     python experiments/kvpress_pairs.py --data DIR --kvpress PRESS/bin/python
-        [--method snapkv --method kvzip] [--needles 4] [--rows 4] [--length 1300]
+        [--method snapkv --method kvzip] [--needles 8] [--rows 4] [--ruler 0] [--length 1300]
 
 kvpress needs an older transformers, so it runs as a process of its own on the model that kvtrim
 saved for it. Both get the same token ids: the chat template and the context, then the question
@@ -29,7 +29,7 @@ import kvtrim
 from kvtrim.bench.provenance import provenance
 from kvtrim.files import replace
 from kvtrim.prompts import encode, encode_text, frame
-from prompts import longbench, needles
+from prompts import longbench, needles, ruler
 
 SHARES = (0.06, 0.12, 0.25)
 
@@ -81,8 +81,9 @@ def main():
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--kvpress", required=True, help="a Python that has kvpress")
     parser.add_argument("--method", action="append")
-    parser.add_argument("--needles", type=int, default=4)
+    parser.add_argument("--needles", type=int, default=8)
     parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--ruler", type=int, default=0, help="samples of each task")
     parser.add_argument("--length", type=int, default=1300)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("experiments/kvpress_pairs"))
@@ -93,11 +94,13 @@ def main():
     asked = [
         *needles(tokenizer, given.data, given.needles, given.length),
         *longbench(tokenizer, given.data, given.rows, given.length + 100),
+        *ruler(tokenizer, given.data, given.length, given.ruler),
     ]
     around, prompts = frame(tokenizer), []
     for one in asked:
         prompt = encode(tokenizer, around, one.context, one.question)
-        parts = {"context": prompt.context, "question": prompt.question}
+        asks = prompt.question + encode_text(tokenizer, one.prefix)
+        parts = {"context": prompt.context, "question": asks}
         prompts.append(parts | {"answer": encode_text(tokenizer, one.answer)})
     cells = [(m, s) for m in given.method or ["snapkv", "kvzip"] for s in SHARES]
     rows, full, full_bytes = [], [], []
