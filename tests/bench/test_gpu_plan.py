@@ -1,13 +1,16 @@
 """The plan for a GPU, on a CPU: every stage runs, and its page holds every table."""
 
 import json
+import os
 import runpy
-from functools import partial
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from kvtrim.bench.speed.agenda import LINES
+from kvtrim.bench.speed import agenda
 from kvtrim.report import gpu
 from processes import fork
 
@@ -15,17 +18,36 @@ PLAN = Path(__file__).parents[2] / "experiments" / "gpu.py"
 STAGES = ("check", "tokens", "decode", "serve", "prefill", "probe", "kernels", "batch")
 
 
+def begin(command, log=os.devnull, env=None):
+    """The plan's script as its command line says, in a fork of this process."""
+    python, script, *rest = map(str, command)
+    assert (python, script) == (sys.executable, str(PLAN))
+
+    def run():
+        runpy.run_path(script, run_name="__main__")
+
+    return fork(run, script, *rest, log=log, **env or {})
+
+
 @pytest.mark.process
 def test_a_dry_run_goes_through_every_stage(tmp_path, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed (pip install 'kvtrim[triton]')")
+    import kvtrim.hf.models.load  # noqa: F401 here, once for both processes
+
     monkeypatch.syspath_prepend(PLAN.parent)
-    watch, log = partial(runpy.run_path, str(PLAN), run_name="__main__"), tmp_path / "log"
-    out = tmp_path / "out"
+    out, log = tmp_path / "out", tmp_path / "log"
+
+    def measuring(command, env):  # what it prints is what the watcher prints
+        process = begin(command, log, env)
+        sys.stdout.write(process.stdout.read())
+        return process
+
+    monkeypatch.setattr(agenda, "subprocess", SimpleNamespace(Popen=measuring))
     command = ["--dry-run", "--minutes", "10", "--out", out, "--commit", "abc"]
-    done = fork(watch, PLAN, *command, log=log)  # begins the measuring process as anybody does
+    done = begin([sys.executable, PLAN, *command], log)
     said = done.stdout.read()
     assert done.wait() == 0, said[-3000:] + log.read_text()[-3000:]
-    lines = [json.loads(line) for line in (out / LINES).read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / agenda.LINES).read_text().splitlines()]
     assert {x["stage"] for x in lines if x["outcome"] == "ok"} == set(STAGES)
     assert not gpu.failures(lines) and "left to a further run" not in said
     assert all(x["machine"]["commit"] == "abc" and x["machine"]["packages"] for x in lines)
@@ -43,6 +65,14 @@ def test_a_dry_run_goes_through_every_stage(tmp_path, monkeypatch):
     page = (out / "summary.md").read_text()
     assert all(f"## {title}" in page for title in gpu._TABLES)
     assert len(list(out.iterdir())) <= 8
+
+
+@pytest.mark.process
+def test_whoever_only_watches_starts_without_torch():
+    run = [sys.executable, "-X", "importtime", str(PLAN), "--help"]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert "--dry-run" in done.stdout and "agenda" in done.stderr
+    assert "| torch" not in done.stderr
 
 
 def line(stage, name, outcome="ok", **figures):

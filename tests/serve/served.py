@@ -14,10 +14,7 @@ KEY = "a-key-of-sorts"
 
 
 def launch(folder, model_folder, *more, fresh=False, **environment):
-    """A server and its address; a fork of this process unless it is to be fresh.
-
-    What Ray started in a process does not survive a fork: another start there waits for ever.
-    """
+    """A server and its address; a fork of this process unless it is to be fresh."""
     if not fresh:
         import kvtrim.serve.app  # noqa: F401 here, once for all servers
 

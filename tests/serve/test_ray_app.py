@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import urllib.request
@@ -40,7 +41,8 @@ def served(folder, model_folder):
     paths = os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])
     quick = {"PYTHONPATH": paths, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
     more = ["--replicas", 2, "--threads", 1, "--batch", 16]
-    process, url = launch(folder, model_folder, *more, fresh=True, **quick)
+    fresh = "ray" in sys.modules  # a fork of a process that used Ray would wait for ever
+    process, url = launch(folder, model_folder, *more, fresh=fresh, **quick)
     yield url
     left = [number for number in processes(folder).values() if is_there(number)]
     process.send_signal(signal.SIGTERM)
