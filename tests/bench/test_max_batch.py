@@ -68,7 +68,7 @@ def test_a_smaller_cache_lets_more_prompts_in(model, counted):
 def test_a_memory_that_not_even_one_prompt_fits_into(model, counted):
     found, _ = searched(model, Search((64,), memory=10, new_tokens=2))
     assert [row["batch"] for row in found] == [0, 0, 0]
-    assert table(found)[1][0][3] == "none"
+    assert table(found).rows[0][3] == "none"
 
 
 def test_memory_is_the_larger_of_decoding_and_of_the_last_prompt_read_beside_the_others():

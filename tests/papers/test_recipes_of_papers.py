@@ -91,13 +91,13 @@ def test_a_table_is_drawn_in_the_papers_shape_with_its_figures_where_settings_ma
         tmp_path / "a", ["gsm8k-8"], labels, ["10%", "20%"], LLAMA, "question-aware"
     )
     table, told = drawn(one.name, folder)
-    assert [heading for heading, _ in table.columns] == [
+    assert table.cells.headings == [
         "keep", "method", "whose", "gsm8k-8", "average"
     ]  # fmt: skip
-    rows = {(keep, method, whose): cell for keep, method, whose, cell, _ in table.rows}
+    rows = {(keep, method, whose): cell for keep, method, whose, cell, _ in table.cells.rows}
     assert rows["all", "full", "published"] == "79.45" and ("10%", "snapkv", "ours") in rows
     assert [
-        method for keep, method, whose, *_ in table.rows if keep == "10%" and whose == "ours"
+        method for keep, method, whose, *_ in table.cells.rows if keep == "10%" and whose == "ours"
     ] == [name for name in one.methods if name != "full"]
     assert "samples: at most 12 of a task" in told and "not measured: keep 30%" in told
     assert not any("protocol" in line or "model" in line for line in told)
@@ -107,7 +107,7 @@ def test_of_another_model_or_protocol_nothing_published_is_shown(tmp_path):
     methods = ["snapkv", "snapkv:preset=kvf"]
     place = evaluation(tmp_path / "a", ["gsm8k-8"], methods, ["10%"], protocol="question-agnostic")
     table, told = drawn("kvfundabench/table-5", place)
-    assert {row[2] for row in table.rows} == {"ours"}
+    assert {row[2] for row in table.cells.rows} == {"ours"}
     assert any(line.startswith("the model: smollm2 here") for line in told)
     assert "the protocol: question-agnostic here, question-aware there" in told
     assert "not the paper's: snapkv" in told and "not measured: h2o" in told
@@ -133,13 +133,15 @@ def test_what_was_refused_is_said(tmp_path):
 
 def test_speed_is_drawn_with_what_differs(tmp_path):
     table, told = drawn("fastkv/table-5", speed(tmp_path / "s", ["snapkv:preset=fastkv-v1"]))
-    assert table.rows and any("lengths: [1024, 4096] here" in line for line in told)
+    assert table.cells.rows and any("lengths: [1024, 4096] here" in line for line in told)
 
 
 def test_what_a_paper_prints_is_drawn_alone():
     made = papers.tables_in_print(known.find("curdkv/table-17"))
     (table,) = made
-    assert ["10%", "key"] in [list(row[:2]) for row in table.rows] and len(table.rows) == 12
+    assert ["10%", "key"] in [list(row[:2]) for row in table.cells.rows] and len(
+        table.cells.rows
+    ) == 12
     assert papers.tables_in_print(known.find("laprox/longbench")) == []
 
 
@@ -148,7 +150,7 @@ def test_tasks_that_were_left_out_are_said_and_headings_are_the_papers(tmp_path)
     place = evaluation(tmp_path / "a", tasks, [one.methods["snapkv"]], ["10%"])
     every = [longbench(name) for name in LONGBENCH]
     (found,) = papers.draw(one, *results.read_results([place]), tasks=every)
-    assert [heading for heading, _ in found.table.columns][3:] == ["qasper", "lcc", "average"]
+    assert found.table.cells.headings[3:] == ["qasper", "lcc", "average"]
     (missing,) = [one for one in found.differences if one.startswith("not measured: task")]
     assert "longbench-trec, " in missing and "longbench-lcc" not in missing
 
@@ -163,7 +165,7 @@ def test_categories_stand_beside_the_papers_where_all_their_tasks_do(tmp_path):
     record |= {"chat": False, "truncate_at": 127500}
     (folder / "run.json").write_text(json.dumps(record))
     _, found = papers.draw(one, *results.read_results([folder]))
-    rows = {(method, whose): cells for _, method, whose, *cells in found.table.rows}
+    rows = {(method, whose): cells for _, method, whose, *cells in found.table.cells.rows}
     assert rows["snapkv", "published"][:2] == ["21.86", "13.52"]
     assert rows["snapkv", "published"][-1] == "37.96"
     view = View(results.read_results([folder])[0][0])
@@ -174,14 +176,14 @@ def test_categories_stand_beside_the_papers_where_all_their_tasks_do(tmp_path):
     record["max_new_tokens"] = 4
     (folder / "run.json").write_text(json.dumps(record))
     _, found = papers.draw(one, *results.read_results([folder]))
-    assert {row[2] for row in found.table.rows} == {"ours"}, "answers were shorter"
+    assert {row[2] for row in found.table.cells.rows} == {"ours"}, "answers were shorter"
 
 
 def test_what_a_text_says_of_a_figure_is_shown_where_length_and_budget_are_the_same(tmp_path):
     one = known.find("curdkv/figure-4")
     (table,) = papers.tables_in_print(one)
     said = ["131072", "20%", "per token", "about 4.5 s", "12 s", "x0.38"]
-    assert said in [list(row[:6]) for row in table.rows]
+    assert said in [list(row[:6]) for row in table.cells.rows]
     label, told = one.methods["curdkv"], {}
     for model, length in ((LLAMA, 131072), (LLAMA, 65536), ("smollm2", 131072)):
         folder = speed(tmp_path / f"{length}-{len(told)}", [label], [length], "26214")

@@ -7,6 +7,7 @@ from synthetic import evaluation
 
 from kvtrim.report import best, html, results
 from kvtrim.report.document import Chapter, chapters
+from kvtrim.report.format import Cells
 from kvtrim.report.tables import Table
 
 COLUMNS = [
@@ -21,7 +22,7 @@ ROWS = [
     ["snapkv", "64", "0.5 MiB", "9.5 (8.0 to 11.0)", "0.900", "1.0"],
     ["kvzip", "64", "0.6 MiB", "10.5 (8.0 to 11.0)", "0.800", "2.0"],
 ]
-TABLE = Table("m/question-aware/99/overview", "Overview", "", COLUMNS, ROWS)
+TABLE = Table("m/question-aware/99/overview", "Overview", "", Cells(COLUMNS, ROWS))
 
 
 def test_the_best_of_each_budget_are_marked_and_nothing_else():
@@ -32,28 +33,31 @@ def test_the_best_of_each_budget_are_marked_and_nothing_else():
 
 
 def test_what_cannot_be_compared_is_not_marked():
-    alone = Table("t", "", "", COLUMNS, ROWS[:2])
+    alone = Table("t", "", "", Cells(COLUMNS, ROWS[:2]))
     assert best.best_cells(alone) == set()  # nothing is won alone, and never by the full cache
     mixed = Table(
-        "t", "", "", [*COLUMNS[:2], ("peak", "right")], [["a", "1", "2 MiB"], ["b", "1", "1 GiB"]]
+        "t",
+        "",
+        "",
+        Cells([*COLUMNS[:2], ("peak", "right")], [["a", "1", "2 MiB"], ["b", "1", "1 GiB"]]),
     )
     assert best.best_cells(mixed) == set()
-    assert best.best_cells(Table("t", "", "", [("what", "left")], [["x"]])) == set()
+    assert best.best_cells(Table("t", "", "", Cells.left(["what"], [["x"]]))) == set()
 
 
 def test_the_summary_says_who_is_best_at_each_budget():
     (made,) = best.summary([Chapter("A model", "", [TABLE])])
-    assert [heading for heading, _ in made.columns][:4] == [
+    assert made.cells.headings[:4] == [
         "keep",
         "best score",
         "score",
         "full cache",
     ]
-    assert made.rows[0] == [
+    assert made.cells.rows[0] == [
         *("128", "snapkv, adakv", "41.2 (35.0 to 47.1)", "99.0 (98.0 to 99.5)"),
         *("kvzip", "-0.100 (-0.2 to 0.1)"),
     ]
-    assert made.rows[1][:2] == ["64", "kvzip"]
+    assert made.cells.rows[1][:2] == ["64", "kvzip"]
 
 
 def test_the_page_opens_with_it(tmp_path):

@@ -31,7 +31,7 @@ def tables(view):
 
 
 def rows_of(table):
-    return [dict(zip([h for h, _ in table.columns], row, strict=True)) for row in table.rows]
+    return [dict(zip(table.cells.headings, row, strict=True)) for row in table.cells.rows]
 
 
 def edited(path, change):
@@ -169,14 +169,14 @@ def test_needles_of_all_lengths_make_one_heat_map(tmp_path):
     names = [table.name for table in made[1].tables]
     assert "smollm2/question-agnostic/all-lengths/niah" in names
     by_length = next(table for table in made[1].tables if table.name.endswith("/niah"))
-    assert [heading for heading, _ in by_length.columns][4:] == ["1,024", "2,048", "all"]
+    assert by_length.cells.headings[4:] == ["1,024", "2,048", "all"]
 
 
 def test_gsm8k_stands_by_shots_and_everything_else_in_a_table_of_its_own(tmp_path):
     tasks = ["gsm8k-8", "gsm8k-0", "gsm8k-50", "mmlu-5", "longgenbench"]
     found = tables(view_of(evaluation(tmp_path / "a", tasks, ["h2o"], ["64"])))
-    assert [h for h, _ in found["gsm8k"].columns][3:] == ["0 shots", "8 shots", "50 shots"]
-    assert [h for h, _ in found["tasks"].columns][3:5] == ["mmlu-5", "longgenbench"]
+    assert found["gsm8k"].cells.headings[3:] == ["0 shots", "8 shots", "50 shots"]
+    assert found["tasks"].cells.headings[3:5] == ["mmlu-5", "longgenbench"]
 
 
 def test_what_was_refused_is_listed_with_its_reason(folder):

@@ -9,7 +9,7 @@ from synthetic import evaluation
 from kvtrim.report import check, html, results
 from kvtrim.report import markdown as page
 from kvtrim.report.document import chapters
-from kvtrim.report.format import escape, markdown, visible
+from kvtrim.report.format import Cells, escape, visible
 
 ACTING = "\x1b[2J\x1b]0;pwned\x07\r\x9b31m\u202e\u2028\ud800\x00\x7f"
 EVIL = f"<script>x</script> a|b [l](javascript:x) `c` *d* <!-- /kvtrim:table --> {ACTING}\n# head"
@@ -40,7 +40,7 @@ def test_ordinary_cells_stay_as_they_are(text):
 
 
 def test_cells_hold_no_tags_links_or_breaks():
-    row = markdown([("a", "left"), ("b", "left")], [[EVIL, "x"]]).split("\n")
+    row = Cells.left("ab", [[EVIL, "x"]]).markdown().split("\n")
     assert len(row) == 4  # heading, rule, the row, and nothing behind it
     assert len(re.findall(r"(?<!\\)\|", row[2])) == 3
     assert "<" not in row[2] and not re.search(r"(?<!\\)[\[`*]", row[2])

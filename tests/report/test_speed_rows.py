@@ -3,7 +3,7 @@
 import pytest
 
 from kvtrim.report import published
-from kvtrim.report.format import markdown, spread
+from kvtrim.report.format import Cells, spread
 from kvtrim.report.speed import page, reasons, rows, table
 
 LIMITS = {
@@ -78,8 +78,8 @@ def test_a_row_that_failed_says_why_and_others_stay():
     made = rows(journal, LIMITS)
     assert [row["outcome"] for row in made] == ["ok", "oom"]
     assert reasons(made) == ["adakv 4, 10 tokens (batch 2): oom: OutOfMemoryError: 80 GiB"]
-    columns, cells = table(made)
-    assert all(len(row) == len(columns) for row in cells)
+    cells = table(made)
+    assert all(len(row) == len(cells.columns) for row in cells.rows)
     assert "oom: OutOfMemoryError" in page(RECORD, made)
 
 
@@ -88,7 +88,7 @@ def test_without_plain_transformers_there_is_no_ratio():
     journal = [bad | {"outcome": "oom", "reason": "-"}, line("snapkv", 1, 3, 1)]
     row = rows(journal, LIMITS)[1]
     assert row["ttft_ratio"] is None and row["ttft_s"] == 3
-    assert table([row])[1][0][4:7] == ["3.00 s", "-", "1000.0 ms"]
+    assert table([row]).rows[0][4:7] == ["3.00 s", "-", "1000.0 ms"]
 
 
 def test_a_peer_takes_the_bytes_of_a_full_cache_from_plain_transformers():
@@ -107,24 +107,24 @@ def test_published_ratios_are_to_the_full_cache_of_the_same_table():
         "capture_s": 0.0,
     }
     measured = [own | {"method": "fastkv", "length": length} for length in (4096, 40000)]
-    lines = published.cells({"config": "llama-3.1-8b"}, measured)
+    lines = published.cells({"config": "llama-3.1-8b"}, measured).rows
     name = "Llama-3.1-8B-Instruct"
     first = [f"{name}, first token", "fastkv", "-", "131072", "x0.51", "40000", "512", "x0.60"]
     assert first in lines  # 14.15 s of 27.94 s
     rate = [f"{name}, tokens/s", "fastkv", "512", "32768", "x1.98", "40000", "512", "x2.00"]
     assert rate in lines  # 63.84 to 32.29 tokens per second
     assert [line[5:] for line in lines if line[1] == "headkv"] == [["-", "-", "-"]] * 8
-    short = published.cells({"config": None}, measured, only_measured=True)
+    short = published.cells({"config": None}, measured, only_measured=True).rows
     assert {line[1] for line in short} == {"fastkv"}
     assert {line[3] for line in short} == {"8192", "32768"}
-    nemo = published.cells({"config": "mistral-nemo-12b"}, measured)
+    nemo = published.cells({"config": "mistral-nemo-12b"}, measured).rows
     assert nemo[0][0] == "Mistral-Nemo-12B-Instruct, first token"
     assert "2502.01068" in published.section({"config": None}, measured)
 
 
 def test_figures_as_people_read_them():
     assert spread(0.2613, [0.258, 12.5]) == "0.261 (0.258 to 12.5)"
-    assert markdown([("a", "left"), ("b", "right")], [["x|y", "1"]]) == (
+    assert Cells([("a", "left"), ("b", "right")], [["x|y", "1"]]).markdown() == (
         "| a | b |\n| --- | ---: |\n| x\\|y | 1 |\n"
     )
 
@@ -132,5 +132,5 @@ def test_figures_as_people_read_them():
 @pytest.mark.parametrize("short", [True, False])
 def test_the_batch_is_a_column_only_where_there_is_one(short):
     one = rows([line("transformers", 1, 2, 1, batch=1, keep="")], LIMITS)
-    assert "batch" not in [name for name, _ in table(one, short)[0]]
-    assert "batch" in [name for name, _ in table(rows(plain((2, 1)), LIMITS), short)[0]]
+    assert "batch" not in table(one, short).headings
+    assert "batch" in table(rows(plain((2, 1)), LIMITS), short).headings

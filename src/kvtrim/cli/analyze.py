@@ -202,7 +202,7 @@ def _list(known: Sequence["Analysis"], json: bool) -> None:
         names = [heading for heading, _ in _LISTED]
         output.print_json({"analyses": [dict(zip(names, row, strict=True)) for row in rows]})
         return
-    output.table("kvtrim analyze NAME FILE, or --task T, or DIR", _LISTED, rows)
+    output.table("kvtrim analyze NAME FILE, or --task T, or DIR", output.Cells(_LISTED, rows))
 
 
 def _require_packages(analysis: "Analysis") -> None:
@@ -287,7 +287,7 @@ def _finish(
     if json:
         output.print_json({"files": files} | whole)
         return
-    output.table(found.title, found.columns, found.cells, wide=True)
+    output.table(found.title, found.cells, wide=True)
     output.lines([found.about, ", ".join(filter(None, files.values()))])
 
 

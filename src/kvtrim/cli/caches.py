@@ -59,7 +59,7 @@ def caches(
             f"no documents in {own.folder}; kvtrim compress FILE --name NAME adds one"
         )
         return
-    output.table(f"{len(rows)} documents in {own.folder}", columns, rows, wide=True)
+    output.table(f"{len(rows)} documents in {own.folder}", output.Cells(columns, rows), wide=True)
 
 
 @group.command()

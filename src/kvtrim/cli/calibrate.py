@@ -153,7 +153,7 @@ def _print(out: Path, measured: "Measured", prompts: int, score: str) -> None:
         highlight=False,
     )
     columns = [("layer-head", "left"), ("mean score", "right"), ("of all scores", "right")]
-    output.table("strongest heads", columns, rows)
+    output.table("strongest heads", output.Cells(columns, rows))
     reader = "kvzip-head" if score == "kvzip" else "headkv"
     output.out.print(f"use it: --method {reader} --set table={out}", markup=False, highlight=False)
 
@@ -219,7 +219,7 @@ def _print_curve(out: Path, picture: Path | None, found: dict[str, Any]) -> None
     ]
     headings = [("layer", "left"), *((name, "right") for name in columns)]
     prompts = found["record"]["prompts"]
-    output.table(f"propagation after each layer, {prompts} prompts", headings, rows)
+    output.table(f"propagation after each layer, {prompts} prompts", output.Cells(headings, rows))
     use = f"use it: --method fastkv --set layer={found['layer']}"
     where = f"{out}" if picture is None else f"{out}, {picture}"
     for line in (f"* {found['rule']} ({found['limit']:.3g})", where, use):
@@ -283,7 +283,7 @@ def _print_fit(out: Path, picture: Path | None, fitted: "Fitted", written: dict[
         [str(layer), *(f"{x:.2f}" for x in own)] for layer, own in enumerate(explained.tolist())
     ]
     heads = [(f"head {number}", "right") for number in range(explained.shape[1])]
-    output.table("R^2 on held-out texts", [("layer", "right"), *heads], rows)
+    output.table("R^2 on held-out texts", output.Cells([("layer", "right"), *heads], rows))
     where = f"{out}" if picture is None else f"{out}, {picture}"
     summary = (
         f"{written['read']:,} tokens of {len(fitted.texts)} texts, ridge {fitted.ridge:g}, mean "

@@ -31,7 +31,7 @@ def check(
     else:
         rows = [[f.what, "yes" if f.passed else "NO", _format(f.difference)] for f in findings]
         columns = [("check", "left"), ("passed", "left"), ("largest difference", "right")]
-        output.table(f"kvtrim on {model}", columns, rows)
+        output.table(f"kvtrim on {model}", output.Cells(columns, rows))
         for why in dict.fromkeys(f.why for f in findings if f.why):
             output.note(why)
     if not all(f.passed for f in findings):

@@ -148,9 +148,12 @@ def _print_comparison(
         ]
         for result in results
     ]
-    output.table(f"{first.prompt_tokens} prompt tokens, {first.protocol}", columns, rows)
+    output.table(
+        f"{first.prompt_tokens} prompt tokens, {first.protocol}", output.Cells(columns, rows)
+    )
     answers = [[r.method, _keep(r), " ".join(r.text.split()) or EMPTY] for r in results]
-    output.table(question, [("method", "left"), ("keep", "right"), ("answer", "left")], answers)
+    columns = [("method", "left"), ("keep", "right"), ("answer", "left")]
+    output.table(question, output.Cells(columns, answers))
     _remarks(results)
     _explain_first_token(comparison, results)
 

@@ -264,5 +264,5 @@ def _show(grid: "Grid", found: dict[str, dict[str, Any]], json: bool) -> None:
         return
     for length, made in found.items():
         title = f"{grid.protocol}, {length} tokens" if len(found) > 1 else grid.protocol
-        output.table(title, scores.COLUMNS, scores.cells(made["rows"]), wide=True)
+        output.table(title, scores.cells(made["rows"]), wide=True)
         output.lines([*made["without_samples"], *made["refused"]])

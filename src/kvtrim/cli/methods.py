@@ -52,7 +52,7 @@ def _print_list(records: list[dict[str, Any]]) -> None:
     headings = ("name", "scores by", "budget", "evicts", "propagation", "source")
     keys = ("name", "scorer", "budget", "schedule", "propagation", "source")
     rows = [[record[key] for key in keys] for record in records]
-    output.table("kvtrim methods", [(heading, "left") for heading in headings], rows)
+    output.table("kvtrim methods", output.Cells.left(headings, rows))
     output.out.print("kvtrim methods NAME explains one", highlight=False)
 
 
@@ -75,10 +75,10 @@ def _explain(e: "Entry", json: bool) -> None:
             *((label.lower(), said) for label in e.LABELS for said in e.under_label(label)),
         ]
     )
-    columns = [(heading, "left") for heading in ("name", "default", "takes", "meaning")]
+    columns = ("name", "default", "takes", "meaning")
     rows = [[p.name, p.default, p.takes, p.meaning] for p in e.parameters]
-    output.table("parameters (--set name=value)", columns, rows)
+    output.table("parameters (--set name=value)", output.Cells.left(columns, rows))
     if e.presets:
         presets = [[name, changes or "nothing"] for name, changes in e.presets.items()]
-        columns = [(heading, "left") for heading in ("name", "changes")]
-        output.table("presets (--set preset=NAME)", columns, presets)
+        changed = output.Cells.left(("name", "changes"), presets)
+        output.table("presets (--set preset=NAME)", changed)

@@ -20,9 +20,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from kvtrim.report.format import seconds, size, visible
+from kvtrim.report.format import Cells, seconds, size, visible
 
-__all__ = ["seconds", "size"]  # a name for them here too, beside `entries`
+__all__ = ["Cells", "seconds", "size"]  # a name for them here too, beside `entries`
 
 _WIDEST = 10_000  # columns of a line in a file: nothing is cut
 _SHORT = 16  # a cell up to this width is never broken
@@ -67,22 +67,17 @@ def lines(texts: Sequence[str]) -> None:
         out.print(text)
 
 
-def table(
-    title: str,
-    columns: Sequence[tuple[str, str]],
-    rows: Sequence[Sequence[str]],
-    wide: bool = False,
-) -> None:
-    """A table; each column is (heading, "left" or "right").
+def table(title: str, cells: Cells, wide: bool = False) -> None:
+    """A table.
 
     A wide one breaks its headings and, in a file, is as wide as it needs to be.
     """
-    rows = [[visible(cell) for cell in row] for row in rows]
+    rows = [[visible(cell) for cell in row] for row in cells.rows]
     drawn = Table(
         title=visible(title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD
     )
     named = all(" " not in row[0] for row in rows)
-    for number, (heading, side) in enumerate(columns):
+    for number, (heading, side) in enumerate(cells.columns):
         name = number == 0 and named
         short = name or side == "right" or all(len(row[number]) <= _SHORT for row in rows)
         drawn.add_column(

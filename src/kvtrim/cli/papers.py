@@ -80,7 +80,7 @@ def papers(context: typer.Context, markdown: Markdown = False, json: options.Jso
     rows = [
         [one.name, one.about, one.needs, _hours(one), one.command or one.reason] for one in known
     ]
-    output.table("Tables and figures", columns, rows, wide=True)
+    output.table("Tables and figures", output.Cells(columns, rows), wide=True)
 
 
 def _to_record(one: "Recipe") -> dict[str, Any]:
@@ -247,15 +247,11 @@ def show(name: Name, folder: Folder = None, json: options.Json = False) -> None:
         output.print_json([_to_json(one) for one in drawn])
         return
     for one in drawn:
-        output.table(one.table.title, list(one.table.columns), _texts(one.table.rows), wide=True)
+        output.table(one.table.title, one.table.cells, wide=True)
         output.lines([f"differs: {line}" for line in one.differences])
 
 
-def _texts(rows: Any) -> list[list[str]]:
-    return [list(row) for row in rows]
-
-
 def _to_json(one: Any) -> dict[str, Any]:
-    columns = [heading for heading, _ in one.table.columns]
-    own = {"title": one.table.title, "columns": columns, "rows": _texts(one.table.rows)}
+    cells = one.table.cells
+    own = {"title": one.table.title, "columns": cells.headings, "rows": list(cells.rows)}
     return own | {"differences": list(one.differences)}

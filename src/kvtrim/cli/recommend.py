@@ -150,7 +150,7 @@ def _print(found: dict[str, Any]) -> None:
     count = found["prompts"]["count"]
     title = f"{count} prompt{'s' * (count > 1)}, {found['protocol']}, tolerance "
     cells = [_cells_of(row) for row in found["rows"]]
-    output.table(f"{title}{found['tolerance']:g} nats per token", columns, cells)
+    output.table(f"{title}{found['tolerance']:g} nats per token", output.Cells(columns, cells))
     for row in found["rows"]:
         if row["outcome"] != OK:
             _say(f"{row['method']} {row['keep']}: {row['outcome']}: {row['reason']}")

@@ -95,7 +95,7 @@ def report(
         for chapter in made:
             for table in chapter.tables[:1]:
                 title = f"{chapter.title}: {table.title}"
-                output.table(title, table.columns, table.rows, wide=True)
+                output.table(title, table.cells, wide=True)
         output.out.print(f"{target / 'report.md'} and {target / 'report.html'}", highlight=False)
 
 
@@ -228,8 +228,8 @@ def _json(target: Path, chapters: "Sequence[Chapter]") -> dict[str, Any]:
             {
                 "name": table.name,
                 "title": table.title,
-                "columns": [heading for heading, _ in table.columns],
-                "rows": [list(row) for row in table.rows],
+                "columns": table.cells.headings,
+                "rows": list(table.cells.rows),
             }
             for chapter in chapters
             for table in chapter.tables

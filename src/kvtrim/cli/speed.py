@@ -255,14 +255,13 @@ def _finish(
     if json:
         output.print_json(record | {"rows": rows})
     else:
-        columns, cells = tables.table(rows, short=True)
-        output.table(tables.title(record), columns, cells, wide=True)
+        output.table(tables.title(record), tables.table(rows, short=True), wide=True)
         for line in tables.reasons(rows):
             output.out.print(f"not measured: {line}", markup=False, highlight=False)
         beside = published.cells(record["model"], rows, only_measured=True)
-        if beside:
+        if beside.rows:
             name = "FastKV's published times as ratios to its full cache, ours to transformers"
-            output.table(f"{name} (arXiv 2502.01068)", published.COLUMNS, beside)
+            output.table(f"{name} (arXiv 2502.01068)", beside)
 
 
 def _write(
@@ -343,5 +342,4 @@ def _fill(
     if json:
         output.print_json(record | {"rows": rows})
         return
-    columns, cells = report.table(rows)
-    output.table(report.title(record), columns, cells, wide=True)
+    output.table(report.title(record), report.table(rows), wide=True)

@@ -107,7 +107,7 @@ def _show(folders: list[Path], json: bool) -> None:
         output.print_json(tables)
         return
     for name, made in tables.items():
-        output.table(name, scores.COLUMNS, scores.cells(made["rows"]), wide=True)
+        output.table(name, scores.cells(made["rows"]), wide=True)
         output.lines(made["refused"])
 
 

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from kvtrim.report.document import Chapter
+from kvtrim.report.format import Cells, Column
 from kvtrim.report.tables import MISSING, Table
 
 FULL = "full"
@@ -28,18 +29,23 @@ _UNJUDGED = {
 _LOWER = ("loss", "KL", "first token", "per token", "end to end", "peak", "decode peak")
 _NUMBER = re.compile(r"([+-]?\d[\d.]*)\s?([A-Za-z%]*)")
 _SUMMARY = ("score", "loss above full")
-_COLUMNS = [("keep", "right"), ("best score", "left"), ("score", "right"), ("full cache", "right")]
+_COLUMNS: list[Column] = [
+    ("keep", "right"),
+    ("best score", "left"),
+    ("score", "right"),
+    ("full cache", "right"),
+]
 _COLUMNS += [("least loss", "left"), ("loss above full", "right")]
 
 
 def best_cells(table: Table) -> set[tuple[int, int]]:
     """(row, column) of the best cells of each budget; all of them where several are equal."""
-    headings = [heading for heading, _ in table.columns]
+    headings, all_rows = table.cells.headings, table.cells.rows
     if "method" not in headings or "keep" not in headings:
         return set()
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
     apart = [at for at, heading in enumerate(headings) if heading in _APART]
-    for number, row in enumerate(table.rows):
+    for number, row in enumerate(all_rows):
         if row[headings.index("method")] not in REFERENCES:
             groups[tuple(row[at] for at in apart)].append(number)
     judged = [at for at, heading in enumerate(headings) if heading not in _UNJUDGED]
@@ -47,7 +53,7 @@ def best_cells(table: Table) -> set[tuple[int, int]]:
         (number, at)
         for rows in groups.values()
         for at in judged
-        for number in _winners(rows, [table.rows[n][at] for n in rows], headings[at])
+        for number in _winners(rows, [all_rows[n][at] for n in rows], headings[at])
     }
 
 
@@ -56,11 +62,11 @@ def summary(chapters: Sequence[Chapter]) -> list[Table]:
     made = []
     for chapter in chapters:
         for table in chapter.tables:
-            headings = [heading for heading, _ in table.columns]
+            headings = table.cells.headings
             if table.name.endswith("/overview") and set(_SUMMARY) <= set(headings):
-                rows = _best_rows(table, headings)
+                rows = _best_rows(table)
                 name = table.name.removesuffix("/overview") + "/summary"
-                made += [Table(name, chapter.title, "", _COLUMNS, rows)] if rows else []
+                made += [Table(name, chapter.title, "", Cells(_COLUMNS, rows))] if rows else []
     return made
 
 
@@ -75,20 +81,19 @@ def _winners(rows: Sequence[int], cells: Sequence[str], heading: str) -> list[in
     return [number for number, value, _ in read if value == best]
 
 
-def _best_rows(table: Table, headings: Sequence[str]) -> list[list[str]]:
+def _best_rows(table: Table) -> list[list[str]]:
+    headings, all_rows = table.cells.headings, table.cells.rows
     method, keep = headings.index("method"), headings.index("keep")
-    full = [row for row in table.rows if row[method] == FULL]
+    full = [row for row in all_rows if row[method] == FULL]
     best = best_cells(table)
     rows = []
-    for budget in dict.fromkeys(row[keep] for row in table.rows if row[method] not in REFERENCES):
+    for budget in dict.fromkeys(row[keep] for row in all_rows if row[method] not in REFERENCES):
         cells = [budget]
         for heading in _SUMMARY:
             at = headings.index(heading)
-            won = [
-                n for n, row in enumerate(table.rows) if row[keep] == budget and (n, at) in best
-            ]
-            names = ", ".join(table.rows[n][method] for n in won) or MISSING
-            cells += [names, table.rows[won[0]][at] if won else MISSING]
+            won = [n for n, row in enumerate(all_rows) if row[keep] == budget and (n, at) in best]
+            names = ", ".join(all_rows[n][method] for n in won) or MISSING
+            cells += [names, all_rows[won[0]][at] if won else MISSING]
             if heading == "score":
                 cells.append(full[0][at] if full else MISSING)
         rows.append(cells)

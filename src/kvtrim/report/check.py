@@ -126,7 +126,7 @@ def fill(path: Path, tables: Sequence[Table]) -> str:
     try:
         for place in _places(path, lines):
             made += lines[at : place.first + 1]
-            made += ["", *find_table(place.name, place.only, tables).markdown().split("\n")]
+            made += ["", *find_table(place.name, place.only, tables).cells.markdown().split("\n")]
             at = place.last
     except _Broken as error:
         raise UsageError(str(error.finding)) from None
@@ -190,7 +190,7 @@ def _wrong(
     except UsageError as error:
         yield Finding(path, place.first + 1, str(error))
         return
-    wanted = table.markdown().strip().split("\n")
+    wanted = table.cells.markdown().strip().split("\n")
     there = [n for n in range(place.first + 1, place.last) if lines[n].strip()]
     for n, line in zip(there, wanted, strict=False):
         if _cells(lines[n]) != _cells(line):

@@ -8,6 +8,7 @@ from typing import Any
 from kvtrim.report import evaluation, names, published, speed
 from kvtrim.report import figures_data as pictures
 from kvtrim.report.figures_data import Picture
+from kvtrim.report.format import Cells
 from kvtrim.report.lookup import View
 from kvtrim.report.results import Section, SpeedRun, across_lengths
 from kvtrim.report.tables import Table
@@ -82,18 +83,17 @@ def _speed_chapter(run: SpeedRun, start: str) -> Chapter:
     """Seconds and bytes of one speed run."""
     record = run.record
     rows = speed.rows(run.lines, record["limits"])
-    columns, cells = speed.table(rows)
     about = f"{speed.title(record)}. To plain: ratio to plain transformers in the same round."
-    made = [Table(start, "Speed and memory", about, columns, cells)]
-    columns, cells = speed.spread_table(rows)
-    made += [Table(f"{start}-spread", "Spread and floors", speed.FLOORS, columns, cells)]
+    made = [Table(start, "Speed and memory", about, speed.table(rows))]
+    spread = speed.spread_table(rows)
+    made += [Table(f"{start}-spread", "Spread and floors", speed.FLOORS, spread)]
     beside = published.cells(record["model"], rows, only_measured=True)
     title = "Published beside ours, as ratios to the full cache"
-    made += [Table(f"{start}-published", title, published.ABOUT, published.COLUMNS, beside)]
-    missing = [[line] for line in speed.reasons(rows)]
-    made += [Table(f"{start}-failed", "Not measured", "", [("what and why", "left")], missing)]
+    made += [Table(f"{start}-published", title, published.ABOUT, beside)]
+    missing = Cells.left(["what and why"], [[line] for line in speed.reasons(rows)])
+    made += [Table(f"{start}-failed", "Not measured", "", missing)]
     title = f"Speed: {record['model']['name']}, {record['machine']['device']}"
-    shown = [table for table in made if table.rows]
+    shown = [table for table in made if table.cells.rows]
     return Chapter(title, "", shown, speed=rows, folder=Path(run.folder).name)
 
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 
 from kvtrim.records import OK
 from kvtrim.report import families, tables
+from kvtrim.report.format import Cells, Column
 from kvtrim.report.gaps import of
 from kvtrim.report.lookup import FULL, Row, View
 from kvtrim.report.published_scores import beside
 from kvtrim.report.tables import (
     HEAD,
-    Column,
     Table,
     keep,
     mebibytes,
@@ -40,7 +40,7 @@ def all_tables(view: View) -> list[Table]:
         refusals,
         runs,
     )
-    return [table for make in makers if (table := make(view)) is not None and table.rows]
+    return [table for make in makers if (table := make(view)) is not None and table.cells.rows]
 
 
 def overview(view: View) -> Table:
@@ -69,7 +69,7 @@ def overview(view: View) -> Table:
         "token of the right answer, read after the same cache. Held: measured bytes after the "
         "prompt."
     )
-    return section_table(view, "overview", "Overview", about, columns, rows)
+    return section_table(view, "overview", "Overview", about, Cells(columns, rows))
 
 
 def longbench(view: View) -> Table | None:
@@ -102,9 +102,8 @@ def categories(view: View) -> Table | None:
         "Means of each category's measured tasks (how many of how many where some are missing)."
     )
     title = "LongBench by category"
-    return (
-        section_table(view, "longbench-categories", title, about, columns, rows) if found else None
-    )
+    made = section_table(view, "longbench-categories", title, about, Cells(columns, rows))
+    return made if found else None
 
 
 def category_scores(view: View, row: Row) -> list[str]:
@@ -163,7 +162,8 @@ def _grid(view: View, name: str, short: str, title: str) -> Table | None:
             if held is not None:
                 cells = [*map(tables.score, own), tables.score(view.mean([task], row))]
                 rows.append([*start, *cells])
-    return section_table(view, short, title, f"{_SCORES}.", columns, rows) if rows else None
+    made = section_table(view, short, title, f"{_SCORES}.", Cells(columns, rows))
+    return made if rows else None
 
 
 def shots(view: View) -> Table | None:
@@ -197,9 +197,8 @@ def change(view: View) -> Table | None:
         "(P_c - P_full) / P_full on the samples that both have, with 95 % bootstrap intervals of "
         "the pairs; 0 % is the full cache, no figure where the full cache scores nothing."
     )
-    return section_table(
-        view, "change", "Performance change against the full cache", about, columns, rows
-    )
+    title = "Performance change against the full cache"
+    return section_table(view, "change", title, about, Cells(columns, rows))
 
 
 def benchmarks(view: View) -> dict[str, list[str]]:
@@ -234,9 +233,8 @@ def fidelity(view: View) -> Table | None:
         "comes from the prompt's own pass and does not count. Entries: per KV head, after the "
         "prompt."
     )
-    return section_table(
-        view, "fidelity", "Loss and KL against what is held", about, columns, rows
-    )
+    title = "Loss and KL against what is held"
+    return section_table(view, "fidelity", title, about, Cells(columns, rows))
 
 
 def refusals(view: View) -> Table | None:
@@ -250,7 +248,7 @@ def refusals(view: View) -> Table | None:
     columns: list[Column] = [("task", "left"), *HEAD, ("outcome", "left"), ("samples", _RIGHT)]
     columns += [("reason", "left")]
     about = "These samples count nowhere; a method that refuses some is compared on the others."
-    return section_table(view, "not-measured", "Not measured", about, columns, rows)
+    return section_table(view, "not-measured", "Not measured", about, Cells(columns, rows))
 
 
 def runs(view: View) -> Table:
@@ -270,7 +268,7 @@ def runs(view: View) -> Table:
     places = dict.fromkeys(_place(run.record) for run in view.section.runs)
     missing = [f"{note}." for run in view.section.runs for note in of(run, run.folder.name)]
     about = " ".join(["What was asked.", *places, *missing])
-    return section_table(view, "runs", "Runs", about, columns, rows)
+    return section_table(view, "runs", "Runs", about, Cells(columns, rows))
 
 
 def _place(record: object) -> str:

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvtrim.report.format import markdown
-from kvtrim.report.tables import Column
+from kvtrim.report.format import Cells, Column
 
 Cell = str | int | float | None
 Panel = Mapping[str, Any]
@@ -39,18 +38,17 @@ class Finding:
         return f"{self.title}\n{self.subject}" if self.subject else self.title
 
     @property
-    def cells(self) -> list[list[str]]:
-        """The rows as people read them."""
-        return [[show(cell) for cell in row] for row in self.rows]
+    def cells(self) -> Cells:
+        """The table as people read it."""
+        return Cells(self.columns, [[show(cell) for cell in row] for row in self.rows])
 
     def markdown(self) -> str:
         """A page: title, what it is, the table."""
-        table = markdown(list(self.columns), self.cells)
-        return f"# {self.title}\n\n{self.about}\n\n{table}"
+        return f"# {self.title}\n\n{self.about}\n\n{self.cells.markdown()}"
 
     def json(self) -> dict[str, Any]:
         """Everything, for machines."""
-        names = [name for name, _ in self.columns]
+        names = self.cells.headings
         return {
             "title": self.title,
             "about": self.about,

@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 
 def size(count: int | float | None) -> str:
@@ -81,24 +82,36 @@ def prose(text: str) -> str:
     return visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-Column = str | tuple[str, str]
-"""A heading, or (heading, "left" or "right")."""
+Column = tuple[str, str]
+"""(heading, "left" or "right")."""
 
 
-def markdown(columns: Iterable[Column], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table of anybody's text."""
-    return _table(columns, rows, escape)
+@dataclass(frozen=True)
+class Cells:
+    """A table: its columns, and rows of as many texts."""
 
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[str]]
 
-def markup(columns: Iterable[Column], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose cells are Markdown of ours."""
-    return _table(columns, rows, lambda text: text.replace("|", "\\|"))
+    @classmethod
+    def left(cls, headings: Iterable[str], rows: Iterable[Sequence[str]]) -> "Cells":
+        """One of words alone."""
+        return cls([(heading, "left") for heading in headings], list(rows))
 
+    @property
+    def headings(self) -> list[str]:
+        """The columns' names."""
+        return [heading for heading, _ in self.columns]
 
-def _table(
-    columns: Iterable[Column], rows: Iterable[Sequence[str]], cell: Callable[[str], str]
-) -> str:
-    named = [(one, "left") if isinstance(one, str) else one for one in columns]
-    rule = ["---:" if side == "right" else "---" for _, side in named]
-    head, *lines = [[cell(text) for text in line] for line in ([name for name, _ in named], *rows)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in (head, rule, *lines))
+    def markdown(self) -> str:
+        """A Markdown table of anybody's text."""
+        return self._lines(escape)
+
+    def markup(self) -> str:
+        """A Markdown table whose cells are Markdown of ours."""
+        return self._lines(lambda text: text.replace("|", "\\|"))
+
+    def _lines(self, cell: Callable[[str], str]) -> str:
+        rule = ["---:" if side == "right" else "---" for _, side in self.columns]
+        head, *lines = [[cell(text) for text in line] for line in (self.headings, *self.rows)]
+        return "".join("| " + " | ".join(line) + " |\n" for line in (head, rule, *lines))

@@ -5,7 +5,7 @@ from statistics import median
 from typing import Any
 
 from kvtrim.records import ENDED, FAILED, OK, SKIPPED
-from kvtrim.report.format import markdown, ratio, seconds, size
+from kvtrim.report.format import Cells, Column, ratio, seconds, size
 
 Line = dict[str, Any]
 _FAILED = (FAILED, ENDED)
@@ -30,13 +30,13 @@ def page(lines: Sequence[Line]) -> str:
     """Everything as Markdown."""
     parts = ["# Measured on a GPU", *_places(lines)]
     for title, table in _TABLES.items():
-        columns, cells = table(lines)
-        if cells:
-            parts += [f"## {title}", markdown(columns, cells)]
+        cells = table(lines)
+        if cells.rows:
+            parts += [f"## {title}", cells.markdown()]
     reached = targets(lines)
     if reached:
-        columns = [("target", "left"), ("asked for", "right"), ("measured", "right"), ("", "left")]
-        parts += ["## Targets", markdown(columns, reached)]
+        columns = _columns(["target", "asked for", "measured", ""], left=(0, 3))
+        parts += ["## Targets", Cells(columns, reached).markdown()]
     missing = [f"- {x['stage']}: {x['name']}: {x['reason']}" for x in failures(lines)]
     skipped = [
         f"- {x['stage']}: {x['name']}: {x['reason']}" for x in lines if x["outcome"] == SKIPPED
@@ -62,24 +62,23 @@ def _places(lines: Sequence[Line]) -> list[str]:
 
 
 _SHOWN = ("torch", "transformers", "triton", "numpy")
-_Table = tuple[list[tuple[str, str]], list[list[str]]]
 
 
-def _check(lines: Sequence[Line]) -> _Table:
+def _check(lines: Sequence[Line]) -> Cells:
     rows = [
         [x["name"], impl, f"{far:.1e}", f"{x['most']:.0e}"]
         for x in figures(lines, "check")
         for impl, far in x["apart"].items()
     ]
-    return _columns(["shape", "kernel", "from float64", "at most"], left=(0, 1)), rows
+    return Cells(_columns(["shape", "kernel", "from float64", "at most"], left=(0, 1)), rows)
 
 
-def _tokens(lines: Sequence[Line]) -> _Table:
+def _tokens(lines: Sequence[Line]) -> Cells:
     rows = [[x["name"], f"{x['tokens']}", x["decoding"]] for x in figures(lines, "tokens")]
-    return [("method", "left"), ("equal tokens", "right"), ("decoding", "left")], rows
+    return Cells(_columns(["method", "equal tokens", "decoding"], left=(0, 2)), rows)
 
 
-def _decode(lines: Sequence[Line]) -> _Table:
+def _decode(lines: Sequence[Line]) -> Cells:
     rows = [
         [
             f"{x['rows']}", f"{x['held']}", x["subject"], f"{1e3 * x['median_step_s']:.2f}",
@@ -89,10 +88,10 @@ def _decode(lines: Sequence[Line]) -> _Table:
         for x in figures(lines, "decode")
     ]  # fmt: skip
     names = ["batch", "held per head", "", "ms per token", "tokens/s", "held", "of copy bandwidth"]
-    return _columns([*names, "capture s"], left=(2,)), rows
+    return Cells(_columns([*names, "capture s"], left=(2,)), rows)
 
 
-def _serve(lines: Sequence[Line]) -> _Table:
+def _serve(lines: Sequence[Line]) -> Cells:
     rows = [
         [
             f"{x['answers']}", "captured" if x["captured"] else "plain",
@@ -102,10 +101,10 @@ def _serve(lines: Sequence[Line]) -> _Table:
         for x in figures(lines, "serve")
     ]  # fmt: skip
     names = ["answers", "step", "ms per step", "tokens/s", "slowest of the first four"]
-    return _columns([*names, "documents held", "last token as alone"], left=(1,)), rows
+    return Cells(_columns([*names, "documents held", "last token as alone"], left=(1,)), rows)
 
 
-def _prefill(lines: Sequence[Line], stage: str = "prefill") -> _Table:
+def _prefill(lines: Sequence[Line], stage: str = "prefill") -> Cells:
     found, rows = figures(lines, stage), []
     for length, method in dict.fromkeys((x["length"], x["method"]) for x in found):
         own = [x for x in found if (x["length"], x["method"]) == (length, method)]
@@ -117,7 +116,7 @@ def _prefill(lines: Sequence[Line], stage: str = "prefill") -> _Table:
         peaks = [x["peak_bytes"] for x in own if x["peak_bytes"] is not None]
         rows.append([*cells, size(max(peaks)) if peaks else "-", size(own[0]["held_bytes"])])
     names = ["tokens", "method", "keep", "first token", "rounds", "to plain", "to full", "peak"]
-    return _columns([*names, "held"], left=(1,)), rows
+    return Cells(_columns([*names, "held"], left=(1,)), rows)
 
 
 def _first(found: Sequence[Line], length: int, method: str) -> float | None:
@@ -126,11 +125,11 @@ def _first(found: Sequence[Line], length: int, method: str) -> float | None:
     return median(own) if own else None
 
 
-def _probe(lines: Sequence[Line]) -> _Table:
+def _probe(lines: Sequence[Line]) -> Cells:
     return _prefill(lines, "probe")
 
 
-def _kernels(lines: Sequence[Line]) -> _Table:
+def _kernels(lines: Sequence[Line]) -> Cells:
     rows = [
         [
             f"{x['rows']}", f"{x['held']}", "0.2 to 1.8" if x["per_head"] else "alike", x["impl"],
@@ -139,10 +138,10 @@ def _kernels(lines: Sequence[Line]) -> _Table:
         for x in figures(lines, "kernels")
     ]  # fmt: skip
     names = ["batch", "held per head", "heads", "kernel", "us per layer", "of copy bandwidth"]
-    return _columns(names, left=(2, 3)), rows
+    return Cells(_columns(names, left=(2, 3)), rows)
 
 
-def _batch(lines: Sequence[Line]) -> _Table:
+def _batch(lines: Sequence[Line]) -> Cells:
     rows = [
         [
             x["name"], f"{x['tokens']}", f"{x['batch']}", f"{x['tokens_per_s']:.0f}",
@@ -151,14 +150,14 @@ def _batch(lines: Sequence[Line]) -> _Table:
         for x in figures(lines, "batch")
     ]  # fmt: skip
     names = ["method", "prompt", "largest batch", "tokens/s", "used", "allowed"]
-    return _columns(names, left=(0,)), rows
+    return Cells(_columns(names, left=(0,)), rows)
 
 
-def _columns(names: Sequence[str], left: tuple[int, ...]) -> list[tuple[str, str]]:
+def _columns(names: Sequence[str], left: tuple[int, ...]) -> list[Column]:
     return [(name, "left" if at in left else "right") for at, name in enumerate(names)]
 
 
-_TABLES: dict[str, Callable[[Sequence[Line]], _Table]] = {
+_TABLES: dict[str, Callable[[Sequence[Line]], Cells]] = {
     "Kernels against float64": _check,
     "Captured and plain decoding": _tokens,
     "Decoding": _decode,

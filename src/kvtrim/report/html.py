@@ -156,7 +156,7 @@ def page(chapters: Sequence[Chapter], drawn: Mapping[str, Sequence[tuple[str, by
 def digest(chapters: Sequence[Chapter]) -> str:
     """What tells whether a page was made of the same tables."""
     tables = [table for chapter in chapters for table in chapter.tables]
-    text = "\n".join(f"{table.name}\n{table.about}\n{table.markdown()}" for table in tables)
+    text = "\n".join(f"{table.name}\n{table.about}\n{table.cells.markdown()}" for table in tables)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -177,11 +177,11 @@ def _prose(text: str) -> str:
 
 
 def _table(table: Table) -> str:
-    sides = [side for _, side in table.columns]
-    head = "".join(f"<th{_class(side)}>{escape(name)}</th>" for name, side in table.columns)
+    sides = [side for _, side in table.cells.columns]
+    head = "".join(f"<th{_class(side)}>{escape(name)}</th>" for name, side in table.cells.columns)
     won = best.best_cells(table)
     lines = []
-    for number, row in enumerate(table.rows):
+    for number, row in enumerate(table.cells.rows):
         bold = {at for at in range(len(row)) if (number, at) in won}
         lines.append(f"<tr>{''.join(_cells(row, sides, bold))}</tr>")
     return (

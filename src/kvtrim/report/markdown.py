@@ -45,7 +45,7 @@ def table_section(table: Table) -> str:
 def between(name: str, wanted: str, table: Table) -> str:
     """A table between its markers."""
     start = f"<!-- kvtrim:table {name}{wanted} -->"
-    return f"{start}\n\n{table.markdown()}\n<!-- /kvtrim:table -->\n"
+    return f"{start}\n\n{table.cells.markdown()}\n<!-- /kvtrim:table -->\n"
 
 
 def _link(name: str, path: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvtrim.report.format import markdown, prose, ratio, seconds, size
+from kvtrim.report.format import Cells, prose, ratio, seconds, size
 
 PLAIN = "transformers"
 Row = dict[str, Any]
@@ -29,14 +29,15 @@ def rows(journal: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
-def table(rows: Sequence[Row]) -> tuple[list[tuple[str, str]], list[list[str]]]:
-    """Columns and cells."""
+def table(rows: Sequence[Row]) -> Cells:
+    """The figures."""
     names = ("batch", "to plain", "tokens/s", "to plain", "per step", "held", "in use")
     columns = [("tokens", "right"), ("method", "left"), ("keep", "right")]
-    return [*columns, *((name, "right") for name in names)], [_cells(row) for row in rows]
+    columns += [(name, "right") for name in names]
+    return Cells(columns, [_texts(row) for row in rows])
 
 
-def _cells(row: Row) -> list[str]:
+def _texts(row: Row) -> list[str]:
     start = [f"{row['length']}", row["method"], row["keep"] or "all"]
     if not row["batch"]:
         return [*start, "none", "-", row["reason"], "-", "-", "-", "-"]
@@ -64,10 +65,9 @@ def title(record: Mapping[str, Any]) -> str:
 
 def page(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """`largest.md`."""
-    columns, cells = table(rows)
     said = (
         "Prompts are read one after the other, their caches decode together; in use is the most "
         "at any moment of both, "
         "from measured peaks. Tokens per second are those of the median step.\n"
     )
-    return f"# Largest batches\n\n{prose(title(record))}.\n\n{said}\n{markdown(columns, cells)}"
+    return f"# Largest batches\n\n{prose(title(record))}.\n\n{said}\n{table(rows).markdown()}"

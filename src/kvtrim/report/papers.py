@@ -7,7 +7,7 @@ from typing import Any
 from kvtrim.papers.recipe import Recipe, paper_model, short_model
 from kvtrim.records import OK
 from kvtrim.report import evaluation, families, published, speed
-from kvtrim.report.format import ratio
+from kvtrim.report.format import Cells, Column, ratio
 from kvtrim.report.lookup import FULL, Row, View, budget, size_of
 from kvtrim.report.published_scores import (
     Printed,
@@ -18,7 +18,7 @@ from kvtrim.report.published_scores import (
     task_differences,
 )
 from kvtrim.report.results import Section, SpeedRun, across_lengths
-from kvtrim.report.tables import MISSING, Column, Table, keep, score, section_table
+from kvtrim.report.tables import MISSING, Table, keep, score, section_table
 
 _HEAD: list[Column] = [("keep", "right"), ("method", "left"), ("whose", "left")]
 _OURS, _THEIRS = "ours", "published"
@@ -53,7 +53,7 @@ def draw(
         grids = [
             Drawn(grid, whole.differences)
             for grid in (evaluation.lengths(view), evaluation.depths(view))
-            if grid and grid.rows
+            if grid and grid.cells.rows
         ]
         found += grids or [whole]
         if any(_by_category(one) for one in recipe_scores(recipe)):
@@ -72,14 +72,16 @@ def tables_in_print(recipe: Recipe) -> list[Table]:
         rows: dict[tuple[str, float, str], dict[str, str]] = {}
         for one in own:
             rows.setdefault((one.kind, one.amount, one.method), {})[_column_of(one)] = _value(one)
-        cells = [
+        shown = [
             [_say_budget(kind, amount), method, *(values.get(task, MISSING) for task in tasks)]
             for (kind, amount, method), values in rows.items()
         ]
         columns = [*_HEAD[:2], *((task, "right") for task in tasks)]
         about = f"As {recipe.title} prints it. A question mark: known or likely to be wrong there."
         title = f"{recipe.name}, {model}: {recipe.about}"
-        made.append(Table(f"{recipe.name}/{short_model(model)}", title, about, columns, cells))
+        made.append(
+            Table(f"{recipe.name}/{short_model(model)}", title, about, Cells(columns, shown))
+        )
     return made
 
 
@@ -96,20 +98,19 @@ def _draw_scores(recipe: Recipe, view: View, tasks: Sequence[str]) -> Drawn:
     told = differences(view, recipe)
     theirs = {} if told else _figures_in_print(recipe, view)
     columns = [*_HEAD, *((name, "right") for name in _shorten(view.tasks)), (_ALL, "right")]
-    cells: list[list[str]] = []
+    rows: list[list[str]] = []
     for method, row in _rows(recipe, view):
         scored = view.tasks_with_score(view.tasks, row)
         own = [_ours(view, task, row) for task in view.tasks]
         mean = score(view.mean(scored, row)) if len(scored) == len(view.tasks) else MISSING
-        cells.append([keep(row), method, _OURS, *own, mean])
+        rows.append([keep(row), method, _OURS, *own, mean])
         values = theirs.get(row, {})
         if values:
             other = [values.get(task, MISSING) for task in [*view.tasks, _ALL]]
-            cells.append([keep(row), method, _THEIRS, *other])
+            rows.append([keep(row), method, _THEIRS, *other])
     about = f"{recipe.title}: {recipe.about}. Scores of 0 to 100, ours with 95 % intervals."
-    table = section_table(
-        view, recipe.id, f"{recipe.name}, {view.section.model}", about, columns, cells
-    )
+    title = f"{recipe.name}, {view.section.model}"
+    table = section_table(view, recipe.id, title, about, Cells(columns, rows))
     notes = [f"{name}: {text}" for name, text in recipe.notes.items()]
     notes += _list_refusals(view)
     absent = _list_absent(recipe, view, tasks)
@@ -129,7 +130,7 @@ def _shorten(tasks: Sequence[str]) -> list[str]:
 def _list_refusals(view: View) -> list[str]:
     """What could not be measured, once for each reason."""
     refused, met = evaluation.refusals(view), {}
-    for task, method, kept, _, _, reason in refused.rows if refused else []:
+    for task, method, kept, _, _, reason in refused.cells.rows if refused else []:
         met.setdefault(reason, {}).setdefault(task, []).append(f"{method} {kept}")
     every = len(view.rows)
     return [
@@ -155,14 +156,14 @@ def _draw_categories(recipe: Recipe, view: View) -> Drawn:
         if all(task in own and own[task] not in unlike for task in tasks)
     }
     same |= {_ALL} if len(same) == len(names) else set()
-    model, cells = paper_model(recipe, view.section.model), []
+    model, rows = paper_model(recipe, view.section.model), []
     printed = [] if told else [one for one in recipe_scores(recipe) if one.model == model]
     printed = [one for one in printed if _by_category(one) and one.task in same]
     for method, row in _rows(recipe, view):
         scored = view.tasks_with_score([*own.values()], row)
         whole = len(scored) == len(families.LONGBENCH_TASKS)
         mean = score(view.mean(scored, row)) if whole else MISSING
-        cells.append([keep(row), method, _OURS, *evaluation.category_scores(view, row), mean])
+        rows.append([keep(row), method, _OURS, *evaluation.category_scores(view, row), mean])
         values = {
             one.task: _value(one)
             for one in printed
@@ -170,11 +171,11 @@ def _draw_categories(recipe: Recipe, view: View) -> Drawn:
         }
         if values:
             line = [values.get(name, MISSING) for name in [*names, _ALL]]
-            cells.append([keep(row), method, _THEIRS, *line])
+            rows.append([keep(row), method, _THEIRS, *line])
     columns = [*_HEAD, *((name, "right") for name in names), (_ALL, "right")]
     about = f"{recipe.title}: means of each category's tasks; the average is over all tasks."
     title = f"{recipe.name}, {view.section.model}: LongBench's categories"
-    return Drawn(section_table(view, "categories", title, about, columns, cells), ())
+    return Drawn(section_table(view, "categories", title, about, Cells(columns, rows)), ())
 
 
 def _value(one: Printed) -> str:
@@ -237,7 +238,6 @@ def _list_absent(recipe: Recipe, view: View, tasks: Sequence[str]) -> list[str]:
 def _draw_speed(recipe: Recipe, run: SpeedRun) -> Drawn:
     """Seconds and bytes, and the paper's times as ratios where it is FastKV's."""
     rows = speed.rows(run.lines, run.record["limits"])
-    columns, cells = speed.table(rows)
     model = str(run.record["model"]["name"])
     told = [] if paper_model(recipe, model) in recipe.models else [f"the model: {model} here"]
     met = sorted({row["length"] for row in rows})
@@ -246,11 +246,11 @@ def _draw_speed(recipe: Recipe, run: SpeedRun) -> Drawn:
     told.append("seconds of other machines do not compare: look at ratios to the full cache")
     if recipe.tables:
         beside = published.cells(run.record["model"], rows, only_measured=True)
-        told += [" | ".join(line) for line in beside]
+        told += [" | ".join(line) for line in beside.rows]
     if paper_model(recipe, model) in recipe.models:
         told += _facts_beside(recipe, rows)
     title = f"{recipe.name}, {model}: {recipe.about}"
-    return Drawn(Table(recipe.name, title, speed.title(run.record), columns, cells), told)
+    return Drawn(Table(recipe.name, title, speed.title(run.record), speed.table(rows)), told)
 
 
 def _facts_beside(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -304,4 +304,4 @@ def _facts_in_print(recipe: Recipe) -> Table:
         for fact in recipe.facts
     ]
     about = f"What the text of {recipe.title} says of it; hardware is not named."
-    return Table(recipe.name, f"{recipe.name}: {recipe.about}", about, columns, rows)
+    return Table(recipe.name, f"{recipe.name}: {recipe.about}", about, Cells(columns, rows))

@@ -10,11 +10,16 @@ from importlib.resources import files
 from math import log
 from typing import Any
 
-from kvtrim.report.format import markdown, ratio
+from kvtrim.report.format import Cells, ratio
 from kvtrim.report.speed import Row
 
-COLUMNS = [("published", "left"), ("method", "left"), ("keep", "right"), ("tokens", "right")]
-COLUMNS += [("ratio", "right"), ("ours at tokens", "right"), ("keep", "right"), ("ratio", "right")]
+_COLUMNS = [("published", "left"), ("method", "left"), ("keep", "right"), ("tokens", "right")]
+_COLUMNS += [
+    ("ratio", "right"),
+    ("ours at tokens", "right"),
+    ("keep", "right"),
+    ("ratio", "right"),
+]
 ABOUT = (
     "Published: FastKV: KV Cache Compression for Fast Long-Context Processing with "
     "Token-Selective Propagation (arXiv 2502.01068), tables 5 to 7, as ratios to the full cache "
@@ -32,9 +37,7 @@ def fastkv() -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def cells(
-    model: Mapping[str, Any], rows: Sequence[Row], only_measured: bool = False
-) -> list[list[str]]:
+def cells(model: Mapping[str, Any], rows: Sequence[Row], only_measured: bool = False) -> Cells:
     """A line per published figure: time to first token, then tokens per second.
 
     Args:
@@ -55,12 +58,12 @@ def cells(
     longest = full[_nearest_context(list(full.values()), max(lengths, default=0))]
     lines += [_rate(wanted, row, longest, measured) for row in rates if row["method"] != "full"]
     known = {row["method"] for row in measured}
-    return [line for line in lines if line[1] in known or not only_measured]
+    return Cells(_COLUMNS, [line for line in lines if line[1] in known or not only_measured])
 
 
 def section(model: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The Markdown of it."""
-    return f"## Published beside measured\n\n{ABOUT}\n\n{markdown(COLUMNS, cells(model, rows))}"
+    return f"## Published beside measured\n\n{ABOUT}\n\n{cells(model, rows).markdown()}"
 
 
 def _first(model: str, row: Row, table: Sequence[Row], measured: Sequence[Row]) -> list[str]:

@@ -16,8 +16,9 @@ from typing import Any
 
 from kvtrim.papers.recipe import Recipe, paper_model, recipes, short_model
 from kvtrim.report import families
+from kvtrim.report.format import Cells, Column
 from kvtrim.report.lookup import FULL, Row, View, budget
-from kvtrim.report.tables import MISSING, Column, Table, keep, score, section_table
+from kvtrim.report.tables import MISSING, Table, keep, score, section_table
 
 _TASKS = {  # ours begins with: theirs
     "mmlu": "mmlu",
@@ -117,13 +118,13 @@ def _amount(given: Mapping[str, Any]) -> tuple[str, float]:
 
 def beside(view: View) -> Table:
     """Our figure beside every published one whose settings are ours."""
-    model, cells = short_model(view.section.model), []
+    model, rows = short_model(view.section.model), []
     same = {one.name: not differences(view, one) for one in recipes()}
     for one in printed_scores():
         if short_model(one.model) == model and same[one.recipe.name]:
             for row in view.rows:
                 if (row[0], *_budget(row)) == (one.label, one.kind, one.amount):
-                    cells += _compare(view, one, row)
+                    rows += _compare(view, one, row)
     about = (
         "Published figures are what the sources print, measured there with other code, on other "
         "machines and on all samples. They stand here only where model, protocol, template, cut, "
@@ -131,7 +132,7 @@ def beside(view: View) -> Table:
         "question mark: the source is known or likely to have this figure wrong. But: in what its "
         "method is not ours."
     )
-    return section_table(view, "published", "Published beside ours", about, _COLUMNS, cells)
+    return section_table(view, "published", "Published beside ours", about, Cells(_COLUMNS, rows))
 
 
 def differences(view: View, recipe: Recipe) -> list[str]:

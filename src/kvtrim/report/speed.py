@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from kvtrim.records import OK
-from kvtrim.report.format import markdown, prose, ratio, seconds, size, spread
+from kvtrim.report.format import Cells, prose, ratio, seconds, size, spread
 
 PLAIN = "transformers"
 Row = dict[str, Any]
@@ -80,10 +80,8 @@ def _floors(row: Row, limits: Mapping[str, float]) -> Row:
     return found
 
 
-def table(
-    rows: Sequence[Row], short: bool = False
-) -> tuple[list[tuple[str, str]], list[list[str]]]:
-    """Columns and cells; those of a row that was not measured say why. `short` fits a terminal."""
+def table(rows: Sequence[Row], short: bool = False) -> Cells:
+    """The figures; those of a row that was not measured say why. `short` fits a terminal."""
     columns = [("tokens", "right"), ("batch", "right"), ("method", "left"), ("keep", "right")]
     shown = [(name, cell) for name, cell, always in _FIGURES if always or not short]
     batched = any(row["batch"] > 1 for row in rows)
@@ -94,7 +92,7 @@ def table(
         failed = [row["outcome"]] + ["-"] * (len(shown) - 1)
         cells.append(start + ([cell(row) for _, cell in shown] if "token_s" in row else failed))
     columns = columns if batched else [columns[0], *columns[2:]]
-    return [*columns, *((name, "right") for name, _ in shown)], cells
+    return Cells([*columns, *((name, "right") for name, _ in shown)], cells)
 
 
 _FIGURES: list[tuple[str, Callable[[Row], str], bool]] = [  # heading, cell, also in a terminal
@@ -142,8 +140,7 @@ def title(record: Mapping[str, Any]) -> str:
 
 def page(record: Mapping[str, Any], rows: Sequence[Row], published: str = "") -> str:
     """`speed.md`: the table, its spread and floors, what failed, published figures."""
-    columns, cells = table(rows)
-    parts = [f"# Speed\n\n{prose(title(record))}.\n", markdown(columns, cells)]
+    parts = [f"# Speed\n\n{prose(title(record))}.\n", table(rows).markdown()]
     failed = reasons(rows)
     parts += ["Not measured:\n\n" + "".join(f"- {line}\n" for line in failed)] if failed else []
     parts += [_detail(record, rows), published]
@@ -156,19 +153,18 @@ FLOORS = (
 )
 
 
-def spread_table(rows: Sequence[Row]) -> tuple[list[tuple[str, str]], list[list[str]]]:
+def spread_table(rows: Sequence[Row]) -> Cells:
     """Ranges over the rounds beside what the machine would allow."""
     headings = ("first token, s", "floor", "per token, ms", "floor")
     headings += ("of bandwidth", "steps", "entries")
     columns = [("tokens", "right"), ("batch", "right"), ("method", "left"), ("keep", "right")]
     columns += [(heading, "right") for heading in headings]
-    return columns, [_details(row) for row in rows if "token_floor_s" in row]
+    return Cells(columns, [_details(row) for row in rows if "token_floor_s" in row])
 
 
 def _detail(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The same with what the floors were measured to be."""
     limits = record["limits"]
-    columns, cells = spread_table(rows)
     said = (
         "## Spread and floors\n\nMedian (least to most) of the rounds. Floors: a full prefill's "
         f"arithmetic at {limits['matmul_flop_per_s'] / 1e12:.3g} TFLOP/s, and weights "
@@ -177,7 +173,7 @@ def _detail(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
         "KV head after the prompt, on average. Of bandwidth: the floor's share of the time per "
         "token. Captured steps are replayed CUDA graphs; making one is part of end to end.\n\n"
     )
-    return said + markdown(columns, cells)
+    return said + spread_table(rows).markdown()
 
 
 def _details(row: Row) -> list[str]:

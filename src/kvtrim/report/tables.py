@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from kvtrim.report.format import markdown, size
+from kvtrim.report.format import Cells, Column, size
 from kvtrim.report.lookup import FULL, Row, View
 from kvtrim.report.statistics import Figure
 
-Column = tuple[str, str]  # heading, "left" or "right"
 HEAD: list[Column] = [("method", "left"), ("keep", "right")]
 MISSING = "-"
 
@@ -23,19 +21,14 @@ class Table:
     name: str
     title: str
     about: str
-    columns: Sequence[Column]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        """The cells alone."""
-        return markdown(list(self.columns), [list(row) for row in self.rows])
+    cells: Cells
 
     def only(self, wanted: Mapping[str, Sequence[str]]) -> "Table":
         """The rows whose cells under these headings are among the wanted ones."""
-        headings = [heading for heading, _ in self.columns]
-        at = {headings.index(name): values for name, values in wanted.items() if name in headings}
-        rows = [row for row in self.rows if all(row[i] in values for i, values in at.items())]
-        return replace(self, rows=rows)
+        names, all_rows = self.cells.headings, self.cells.rows
+        at = {names.index(name): values for name, values in wanted.items() if name in names}
+        rows = [row for row in all_rows if all(row[i] in values for i, values in at.items())]
+        return replace(self, cells=Cells(self.cells.columns, rows))
 
 
 def score(figure: Figure | None) -> str:
@@ -105,7 +98,7 @@ def scores(
     shown: list[Column] = [*HEAD, ("held", "right")]
     shown += [(heading, "right") for heading in headings]
     shown += [("average", "right"), ("over", "right")] if average else []
-    cells = []
+    rows = []
     for row in view.rows:
         tasks = [columns.get(heading) for heading in headings]
         own = view.tasks_with_score([task for task in tasks if task], row)
@@ -115,15 +108,15 @@ def scores(
         if average:
             line += [score(view.mean(own, row)), f"{len(own)} of {len(headings)}"]
         if held is not None:
-            cells.append(line)
-    return section_table(view, name, title, about, shown, cells)
+            rows.append(line)
+    return section_table(view, name, title, about, Cells(shown, rows))
 
 
-def section_table(view: View, name: str, title: str, about: str, columns: Any, rows: Any) -> Table:
+def section_table(view: View, name: str, title: str, about: str, cells: Cells) -> Table:
     """A table of this view's section, which says under which protocol it was measured."""
     section = view.section
     told = f"{section.protocol.capitalize()}. {about}"
-    return Table(f"{section.slug}/{name}", title, told, columns, rows)
+    return Table(f"{section.slug}/{name}", title, told, cells)
 
 
 def _cell(view: View, task: str | None, row: Row) -> str:

@@ -1,6 +1,6 @@
 """docs/tasks.md: every benchmark of the table as Markdown."""
 
-from kvtrim.report.format import markup
+from kvtrim.report.format import Cells
 from kvtrim.tasks import GROUPS, TASKS
 from kvtrim.tasks.base import Task
 from kvtrim.tasks.rows import ENDINGS
@@ -33,6 +33,7 @@ read, and runs record its name, rows and SHA-256. Licences are those of the text
 run time, and are no part of kvtrim. Files as published (LongBench's `data/*.jsonl`, SQuAD's
 `dev-v2.0.json`, HotpotQA's `hotpot_dev_distractor_v1.json`) are understood.
 """
+_FILES = ("name", "in a folder", "on the Hub", "licence")
 
 
 def manual() -> str:
@@ -43,13 +44,11 @@ def manual() -> str:
         [
             _HEAD,
             "\n## Tasks\n\n",
-            markup(columns, map(_row, TASKS.values())),
+            Cells.left(columns, map(_row, TASKS.values())).markup(),
             "\n## Groups\n\n",
-            markup(("group", "tasks"), groups),
+            Cells.left(("group", "tasks"), groups).markup(),
             _DATA_HEAD + "\n",
-            markup(
-                ("name", "in a folder", "on the Hub", "licence"), map(_source, SOURCES.items())
-            ),
+            Cells.left(_FILES, map(_source, SOURCES.items())).markup(),
         ]
     )
 

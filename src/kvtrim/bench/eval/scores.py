@@ -25,14 +25,14 @@ from kvtrim.records import (
     SampleLine,
     ScoreLine,
 )
-from kvtrim.report.format import escape, markdown, prose, size
+from kvtrim.report.format import Cells, escape, prose, size
 from kvtrim.report.statistics import mean, summary
 from kvtrim.tasks import sandbox
 from kvtrim.tasks.base import Sample, Task
 
 TABLE, PAGE = "eval.json", "eval.md"
-COLUMNS = [("task", "left"), ("method", "left"), ("keep", "right"), ("samples", "right")]
-COLUMNS += [(name, "right") for name in ("score", "95 %", "loss", "KL", "held", "of full")]
+_COLUMNS = [("task", "left"), ("method", "left"), ("keep", "right"), ("samples", "right")]
+_COLUMNS += [(name, "right") for name in ("score", "95 %", "loss", "KL", "held", "of full")]
 
 _ROW = ("task", "method", "keep", "protocol")
 _SINGLE = ("held_bytes", "full_bytes", "entries")
@@ -178,8 +178,8 @@ def _row(lines: Sequence[Line]) -> Line:
     return row
 
 
-def cells(rows: Sequence[Line]) -> list[list[str]]:
-    """The rows of whole tasks, as a table shows them; scores are times 100."""
+def cells(rows: Sequence[Line]) -> Cells:
+    """The rows of whole tasks; scores are times 100."""
     made = []
     for row in rows:
         if row["group"]:
@@ -200,7 +200,7 @@ def cells(rows: Sequence[Line]) -> list[list[str]]:
                 f"{100 * held / full:.1f}%" if held is not None else "-",
             ]
         )
-    return made
+    return Cells(_COLUMNS, made)
 
 
 def _refusals(lines: Sequence[SampleLine]) -> list[str]:
@@ -232,7 +232,7 @@ def page(record: Line, rows: Sequence[Line]) -> str:
     if record.get("max_new_tokens"):
         about = f"Answers of at most {record['max_new_tokens']} tokens. {about}"
     empty = "".join(f"\n{prose(line)}\n" for line in record["without_samples"])
-    return f"# Evaluation\n\n{about}{markdown(COLUMNS, cells(rows))}{empty}"
+    return f"# Evaluation\n\n{about}{cells(rows).markdown()}{empty}"
 
 
 def _with_error(value: float | None, error: float | None, scale: float, places: int) -> str:
