@@ -131,7 +131,7 @@ ROOMS = {
         owns="safetensors",
     ),
     "serve": Room(
-        "api cache engine errors files hf hf.models methods.keep methods.settings prompts "
+        "api cache engine errors files hf hf.models methods.request methods.settings prompts "
         "report.viewer serve.library serve.stream types",
         owns="fastapi starlette pydantic prometheus_client llm ray",
         shapes=True,

@@ -42,7 +42,7 @@ def test_what_cannot_be_compared_is_not_marked():
         Cells([*COLUMNS[:2], ("peak", "right")], [["a", "1", "2 MiB"], ["b", "1", "1 GiB"]]),
     )
     assert best.best_cells(mixed) == set()
-    assert best.best_cells(Table("t", "", "", Cells.left(["what"], [["x"]]))) == set()
+    assert best.best_cells(Table("t", "", "", Cells.texts(["what"], [["x"]]))) == set()
 
 
 def test_the_summary_says_who_is_best_at_each_budget():

@@ -40,7 +40,7 @@ def test_ordinary_cells_stay_as_they_are(text):
 
 
 def test_cells_hold_no_tags_links_or_breaks():
-    row = Cells.left("ab", [[EVIL, "x"]]).markdown().split("\n")
+    row = Cells.texts("ab", [[EVIL, "x"]]).markdown().split("\n")
     assert len(row) == 4  # heading, rule, the row, and nothing behind it
     assert len(re.findall(r"(?<!\\)\|", row[2])) == 3
     assert "<" not in row[2] and not re.search(r"(?<!\\)[\[`*]", row[2])

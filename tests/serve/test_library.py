@@ -10,11 +10,12 @@ import torch
 import kvtrim
 import models
 from kvtrim.errors import CacheError, FileError, KvtrimError, UnknownNameError, UsageError
+from kvtrim.methods.request import Request
 from kvtrim.serve import documents
 from kvtrim.serve.library import Library
 
 TEXT = "The cat sat on the mat and looked at the wide blue sea. " * 4
-HOW = documents.How(method="snapkv", keep="32", settings={"window": 8})
+HOW = documents.How(Request.of("snapkv", "32", {"window": 8}))
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +64,9 @@ def test_the_same_is_found_again_and_anything_else_is_read(library, cat):
     assert cat.load(library, "twin")[0].key == first.key  # the files stay with their last name
     changes = [
         dict(text=TEXT + "x"),
-        dict(how=dataclasses.replace(HOW, keep="40")),
-        dict(how=dataclasses.replace(HOW, method="adakv")),
-        dict(how=dataclasses.replace(HOW, settings={"window": 4})),
+        dict(how=documents.How(Request.of("snapkv", "40", {"window": 8}))),
+        dict(how=documents.How(Request.of("adakv", "32", {"window": 8}))),
+        dict(how=documents.How(Request.of("snapkv", "32", {"window": 4}))),
         dict(how=dataclasses.replace(HOW, chat=False)),
         dict(text=kvtrim.Document(TEXT, {"shots": [(0, 40)]})),
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import kvtrim
+from kvtrim.methods.request import Request
 from kvtrim.serve import documents
 from kvtrim.serve.library import Library
 from late import Late
@@ -22,7 +23,7 @@ def model(monkeypatch, tmp_path, model_folder):
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
     loaded, tokenizer = kvtrim.load(model_folder)
     prints = documents.Prints.of(str(model_folder), loaded, tokenizer)
-    how = documents.How("snapkv", "48")
+    how = documents.How(Request.of("snapkv", "48"))
     library = Library(tmp_path / "library")
     documents.add(library, "manual", loaded, tokenizer, prints, TEXT, how)
     found = []

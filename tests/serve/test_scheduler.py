@@ -12,6 +12,7 @@ import torch
 import kvtrim
 import models
 from kvtrim.hf.pack import Pack, Seats
+from kvtrim.methods.request import Request as Settled
 from kvtrim.prompts import conversation
 from kvtrim.serve import documents
 from kvtrim.serve.documents import How
@@ -24,10 +25,10 @@ TEXTS = {
     f"d{n}": f"Chapter {n}. " + "The cat sat on the mat and looked. " * (3 + n) for n in range(4)
 }
 HOWS = {
-    "d0": How("snapkv", "32", {"window": 8}),
-    "d1": How("adakv", "48", {"window": 8}),
-    "d2": How("kvzip", "50%"),
-    "d3": How("h2o", "40", {"window": 8}),  # goes on evicting
+    "d0": How(Settled.of("snapkv", "32", {"window": 8})),
+    "d1": How(Settled.of("adakv", "48", {"window": 8})),
+    "d2": How(Settled.of("kvzip", "50%")),
+    "d3": How(Settled.of("h2o", "40", {"window": 8})),  # goes on evicting
 }
 
 
@@ -111,10 +112,8 @@ def got(events):
 
 
 def expected(model, name, question, new=8):
-    how = HOWS[name]
-    cache = kvtrim.compress(
-        model, models.tokenizer(), TEXTS[name], method=how.method, keep=how.keep, **how.settings
-    )
+    asked = HOWS[name].request
+    cache = kvtrim.compress(model, models.tokenizer(), TEXTS[name], method=asked)
     done = kvtrim.generate(
         model, models.tokenizer(), cache, question, max_new_tokens=new, eos_token_id=None
     )
@@ -220,7 +219,7 @@ def test_documents_are_shared_and_conversations_resumed(served, model):
 
 
 def test_long_first_messages_are_compressed_once(served, model):
-    client, how = served(), How("adakv", "48", {"window": 8})
+    client, how = served(), How(Settled.of("adakv", "48", {"window": 8}))
     ids, _, usage = got(client.ask("And?", head=TEXTS["d3"], how=how))
     assert usage.reused_tokens == 0 and usage.held_bytes < usage.full_bytes
     _, _, more = got(client.ask("Why?", head=TEXTS["d3"], how=how))
@@ -242,7 +241,7 @@ def test_long_first_messages_are_compressed_once(served, model):
 
 
 def test_two_who_bring_the_same_first_message_wait_for_one_reading(served):
-    client, how = served(), How("snapkv", "32", {"window": 8})
+    client, how = served(), How(Settled.of("snapkv", "32", {"window": 8}))
     both = [client.ask("And?", head=TEXTS["d3"], how=how) for _ in range(3)]
     reused = sorted(got(each)[2].reused_tokens for each in both)
     assert reused[0] == 0 and reused[1] > 100

@@ -176,7 +176,7 @@ def compress(
         from kvtrim.serve import documents
 
         prints = documents.Prints.of(model, loaded, tokenizer)
-        asked = documents.How(method=method, keep=keep, settings=dict(request.settings), **how)  # pyright: ignore[reportArgumentType]
+        asked = documents.How(request, **how)  # pyright: ignore[reportArgumentType]
         own = options.library_in(library)
         with output.progress() as report:
             entry, read = documents.add(own, name, loaded, tokenizer, prints, text, asked, report)

@@ -11,6 +11,9 @@ from kvtrim.cli.ask import EMPTY
 from kvtrim.errors import KvtrimError, UsageError
 
 if TYPE_CHECKING:
+    from kvtrim.methods.keep import Keep
+    from kvtrim.methods.method import Method
+    from kvtrim.methods.request import Request
     from kvtrim.serve.talk import Talk
 
 HELP = """\
@@ -43,8 +46,7 @@ def chat(
     """Talk about a document that is read once; answers stream. /help lists the commands."""
     if not temperature and (top_p is not None or seed is not None):
         raise UsageError("--top-p and --seed act on sampling: give --temperature 0.7 too")
-    settings = options.parse_settings(set_)
-    options.request(method, keep, set_, None, "error")
+    request = options.request(method, keep, set_, None, "error")
     name, own = options.name_in(document), options.library_in(library)
     if document == "-":
         raise UsageError("chat reads questions from standard input; name the document's file")
@@ -61,7 +63,7 @@ def chat(
         "top_p": 1.0 if top_p is None else top_p,
         "seed": seed,
     }
-    one = Chat(loaded, tokenizer, model, own, text, method, keep, settings, sampling)
+    one = Chat(loaded, tokenizer, model, own, text, request, sampling)
     one.begin(name)
     one.run(_questions())
 
@@ -76,31 +78,29 @@ class Chat:
         label: str,
         library: Any,
         text: str | None,
-        method: str,
-        keep: str,
-        settings: dict[str, Any],
+        request: "Request",
         sampling: dict[str, Any],
     ):
         self._model, self._tokenizer, self._label = model, tokenizer, label
         self._library, self._text = library, text
-        self._method, self._keep, self._settings = method, keep, settings
-        self._sampling = sampling
+        self._request, self._sampling = request, sampling
         self._named: str | None = None  # where the document came from, unless it was read here
         self._talk: Talk | None = None
         self._cache: Any = None
 
     def begin(self, name: str | None) -> None:
         """Read the document, or load a named one."""
+        from kvtrim.methods.request import Request
         from kvtrim.serve.talk import Talk
 
         if name is not None:
             talk = Talk.of(self._model, self._tokenizer, self._label, self._library, name)
             entry = self._library.get(name)
-            self._method, self._keep, self._named = entry.method, entry.keep, name
-            self._settings, self._talk = entry.settings, talk
+            self._request = Request.of(entry.method, entry.keep, entry.settings)
+            self._named, self._talk = name, talk
             output.note(f"@{name}: 0 of {entry.tokens:,} document tokens re-read; /help for help")
         else:
-            self._read(self._method, self._keep)
+            self._read(self._request.named, self._request.keep)
 
     def run(self, questions: Iterator[str]) -> None:
         """Answer until nobody asks any more."""
@@ -139,8 +139,8 @@ class Chat:
         commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: output.out.print(HELP),
             "/held": self._print_memory,
-            "/keep": lambda keep: self._read(self._method, keep),
-            "/method": lambda method: self._read(method, self._keep),
+            "/keep": lambda keep: self._read(self._request.named, keep),
+            "/method": lambda method: self._read(method, self._request.keep),
             "/undo": self._undo,
             "/save": self._save,
         }
@@ -150,16 +150,16 @@ class Chat:
             raise UsageError(f"{word} what? /help shows how")
         commands[word](rest)
 
-    def _read(self, method: str, keep: str) -> None:
+    def _read(self, method: "str | Method", keep: "str | Keep") -> None:
         """Read the document with this method and budget; the turns so far go on behind it."""
+        from kvtrim.methods.request import Request
         from kvtrim.serve.reading import document_of
         from kvtrim.serve.talk import Talk
 
         if self._text is None and self._talk is not None:
             raise UsageError("there is no document to read again; kvtrim chat FILE opens one")
-        settings = self._settings if method == self._method else {}
-        pairs = [f"{name}={value}" for name, value in settings.items()]
-        options.request(method, keep, pairs, None, "error")
+        same = method == self._request.named
+        request = Request.of(method, keep, self._request.settings if same else {})
         before = [] if self._talk is None else self._talk.messages
         document = None
         if self._text is not None:
@@ -167,9 +167,8 @@ class Chat:
 
             with output.progress() as report:
                 self._cache = compress(
-                    self._model, self._tokenizer, self._text, method=method, keep=keep,
-                    progress=report, **settings,
-                )  # fmt: skip
+                    self._model, self._tokenizer, self._text, method=request, progress=report
+                )
             cache = self._cache
             output.note(
                 f"{cache.seen:,} document tokens read, {output.size(cache.held_bytes)} held of "
@@ -179,7 +178,7 @@ class Chat:
                 output.note(cache.remark)
             document = document_of("document", cache.copy())
         self._talk = Talk(self._model, self._tokenizer, document, before)
-        self._method, self._keep, self._settings, self._named = method, keep, settings, None
+        self._request, self._named = request, None
 
     def _print_memory(self, _: str) -> None:
         document, usage = self.talk.document, self.talk.usage
@@ -187,7 +186,7 @@ class Chat:
             share = 100 * document.held_bytes / document.full_bytes
             output.out.print(
                 f"document: {document.tokens:,} tokens, {output.size(document.held_bytes)} "
-                f"({share:.1f}% of full), {self._method} {self._keep}"
+                f"({share:.1f}% of full), {self._request.name} {self._request.keep}"
             )
         if usage is not None:
             read = usage.prompt_tokens - usage.reused_tokens
@@ -213,8 +212,7 @@ class Chat:
                 raise UsageError(f"the files of @{self._named} were removed meanwhile")
         else:
             prints = documents.Prints.of(self._label, self._model, self._tokenizer)
-            how = documents.How(self._method, self._keep, self._settings)
-            text = Document.of(self._text)
+            text, how = Document.of(self._text), documents.How(self._request)
             entry = documents.keep(
                 self._library, name, self._tokenizer, prints, text, how, self._cache
             )

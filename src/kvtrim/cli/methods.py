@@ -52,7 +52,7 @@ def _print_list(records: list[dict[str, Any]]) -> None:
     headings = ("name", "scores by", "budget", "evicts", "propagation", "source")
     keys = ("name", "scorer", "budget", "schedule", "propagation", "source")
     rows = [[record[key] for key in keys] for record in records]
-    output.table("kvtrim methods", output.Cells.left(headings, rows))
+    output.table("kvtrim methods", output.Cells.texts(headings, rows))
     output.out.print("kvtrim methods NAME explains one", highlight=False)
 
 
@@ -77,8 +77,8 @@ def _explain(e: "Entry", json: bool) -> None:
     )
     columns = ("name", "default", "takes", "meaning")
     rows = [[p.name, p.default, p.takes, p.meaning] for p in e.parameters]
-    output.table("parameters (--set name=value)", output.Cells.left(columns, rows))
+    output.table("parameters (--set name=value)", output.Cells.texts(columns, rows))
     if e.presets:
         presets = [[name, changes or "nothing"] for name, changes in e.presets.items()]
-        changed = output.Cells.left(("name", "changes"), presets)
+        changed = output.Cells.texts(("name", "changes"), presets)
         output.table("presets (--set preset=NAME)", changed)

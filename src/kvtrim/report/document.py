@@ -90,7 +90,7 @@ def _speed_chapter(run: SpeedRun, start: str) -> Chapter:
     beside = published.cells(record["model"], rows, only_measured=True)
     title = "Published beside ours, as ratios to the full cache"
     made += [Table(f"{start}-published", title, published.ABOUT, beside)]
-    missing = Cells.left(["what and why"], [[line] for line in speed.reasons(rows)])
+    missing = Cells.texts(["what and why"], [[line] for line in speed.reasons(rows)])
     made += [Table(f"{start}-failed", "Not measured", "", missing)]
     title = f"Speed: {record['model']['name']}, {record['machine']['device']}"
     shown = [table for table in made if table.cells.rows]

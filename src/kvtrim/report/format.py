@@ -94,7 +94,7 @@ class Cells:
     rows: Sequence[Sequence[str]]
 
     @classmethod
-    def left(cls, headings: Iterable[str], rows: Iterable[Sequence[str]]) -> "Cells":
+    def texts(cls, headings: Iterable[str], rows: Iterable[Sequence[str]]) -> "Cells":
         """One of words alone."""
         return cls([(heading, "left") for heading in headings], list(rows))
 

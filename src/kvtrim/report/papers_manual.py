@@ -44,7 +44,7 @@ def manual() -> str:
         about = f"{own[0].title}{f' (arXiv {own[0].arxiv})' if own[0].arxiv else ''}"
         parts += [f"\n## {about}\n\n", *_methods(own)]
         columns = ("what", "shows", "command", "needs", "hours", "tried, or why not")
-        parts += [Cells.left(columns, map(_row, own)).markup()]
+        parts += [Cells.texts(columns, map(_row, own)).markup()]
     return "".join(parts)
 
 
@@ -57,7 +57,7 @@ def _methods(own: list[Recipe]) -> list[str]:
     cut = dict.fromkeys(map(str, own[0].truncate_at.values()))
     said += f"; prompts cut at {' or '.join(cut)} tokens as LongBench cuts them" if cut else ""
     said += "; no chat template" if any(one.chat is False for one in own) else ""
-    return [f"{said}.\n\n", Cells.left(("method", "here", "but"), rows).markup(), "\n"]
+    return [f"{said}.\n\n", Cells.texts(("method", "here", "but"), rows).markup(), "\n"]
 
 
 def _row(one: Recipe) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from kvtrim.hf.cache import Cache, load_cache
 from kvtrim.hf.models import fingerprint
 from kvtrim.hf.models.architectures import layout
 from kvtrim.hf.view import view_file
-from kvtrim.methods.keep import Keep
+from kvtrim.methods.request import Request
 from kvtrim.methods.settings import places
 from kvtrim.prompts.document import Document
 from kvtrim.report.viewer.exhibit import Exhibit, Stop
@@ -27,9 +27,7 @@ Progress = Callable[[str, int, int], None]
 class How:
     """How a document is read: what of the request decides what its cache holds."""
 
-    method: str = "auto"
-    keep: str = "25%"
-    settings: dict[str, Any] = field(default_factory=dict)
+    request: Request
     chat: bool | None = None
     system: str | None = None
     truncate: str = "error"
@@ -53,7 +51,8 @@ class Prints:
 
 def key(prints: Prints, document: Document, how: How) -> str:
     """The hash under which the cache of a document is kept."""
-    own = vars(how) | {"keep": str(Keep.parse(how.keep))}
+    asked, own = how.request, {k: v for k, v in vars(how).items() if k != "request"}
+    own |= {"method": asked.name, "keep": str(asked.keep), "settings": dict(asked.settings)}
     spans = {name: units for name, units in document.spans.items()}
     return key_of(archive.FORMAT, prints.model, prints.tokenizer, document.text, spans, own)
 
@@ -63,7 +62,7 @@ def find(library: Library, prints: Prints, document: Document, how: How) -> Entr
 
     A method of one's own may have changed since, so it is never taken for the same.
     """
-    return None if places([how.method]) else library.find(key(prints, document, how))
+    return None if places([how.request.name]) else library.find(key(prints, document, how))
 
 
 def add(
@@ -93,14 +92,12 @@ def add(
         model,
         tokenizer,
         document,
-        method=how.method,
-        keep=how.keep,
+        method=how.request,
         chat=how.chat,
         system=how.system,
         truncate=how.truncate,  # pyright: ignore[reportArgumentType] (the caller's, checked there)
         prefill_chunk=how.prefill_chunk,
         progress=progress,
-        **how.settings,
     )
     return keep(library, name, tokenizer, prints, document, how, cache), True
 
@@ -122,7 +119,7 @@ def keep(
         model_print=prints.model,
         tokenizer_print=prints.tokenizer,
         method=cache.request.name,
-        keep=str(Keep.parse(how.keep)),
+        keep=str(how.request.keep),
         tokens=cache.seen,
         characters=len(document.text),
         text_sha256=hashlib.sha256(document.text.encode()).hexdigest(),

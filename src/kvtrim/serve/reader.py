@@ -7,10 +7,11 @@ from kvtrim.api import window
 from kvtrim.errors import UsageError
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.rotary import LongRope
+from kvtrim.methods.request import Request as Settled
 from kvtrim.prompts import Template, encode_context, frame, repeat_words
 from kvtrim.prompts.document import Document as Text
 from kvtrim.serve import documents
-from kvtrim.serve.documents import How, Prints
+from kvtrim.serve.documents import Prints
 from kvtrim.serve.library import Entry, Library, key_of
 from kvtrim.serve.memory import Document
 from kvtrim.serve.reading import Reading, document_of
@@ -78,13 +79,11 @@ class Reader:
             )
         cache = Cache(
             self.model,
-            how.method,
-            how.keep,
+            how.request,
             prompt_tokens=len(prompt),
             spans=prompt.spans,
             words=repeat_words(self.tokenizer, around),
             template=template,
-            **how.settings,
         )
 
         def complete(cache: Cache) -> None:
@@ -103,18 +102,20 @@ class Reader:
 
     def head_key(self, request: Request) -> str:
         """What tells a first message, and how it is compressed, from others."""
-        how = request.how or How()
-        return key_of("head", request.head, how.method, how.keep, how.settings)
+        asked = _compression(request)
+        return key_of("head", request.head, asked.name, str(asked.keep), dict(asked.settings))
 
     def head(self, request: Request, key: Hashable) -> Reading:
         """A first message to compress."""
-        how, words = request.how or How(), repeat_words(self.tokenizer, frame(self.tokenizer))
+        words = repeat_words(self.tokenizer, frame(self.tokenizer))
         cache = Cache(
-            self.model,
-            how.method,
-            how.keep,
-            prompt_tokens=len(request.head),
-            words=words,
-            **how.settings,
+            self.model, _compression(request), prompt_tokens=len(request.head), words=words
         )
         return Reading(key, cache, request.head, wanted=lambda: False)  # but by who waits for it
+
+
+def _compression(request: Request) -> Settled:
+    """How a first message is compressed."""
+    if request.how is None:
+        raise ValueError("this first message is held whole")
+    return request.how.request

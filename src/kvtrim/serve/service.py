@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtrim.errors import KvtrimError, UsageError
-from kvtrim.methods.keep import Keep
-from kvtrim.methods.settings import find
+from kvtrim.methods.request import Request as Settled
 from kvtrim.prompts import conversation
 from kvtrim.serve import documents, protocol
 from kvtrim.serve.documents import How, Prints
@@ -113,8 +112,7 @@ class Service:
         self.uploads: dict[str, Upload] = {}
         self.failed: dict[str, str] = {}  # why the last upload of a name came to nothing
         self.made = int(time.time())
-        find(defaults.method)
-        Keep.parse(defaults.keep)
+        Settled.of(defaults.method, defaults.keep)
 
     # Models and documents
 
@@ -168,8 +166,7 @@ class Service:
             raise UsageError("over HTTP a method is a name of `kvtrim methods`")
         if any(name.endswith("table") for name in settings):
             raise UsageError("over HTTP no setting names a file")
-        find(chosen, **settings)
-        return How(chosen, str(Keep.parse(self.defaults.keep if keep is None else keep)), settings)
+        return How(Settled.of(chosen, self.defaults.keep if keep is None else keep, settings))
 
     def upload(self, name: str, text: str, how: How) -> "asyncio.Future[Entry]":
         """Read a document and keep it; its entry, once that is done.

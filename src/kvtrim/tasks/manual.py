@@ -44,11 +44,11 @@ def manual() -> str:
         [
             _HEAD,
             "\n## Tasks\n\n",
-            Cells.left(columns, map(_row, TASKS.values())).markup(),
+            Cells.texts(columns, map(_row, TASKS.values())).markup(),
             "\n## Groups\n\n",
-            Cells.left(("group", "tasks"), groups).markup(),
+            Cells.texts(("group", "tasks"), groups).markup(),
             _DATA_HEAD + "\n",
-            Cells.left(_FILES, map(_source, SOURCES.items())).markup(),
+            Cells.texts(_FILES, map(_source, SOURCES.items())).markup(),
         ]
     )
 

@@ -47,11 +47,11 @@ def manual() -> str:
     return "\n".join(
         [
             _HEAD,
-            Cells.left(_COLUMNS, rows).markup(),
+            Cells.texts(_COLUMNS, rows).markup(),
             section(entry(auto.NAME)),
             *(section(e) for e in entries),
             "## Parameters of every method\n",
-            Cells.left(_PARAMETER, map(_row, usual)).markup(),
+            Cells.texts(_PARAMETER, map(_row, usual)).markup(),
             *_choices("Budgets", "budget", BUDGETS),
             *_choices("Units", "unit", UNITS),
             *_choices("Propagations", "propagation", PROPAGATIONS),
@@ -79,10 +79,10 @@ def section(e: Entry) -> str:
     pieces = [f"## {e.name}\n", said_of_it]
     own = [p for p in e.parameters if not p.usual]
     if own:
-        pieces.append(Cells.left(_PARAMETER, map(_row, own)).markup())
+        pieces.append(Cells.texts(_PARAMETER, map(_row, own)).markup())
     if e.presets:
         rows = [[f"`{name}`", changes or "nothing"] for name, changes in e.presets.items()]
-        pieces.append(Cells.left(("preset", "changes"), rows).markup())
+        pieces.append(Cells.texts(("preset", "changes"), rows).markup())
     return "\n".join(pieces)
 
 
@@ -101,7 +101,7 @@ def _choices(
         pieces += [f"**{name}**: {said}\n"]
         own = parameters_of(owner)
         if own:
-            pieces.append(Cells.left(_PARAMETER, map(_row, own)).markup())
+            pieces.append(Cells.texts(_PARAMETER, map(_row, own)).markup())
     return pieces
 
 
