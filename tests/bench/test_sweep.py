@@ -279,7 +279,7 @@ def test_killed_drivers_are_gone_on_with_and_killed_workers_of_ray_replaced(
     cluster = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         kill_the_driver(process, tmp_path, "--ray-address", cluster.address_info["address"])
-        pool, killed = pool_ray.RayPool(size=2), []
+        pool, killed = pool_ray.RayPool(size=1), []
         progress = kills_the_first(pool, killed)
         (folder,) = Driver(load(asked), tmp_path / "out", pool, progress=progress).run()
     finally:
@@ -364,6 +364,39 @@ def test_no_more_ray_workers_than_there_is_room_for(
     own = SimpleNamespace(threads=asked_for.get("threads"), gpus=asked_for.get("gpus", 1))
     pool = sweep.make_pool(own, 99, True, None)
     assert f"the cluster has room for {pool.size} of 99 workers" in capsys.readouterr().err
+
+
+def test_several_ray_workers_are_waited_for_together(monkeypatch):
+    class Died(Exception):
+        pass
+
+    class Actor:
+        def __init__(self, folder):
+            self.do = SimpleNamespace(remote=lambda piece: (self, piece))
+
+    def get(reference):
+        _, piece = reference
+        if piece == "deadly":
+            raise Died
+        return {"process": len(piece)}
+
+    ray = SimpleNamespace(
+        is_initialized=lambda: True,
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2}}],
+        remote=lambda **own: lambda actor: SimpleNamespace(remote=Actor),
+        wait=lambda busy, num_returns: (busy[-1:], busy[:-1]),  # whoever was given work last
+        get=get,
+        exceptions=SimpleNamespace(RayActorError=Died),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    pool = pool_ray.RayPool()
+    one, other = pool.start(), pool.start()
+    pool.give(one, "first")
+    pool.give(other, "second")
+    assert pool.wait() == (other, {"process": 6})
+    pool.give(other, "deadly")
+    assert pool.processes == [6] and pool.wait() == (other, None) and pool.processes == []
+    assert pool.wait() == (one, {"process": 5}) and pool.processes == [5]
 
 
 def test_ray_that_is_missing_is_named(monkeypatch):
