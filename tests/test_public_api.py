@@ -81,14 +81,17 @@ def faults():
     return json.loads(done.stdout)
 
 
+@pytest.mark.process
 def test_importing_changes_nothing_in_transformers(faults):
     assert faults["changes_nothing"] == ""
 
 
+@pytest.mark.process
 def test_names_are_the_same_object_however_they_are_reached(faults):
     assert faults["same_objects"] == ""
 
 
+@pytest.mark.process
 def test_the_package_works_without_the_tools_of_its_tests(faults):
     assert faults["works"] == ""
 

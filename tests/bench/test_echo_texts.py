@@ -22,7 +22,7 @@ RUN = 10  # words in a row: what nobody writes twice by chance
 def runs(text):
     """Hashes of every run of words of a text."""
     words = re.findall(r"\w+", text.lower())
-    return {hash(tuple(words[at : at + RUN])) for at in range(len(words) - RUN + 1)}
+    return set(map(hash, zip(*(words[at:] for at in range(RUN)), strict=False)))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,14 @@ from kvtrim.cli import main
 DOCUMENT = "The cat sat on the mat and looked at the wide blue sea. " * 5
 
 
+@pytest.fixture(autouse=True)
+def drawn_once(monkeypatch):
+    """Pictures of commands are not measured before they are drawn; those of tests/report are."""
+    from kvtrim.report.plots import style
+
+    monkeypatch.setattr(style, "_LAYOUT", "none")
+
+
 @pytest.fixture
 def invoke(monkeypatch, capsys, tmp_path):
     """Run it in an empty folder; gives (exit code, standard output, standard error)."""

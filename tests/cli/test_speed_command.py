@@ -75,7 +75,7 @@ def test_without_matplotlib_the_rest_is_written(speed, tmp_path, monkeypatch):
 
 def test_rows_that_cannot_be_measured_are_shown_with_their_reason(speed):
     methods = ("--method", "pyramidinfer", "--method", "snapkv", "--keep", "34", "--batch", 2)
-    code, out, _ = speed("--length", 80, *methods, *SHORT, *RANDOM[:2], "--layers", 3, "--json")
+    code, out, _ = speed("--length", 80, *methods, *SHORT, *RANDOM, "--layers", 3, "--json")
     record = json.loads(out.strip().splitlines()[-1])
     assert code == 0 and "out of reach" in " ".join(out.split())
     assert [row["outcome"] for row in record["rows"]] == ["ok", "refused", "ok"]
@@ -118,7 +118,8 @@ def test_a_method_of_ones_own_that_was_edited_is_another_run(speed, tmp_path, mo
     source = "import kvtrim\nMINE = kvtrim.METHODS['knorm']\n"
     (tmp_path / "speedy.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    asked = ("--length", 48, "--method", "speedy:MINE", "--keep", "40", *SHORT, *RANDOM, "--json")
+    asked = ("--length", 48, "--method", "speedy:MINE", "--keep", "40", *RANDOM, "--json")
+    asked += ("--repeats", 1, "--new-tokens", 2)
     code, out, _ = speed(*asked, "--out", "run")
     first = json.loads(out)
     assert code == 0 and list(first["outside"]) == ["speedy:MINE"]

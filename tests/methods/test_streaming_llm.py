@@ -82,10 +82,10 @@ def test_a_block_larger_than_the_recent_part_keeps_the_sinks_and_is_cut_back_lat
 
 
 @pytest.mark.parametrize("preset", ["upstream", "bounded"])
-def test_sinks_survive_a_thousand_steps_and_the_size_stays(preset):
+def test_sinks_survive_hundreds_of_steps_and_the_size_stays(preset):
     stream = Stream(preset=preset)
     stream.read(1)  # a stream needs no prompt: the cache fills up token by token
-    for step in range(1, 1001):
+    for step in range(1, 301):
         held = stream.read(1)
         assert len(held) == min(step + 1, 8)
         assert held[:4] == list(range(min(step + 1, 4)))

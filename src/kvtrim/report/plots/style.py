@@ -17,6 +17,7 @@ MAP = "cividis"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00")
 _MARKERS, _LINES = "osD^vP*Xhd<>", ("-", "--", ":", "-.")
 _DPI, _PALETTE = 120, 128  # and colours of a picture
+_LAYOUT = "constrained"  # what is drawn is measured first, so that nothing overlaps
 _TITLE = 13  # letters of a title in an inch
 
 
@@ -43,7 +44,7 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
         raise UsageError("plots need matplotlib: pip install 'kvtrim[plot]'") from None
-    figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(width, height), layout=_LAYOUT)
     FigureCanvasAgg(figure)  # no window, whatever the user's own backend
     return figure
 
