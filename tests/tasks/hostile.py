@@ -77,7 +77,7 @@ WRITES = {
     "another user": "import os; os.setuid(0); open('{secret}', 'w')",
     "by a shell": "import os; os.system('echo gone > {secret}')",
     "by another program": "import subprocess; subprocess.run(['/bin/sh', '-c', 'rm -rf {folder}'])",
-    "by a child that stays": "import os, time\nif os.fork() == 0:\n    time.sleep(2); open('{folder}/late', 'w')",
+    "by a child that stays": "import os, time\nif os.fork() == 0:\n    time.sleep(1); open('{folder}/late', 'w')",
     "the kernel": "open('/proc/sys/kernel/core_pattern', 'w').write('x')",
     "sysrq": "open('/proc/sysrq-trigger', 'w').write('h')",
 }
