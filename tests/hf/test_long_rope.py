@@ -15,6 +15,7 @@ from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf.base import cache_in, cache_keyword
 from kvtrim.hf.batch import join, positions
 from kvtrim.hf.pack import Feed, Pack, base_of, position
+from kvtrim.methods.request import Request as Settled
 from kvtrim.serve import documents
 from kvtrim.serve.library import Library
 from kvtrim.serve.reader import Reader
@@ -221,7 +222,9 @@ def test_it_is_served_below_the_switch_and_told_why_not_beyond(model, tmp_path):
     reader = Reader(model, models.tokenizer(), prints, library)
     assert reader.window == SWITCH
     with pytest.raises(UsageError, match=f"from {SWITCH} tokens on this model turns keys by"):
-        reader.upload(Upload("long", "word " * 30, documents.How("snapkv", "20"), print))
+        reader.upload(
+            Upload("long", "word " * 30, documents.How(Settled.of("snapkv", "40")), print)
+        )
     plain = models.tiny("llama")
     prints = documents.Prints.of("tiny", plain, models.tokenizer())
     own = Reader(plain, models.tokenizer(), prints, library)
