@@ -160,8 +160,8 @@ def test_files_stay_short():
 # states, padding, ragged slots, sampling)
 PLAIN = {"embed", "feed", "read", "seed", "shed", "speed", "spread", "string"}
 PLAIN |= {"hidden", "padding", "ragged", "sampling"}
-# hooks that methods of other packages define, and one that transformers calls
-FOREIGN = {"fitted", "compared", "activate_past_recording", "_weighed"}
+# hooks that methods of other packages define, and those that transformers and Ray Serve call
+FOREIGN = {"fitted", "compared", "activate_past_recording", "_weighed", "on_request_routed"}
 IRREGULAR = """
 begun bought broken brought built caught chosen dealt done drawn driven fed felt forgotten
 foreseen found frozen given gone got grown heard held kept known laid led left lent lost made

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import urllib.request
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +27,9 @@ if not (find_spec("ray") and find_spec("grpc")):  # not loaded here: this proces
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 TEXT = "Chapter 1. " + "The cat sat on the mat and looked at the sea. " * 4
 CHAT = "/v1/chat/completions"
+ENTRY = 384  # bytes of one token
+MEMORY = 2800 * ENTRY
+REPORTED_S = 2.5  # until what replicas hold is known to whoever routes
 WAIT_S = 240  # a bound, for machines that do other things as well
 
 
@@ -40,7 +44,7 @@ def served(folder, model_folder):
     source = Path(__file__).parents[2] / "src"
     paths = os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])
     quick = {"PYTHONPATH": paths, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
-    more = ["--replicas", 2, "--threads", 1, "--batch", 16]
+    more = ["--replicas", 2, "--threads", 1, "--batch", 16, "--memory", f"{MEMORY}B"]
     fresh = "ray" in sys.modules  # a fork of a process that used Ray would wait for ever
     process, url = launch(folder, model_folder, *more, fresh=fresh, **quick)
     yield url
@@ -58,13 +62,13 @@ def lines(folder):
 
 
 def takers(folder, path, count):
-    """Which replicas took the first requests to a path, once so many were logged."""
+    """Which replicas took the requests to a path, once so many were logged."""
 
     def found():
         taken = [line["replica"] for line in lines(folder) if line.get("path") == path]
-        return taken if len(taken) >= count else None
+        return (taken,) if len(taken) >= count else None
 
-    return until(found, f"{path} was not logged")[:count]
+    return until(found, f"{path} was not logged")[0]
 
 
 def ask(url, name, text="Who?", new=4, **more):
@@ -187,6 +191,50 @@ def test_documents_are_listed_read_and_removed_whoever_has_them(served):
     assert ask(served, "brief")[0] == 404
     assert send(served, "PUT", path, b"  ")[0] == 400
     assert send(served, "GET", "/v1/nothing")[0] == 404
+
+
+@pytest.mark.process
+def test_a_replica_that_let_go_of_a_document_is_no_longer_asked_for_it(served, folder):
+    url = served
+    for each in send(url, "GET", "/v1/documents")[1]["data"]:
+        assert send(url, "DELETE", f"/v1/documents/{each['name']}")[1]["deleted"]
+    until(lambda: not any(gauge(url, "kvtrim_documents").values()), "removed, and still held")
+    time.sleep(REPORTED_S)
+
+    def taker(path, action):
+        """Which replica takes what an action asks."""
+        before = len(takers(folder, path, 0))
+        answer = action()
+        return takers(folder, path, before + 1)[-1], answer
+
+    holders = {}
+    for name in ("e0", "e1", "e2"):  # the one that holds less is given the next
+        path = f"/v1/documents/{name}"
+        action = partial(send, url, "PUT", path, f"A short text for {name}. It ends.".encode())
+        holders[name], made = taker("/v1/documents/{name}", action)
+        assert made[1]["status"] == "ready"
+    one, two = sorted(set(holders.values()), key=lambda each: list(holders.values()).count(each))
+    last, first = (name for name in reversed(holders) if holders[name] == two)
+    (other,) = (name for name in holders if holders[name] == one)
+    chosen, answer = taker(CHAT, partial(ask, url, first))
+    assert chosen == two and said(answer)
+    chosen, answer = taker(CHAT, partial(ask, url, last))
+    assert chosen == two
+    used, tokens = answer[1]["usage"], send(url, "GET", f"/v1/documents/{last}")[1]["tokens"]
+
+    # room for eight long answers about one is room for no other document
+    assert send(url, "DELETE", f"/v1/documents/{other}")[1]["deleted"]
+    time.sleep(REPORTED_S)
+    question = used["prompt_tokens"] - tokens
+    new = (MEMORY // ENTRY - 48 - 8 - question) // 8
+    asked = {"model": f"@{last}", "messages": [{"role": "user", "content": "Who?"}]}
+    with begin(url, **asked, n=8, max_tokens=new, stream=True) as stream:
+        assert stream.readline()
+    assert gauge(url, "kvtrim_documents") == {one: 0, two: 1}
+    time.sleep(REPORTED_S)
+    for _ in range(2):
+        assert taker(CHAT, partial(ask, url, first))[0] == one
+    assert taker(CHAT, partial(ask, url, last))[0] == two
 
 
 @pytest.mark.parametrize(

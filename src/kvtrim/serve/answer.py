@@ -99,6 +99,9 @@ class Answer:
         how, own = self.request.sampling, self.speaker
         self._sampler = Sampler(how, own.device, own.repetition)
         self._text, self._stops = Detokenizer(own.tokenizer), Stops(how.stop)
+        self.talk.subject = self.request.subject
+        if self.document is not None:
+            self.document.note_subject(self.request.subject)
 
     def unread(self) -> list[int]:
         """Tokens to be fed: of the prompt, or the last one written."""

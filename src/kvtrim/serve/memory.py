@@ -13,6 +13,7 @@ from kvtrim.hf.cache import Cache
 from kvtrim.hf.pack import Pack
 
 _CONVERSATIONS = 256
+_SUBJECTS = 16
 
 
 @dataclass(eq=False)
@@ -25,6 +26,13 @@ class Document:
     held_bytes: int
     full_bytes: int
     users: int = 0
+    subjects: tuple[str, ...] = ()  # what it was asked as, where somebody routes by that
+
+    def note_subject(self, subject: str) -> None:
+        """It was asked, or read, as this."""
+        if subject:
+            others = [each for each in self.subjects if each != subject]
+            self.subjects = (*others[1 - _SUBJECTS :], subject)
 
     def continuation(self, room: int) -> Branch | Cache:
         """A continuation of one's own."""
@@ -40,6 +48,7 @@ class Conversation:
     document: Document | None
     into: Branch | Cache
     ids: list[int] = field(default_factory=list)  # behind the document
+    subject: str = ""  # as a document's
 
     @classmethod
     def begin(cls, document: Document | None, room: int) -> "Conversation":
@@ -76,9 +85,20 @@ class Memory:
     @property
     def held_bytes(self) -> int:
         """Everything, reservations as if they were filled."""
-        idle = sum(each.nbytes for each in self._idle.values())
+        idle = sum(each.nbytes for each in list(self._idle.values()))  # others ask meanwhile
         idle += 0 if self._pack is None else self._pack.empty_bytes
-        return idle + self.reserved + sum(each.held_bytes for each in self.documents.values())
+        documents = sum(each.held_bytes for each in list(self.documents.values()))
+        return idle + self.reserved + documents
+
+    def subjects(self) -> set[str]:
+        """All that is held, as what it was asked. From any thread."""
+        named = [each.subjects for each in list(self.documents.values())]
+        own = [each.subject for each in list(self._idle.values()) if each.subject]
+        return {*own, *(each for names in named for each in names)}
+
+    def known_as(self, subject: str) -> set[Hashable]:
+        """The documents that were asked as this. From any thread."""
+        return {e.key for e in list(self.documents.values()) if subject in e.subjects}
 
     def make_room(self, count: int) -> bool:
         """Let go of what is not in use until so many bytes are free; whether they are."""

@@ -1,8 +1,8 @@
 """Replicas of the server on a Ray cluster, and the way to them: Ray Serve routes by document.
 
-Each replica is the whole application over a library that all share. It tells Ray Serve which
-documents it was asked about (`serve.multiplexed`), and Ray Serve sends further requests about them
-there, as long as it has a place; a replica that dies is replaced.
+Each replica is the whole application over a library that all share. It tells Ray Serve what its
+memory holds, and requests about that go there (`serve.whereabouts`), as long as it has a place; a
+replica that dies is replaced.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import sys
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +28,13 @@ from kvtrim.serve.front import Died
 from kvtrim.serve.library import Library
 from kvtrim.serve.metrics import log_to_stderr
 from kvtrim.serve.relay import Begun, Passed
-from kvtrim.serve.request import Refused
+from kvtrim.serve.request import SUBJECT, Refused
 from kvtrim.serve.scheduler import Limits
 from kvtrim.serve.service import Defaults, Service
+from kvtrim.serve.whereabouts import HOLDS, router_config
 
 log = logging.getLogger("kvtrim.serve")
 
-_DOCUMENTS = 256  # that a replica is remembered to hold
 _HEALTH_S = 2.0
 _DRAIN_S = 30.0
 _ASK_ALL_S = 10.0
@@ -77,6 +78,7 @@ class Replica:
     def __init__(self, setup: Setup):
         self.name = serve.get_replica_context().replica_id.unique_id
         self._refused: KvtrimError | None = None
+        self._under_way = Counter[str]()  # requests, by what they are about
         log_to_stderr()  # which Ray keeps
         try:
             self._service = _service(setup)
@@ -98,19 +100,22 @@ class Replica:
         if self._refused is None and not self._service.scheduler.alive:
             raise RuntimeError("the scheduler has ended")
 
-    @serve.multiplexed(max_num_models_per_replica=_DOCUMENTS)
-    async def hold(self, document: str) -> str:
-        """Be known to hold a document, which is read when asked and kept while there is room."""
-        return document
+    async def record_routing_stats(self) -> dict[str, list[str]]:
+        """Asked by Ray Serve, which tells whoever routes."""
+        held = set() if self._refused is not None else self._service.subjects()
+        return {HOLDS: sorted(held.union(+self._under_way))}
 
     async def answer(self, passed: Passed) -> AsyncIterator[str | Begun | bytes]:
         """As `front.Replicas.answer`, whose Ray Serve has chosen this replica."""
-        hold: Any = self.hold  # whose type the decorator does not say
-        if document := serve.get_multiplexed_model_id():
-            await hold(document)
-        yield self.name
-        async for part in respond(self._app, passed, self.name):
-            yield part
+        if subject := serve.get_multiplexed_model_id():
+            self._under_way[subject] += 1
+        try:
+            yield self.name
+            SUBJECT.set(subject)
+            async for part in respond(self._app, passed, self.name):
+                yield part
+        finally:
+            self._under_way -= Counter([subject])
 
     async def answer_alone(self, passed: Passed) -> Begun:
         """A response that is no stream."""
@@ -314,6 +319,7 @@ def _run(setup: Setup, count: int, needs: dict[str, float]) -> Any:
         graceful_shutdown_timeout_s=_DRAIN_S,
         ray_actor_options=needs,
         logging_config=quiet,
+        request_router_config=router_config(),
     )
     try:
         return serve.run(deployed.bind(setup), name=_name(setup), route_prefix=None)

@@ -98,6 +98,7 @@ class Reader:
         reading = Reading(key, cache, prompt.ids, complete=complete, told=tell)
         reading.failed = lambda error: upload.emit(Failed(error))
         reading.wanted = lambda: not upload.gone.is_set()
+        reading.subject = upload.subject
         return reading
 
     def head_key(self, request: Request) -> str:

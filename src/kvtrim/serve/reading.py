@@ -30,6 +30,7 @@ class Reading:
     failed: Callable[[Exception], None] = lambda error: None
     told: Callable[[int, int], None] = lambda done, out_of: None
     wanted: Callable[[], bool] = lambda: True
+    subject: str = ""
 
     @property
     def whole(self) -> bool:
@@ -52,7 +53,9 @@ class Reading:
 
     def document(self) -> Document:
         """What was read, ready to be continued."""
-        return document_of(self.key, self.cache)
+        document = document_of(self.key, self.cache)
+        document.note_subject(self.subject)
+        return document
 
 
 def document_of(key: Hashable, cache: Cache) -> Document:

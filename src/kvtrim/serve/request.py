@@ -3,12 +3,16 @@
 import threading
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvtrim.errors import KvtrimError, UsageError
 from kvtrim.serve.documents import How
 from kvtrim.serve.library import Entry
+
+SUBJECT: ContextVar[str] = ContextVar("subject", default="")
+"""What a request is about, as whoever routes it says (`relay.subject`); "" where nobody does."""
 
 
 class Refused(KvtrimError):
@@ -121,6 +125,7 @@ class Request:
     came: float = field(default_factory=time.monotonic)
     gone: threading.Event = field(default_factory=threading.Event)  # nobody waits for it any more
     more: list["Request"] = field(default_factory=list)  # answers to the same prompt, read once
+    subject: str = field(default_factory=SUBJECT.get)
 
     @property
     def count(self) -> int:
@@ -144,3 +149,4 @@ class Upload:
     tokens: int = 0
     done: int = 0
     gone: threading.Event = field(default_factory=threading.Event)
+    subject: str = field(default_factory=SUBJECT.get)

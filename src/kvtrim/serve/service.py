@@ -202,6 +202,10 @@ class Service:
         self.uploads[name] = upload
         return done
 
+    def subjects(self) -> set[str]:
+        """What is held or read here, as whoever routes requests names it."""
+        return self.scheduler.memory.subjects().union(list(self.uploads))
+
     def show(self, name: str) -> str:
         """What was kept of a document, as a page.
 
@@ -222,10 +226,13 @@ class Service:
             self.uploads[name].gone.set()
             self.uploads.pop(name)
             return
-        entry = self.find_document(name)
-        self.library.remove(name)
-        if not any(each.key == entry.key for each in self.documents()):
-            self.scheduler.forget(entry.key)
+        gone = self.scheduler.memory.known_as(name)  # also where another process removed it
+        try:
+            gone.add(self.find_document(name).key)
+            self.library.remove(name)
+        finally:
+            for key in gone.difference(each.key for each in self.documents()):
+                self.scheduler.forget(key)
 
     # Answers
 
