@@ -69,6 +69,15 @@ def test_what_was_settled_is_refused_again(run):
     assert code == 2 and "--out" in err
     code, _, err = run("ask", "doc.txt", "-q", "Where?", "--seed", "3")
     assert code == 2 and "--temperature" in err
+    sampled = ("ask", "doc.txt", "-q", "Where?", "--temperature")
+    code, _, err = run(*sampled, "0.5", "--seed", str(10**30))
+    assert code == 2 and "64-bit" in err
+    code, _, err = run(*sampled, "1e40")
+    assert code == 2 and "at most 10" in err
+    code, _, err = run(*sampled, "1e-300", *SHORT, "--max-new-tokens", "2")
+    assert code == 0, err
+    code, _, err = run("caches", "prune", "half", model=False)
+    assert code == 2 and "write 2GiB" in err
 
 
 def test_the_text_of_a_named_document_is_compared(run):

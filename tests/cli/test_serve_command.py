@@ -1,5 +1,6 @@
 """`kvtrim serve`: what cannot be served is said before any model is loaded."""
 
+import socket
 import sys
 
 import pytest
@@ -21,6 +22,17 @@ pytest.importorskip("fastapi", reason="the server is not installed: pip install 
 def test_what_cannot_be_served_is_refused_at_once(run, asked, said):
     code, out, err = run("serve", *asked)
     assert code == 2 and out == "" and said in err and err.count("\n") == 1, err
+
+
+def test_an_address_that_cannot_be_had_is_said_at_once(run, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, _, err = run("serve", "--port", taken.getsockname()[1])
+    assert code == 2 and "is in use" in err and "--port" in err
+    code, _, err = run("serve", "--host", "no.such.host.invalid", "--api-key", "long enough")
+    assert code == 2 and "cannot listen at no.such.host.invalid" in err
+    (tmp_path / "file").touch()
+    code, _, err = run("serve", "--library", tmp_path / "file", "--port", 0)
+    assert code == 2 and "name a folder" in err
 
 
 def test_ray_serve_that_is_missing_is_named(run, monkeypatch):

@@ -100,8 +100,11 @@ def prune(context: typer.Context, size: Size) -> None:
     """Remove those not used for longest until the others take no more than SIZE."""
     from kvtrim.methods.keep import Keep
 
-    asked = Keep.parse(size)
-    if asked.kind != "bytes":
+    try:
+        asked = Keep.parse(size)
+    except UsageError:
+        asked = None
+    if asked is None or asked.kind != "bytes":
         raise UsageError(f"{size} is no size; write 2GiB or 500MiB")
     for entry in options.library_in(context.obj).prune(int(asked.amount)):
         output.out.print(f"@{entry.name} removed: {output.size(entry.file_bytes)}")

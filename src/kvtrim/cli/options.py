@@ -126,7 +126,10 @@ def library_in(folder: Path | None) -> "library.Library":
     """The named documents of a folder, by default of the user's data folder."""
     from kvtrim.serve.library import Library, default_folder
 
-    return Library(folder or default_folder())
+    folder = folder or default_folder()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"the library {folder} is a file; name a folder (--library)")
+    return Library(folder)
 
 
 def name_in(given: str | None) -> str | None:
@@ -142,13 +145,17 @@ def sampling_options(
     Raises:
         UsageError: settings of sampling without sampling.
     """
-    if not temperature:
+    if temperature is None or temperature < 1e-5:  # 0, in the precision of logits
         if top_p is not None or seed is not None:
             raise UsageError("--top-p and --seed act on sampling: give --temperature 0.7 too")
         return {}
-    import torch
-
+    if temperature > 10 or top_p == 0:
+        raise UsageError("--temperature is at most 10, --top-p above 0; for greedy leave both out")
     if seed is not None:
+        import torch
+
+        if abs(seed) >= 2**63:
+            raise UsageError(f"--seed {seed}: give a 64-bit number")
         torch.manual_seed(seed)
     given = {"do_sample": True, "sampling.temperature": temperature}
     return given | ({} if top_p is None else {"top_p": top_p})

@@ -1,7 +1,10 @@
 """`serve`: an OpenAI-compatible server of one model and its documents."""
 
+import errno
 import os
-from contextlib import ExitStack
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -100,8 +103,6 @@ def serve(
     limits = Limits(memory=int(bound.amount), batch=batch, queue=queue)
     defaults = Defaults(method, keep, compress_above, deadline)
     config: dict[str, Any] = {
-        "host": host,
-        "port": port,
         "log_level": "warning",
         "access_log": False,
         "server_header": False,
@@ -110,21 +111,59 @@ def serve(
         "limit_concurrency": max(256, 4 * (batch + queue)) * (replicas or 1),
     }
     loading = model, device, dtype, threads, allow_untested
-    if replicas is None:
-        loaded, tokenizer = options.load(*loading)
-        service = Service(model, loaded, tokenizer, shelf, limits, defaults)
-        log_to_stderr()
-        _run(uvicorn.Server(uvicorn.Config(application(service, api_key), **config)), service.id)
-        return
-    ray_app = _ray_app()
-    setup = ray_app.Setup(shelf.folder.absolute(), limits, defaults, *loading, folder=os.getcwd())
-    log_to_stderr()
+    ray_app: Any = None if replicas is None else _ray_app()
     with ExitStack() as stack:
-        with output.busy(f"starting {replicas} replicas"):
-            cluster = stack.enter_context(ray_app.Cluster(setup, replicas, ray_address))
-        app = Front(cluster, api_key, deadline, long=compress_above)
-        config |= {"lifespan": "off", "ws": "none"}
-        _run(uvicorn.Server(uvicorn.Config(app, **config)), setup.id)
+        sockets = stack.enter_context(_bind(host, port))  # before minutes of loading
+        if replicas is None:
+            loaded, tokenizer = options.load(*loading)
+            service = Service(model, loaded, tokenizer, shelf, limits, defaults)
+            log_to_stderr()
+            app: Any = application(service, api_key)
+            name = service.id
+        else:
+            folder = shelf.folder.absolute()
+            setup = ray_app.Setup(folder, limits, defaults, *loading, folder=os.getcwd())
+            log_to_stderr()
+            with output.busy(f"starting {replicas} replicas"):
+                cluster = stack.enter_context(ray_app.Cluster(setup, replicas, ray_address))
+            app = Front(cluster, api_key, deadline, long=compress_above)
+            config |= {"lifespan": "off", "ws": "none"}
+            name = setup.id
+        _run(uvicorn.Server(uvicorn.Config(app, **config)), name, sockets)
+
+
+@contextmanager
+def _bind(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """The sockets of an address.
+
+    Raises:
+        UsageError: it is none of this machine's, or is taken.
+    """
+    kinds: dict[str, Any] = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
+    with ExitStack() as stack:
+        sockets: list[socket.socket] = []
+        try:
+            for family, kind, number, _, address in socket.getaddrinfo(host, port, **kinds):
+                one = stack.enter_context(socket.socket(family, kind, number))
+                if os.name == "posix":
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                taken = sockets[0].getsockname()[1] if sockets else port  # 0: one for all
+                one.bind((address[0], taken, *address[2:]))
+                sockets.append(one)
+        except OSError as error:
+            raise _refusal(host, port, error) from None
+        yield sockets
+
+
+def _refusal(host: str, port: int, error: OSError) -> UsageError:
+    if error.errno == errno.EADDRINUSE:
+        return UsageError(
+            f"port {port} is in use: stop what listens there, or choose another (--port; 0: any "
+            "that is free)"
+        )
+    return UsageError(f"cannot listen at {host}, port {port}: {error.strerror}")
 
 
 def _ray_app() -> ModuleType:
@@ -138,20 +177,23 @@ def _ray_app() -> ModuleType:
     return ray_app
 
 
-def _run(server: "object", name: str) -> None:
+def _run(server: "object", name: str, sockets: list[socket.socket]) -> None:
     """Serve until told to stop, and say where once requests are answered."""
     import asyncio
 
     own: Any = server
+    host, port = sockets[0].getsockname()[:2]
 
     async def main() -> None:
-        serving = asyncio.ensure_future(own.serve())
+        serving = asyncio.ensure_future(own.serve(sockets))
         while not own.started and not serving.done():
             await asyncio.sleep(0.02)
         if own.started:
-            host, port = own.servers[0].sockets[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             typer.echo(f"kvtrim: serving {name} at http://{shown}:{port}/ (API under /v1)")
         await serving
 
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except OSError as error:  # another one began to listen there since
+        raise _refusal(host, port, error) from None
