@@ -48,6 +48,8 @@ def encode(
     """
     if not tokenizer.chat_template:
         raise UsageError("this model's tokenizer has no chat template; use completions instead")
+    if not messages:
+        raise UsageError("there are no messages; send at least one of the user's")
     given = [{"role": each["role"], "content": each["content"]} for each in messages]
     for each in given:
         require_characters(f"{each['role']} message", each["content"])

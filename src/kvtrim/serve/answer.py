@@ -1,5 +1,6 @@
 """One answer under way: what was fed of it, what was written, when it ends."""
 
+import logging
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from kvtrim.serve.request import Done, Request, Token, Usage
 from kvtrim.serve.sampler import Sampler
 from kvtrim.serve.stream import Stops
 from kvtrim.types import Float, Tensor
+
+log = logging.getLogger("kvtrim.serve")
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,18 @@ class Answer:
         return len(self.talk.ids) >= len(self.request.ids)
 
     def extend(self, logits: Float[Tensor, " vocabulary"]) -> None:
-        """Choose the next token, say so, and see whether it was the last."""
+        """Choose the next token, say so, and see whether it was the last.
+
+        What goes wrong ends this answer, and no other of the pass.
+        """
+        try:
+            self._extend(logits)
+        except Exception as error:
+            log.exception("an answer failed", exc_info=error)
+            self.ended = True
+            self.request.fail(error)
+
+    def _extend(self, logits: Float[Tensor, " vocabulary"]) -> None:
         how = self.request.sampling
         token, logprob, top = self._sampler.choose(logits, self.request.ids, self.written)
         self.written.append(token)

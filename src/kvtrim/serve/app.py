@@ -4,8 +4,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from functools import partial
 from importlib.resources import files
 from typing import Any
@@ -53,10 +53,12 @@ def application(
     app.add_exception_handler(RequestValidationError, _bad_request)
     app.add_exception_handler(KvtrimError, _refusal)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _failure)
     _add_answers(app, service, metrics)
     _add_documents(app, service)
 
     @app.get("/health")
+    @app.head("/health")
     def health() -> JSONResponse:
         alive = service.scheduler.alive
         return JSONResponse({"status": "ok" if alive else "closing"}, 200 if alive else 503)
@@ -75,6 +77,7 @@ def application(
         return next(each for each in service.models() if each["id"] == name)
 
     app.get("/")(page)
+    app.head("/")(page)
     return app
 
 
@@ -110,13 +113,39 @@ def _guard(metrics: Metrics, check: Callable[[Http], Response | None]) -> Callab
 
 
 async def _bad_request(request: Http, error: Any) -> JSONResponse:
-    first = error.errors()[0]
-    where = ".".join(str(each) for each in first["loc"][1:])[:200]
-    return error_response(f"{where or 'body'}: {first['msg'][:300]}", 400)
+    found = max(error.errors(), key=lambda each: len(each["loc"]))  # of several forms, the nearest
+    where, kind = found["loc"][1:], request.headers.get("content-type", "")
+    if found["type"] == "json_invalid":
+        why = found.get("ctx", {}).get("error", "")
+        message = f"the body is no JSON: {why} at character {where[-1] if where else 0}"
+    elif found["type"] == "value_error":
+        message = str(found["ctx"]["error"])
+    elif not where and not kind.partition(";")[0].strip().endswith("json"):
+        message = "send JSON, and say so: Content-Type: application/json"
+    else:
+        message = f"{'.'.join(map(str, where))[:200] or 'body'}: {found['msg'][:300]}"
+    return error_response(message, 400)
+
+
+_PLAIN = {
+    400: "the body cannot be read; send JSON",
+    404: "there is nothing here; OpenAI's endpoints are under /v1 (GET /v1/models)",
+    405: "there is no {method} here",
+}
 
 
 async def _http(request: Http, error: Any) -> JSONResponse:
-    return error_response(str(error.detail), error.status_code)
+    message = _PLAIN.get(error.status_code, str(error.detail)).format(method=request.method)
+    headers = dict(error.headers or {})
+    if allowed := headers.get("Allow"):
+        message += f"; use {allowed}"
+    response = error_response(message, error.status_code)
+    response.headers.update(headers)
+    return response
+
+
+async def _failure(request: Http, error: Exception) -> JSONResponse:
+    return failure(error)  # the log has it
 
 
 async def _refusal(request: Http, error: Any) -> JSONResponse:
@@ -128,27 +157,29 @@ async def _refusal(request: Http, error: Any) -> JSONResponse:
 
 def _add_answers(app: FastAPI, service: Service, metrics: Metrics) -> None:
     async def answer(http: Http, asking: Asking, form: wire.Form, stream: bool) -> Response:
-        if stream:
-            body = _events(service, metrics, asking, form)
-            return StreamingResponse(body, media_type="text/event-stream")
-        with asking:
+        lines = _events(service, metrics, asking, form)
+        with ExitStack() as stack:
+            stack.enter_context(asking)
             gone = asyncio.ensure_future(_wait_for_close(http))
-            whole = asyncio.ensure_future(asking.choices())
+            first = asyncio.ensure_future(anext(lines) if stream else asking.choices())
             try:
-                await asyncio.wait({gone, whole}, return_when=asyncio.FIRST_COMPLETED)
-                if not whole.done():
+                await asyncio.wait({gone, first}, return_when=asyncio.FIRST_COMPLETED)
+                if not first.done():
                     return error_response("the client went away", 499)
-                choices = whole.result()
+                got = first.result()
             except KvtrimError:
                 raise
             except Exception as error:
                 return failure(error)
             finally:
                 gone.cancel()
-                whole.cancel()
-        for each in choices:
+                first.cancel()
+            if isinstance(got, str):
+                stack.pop_all()  # the stream goes on
+                return StreamingResponse(_follow(got, lines), media_type="text/event-stream")
+        for each in got:
             metrics.count_answer(each.usage)
-        return JSONResponse(form.whole(choices))
+        return JSONResponse(form.whole(got))
 
     @app.post("/v1/chat/completions")
     async def chat(asked: protocol.Chat, http: Http) -> Response:
@@ -203,26 +234,38 @@ async def _wait_for_close(http: Http) -> None:
 
 async def _events(
     service: Service, metrics: Metrics, asking: Asking, form: wire.Form
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """Server-sent events of answers as they come; a client that leaves ends them.
 
-    Nothing is sent before the first token is there: until then another replica may take over.
+    There is none before the first token is there: until then another replica may take over, and
+    what goes wrong is raised, so that it is the response's status.
     """
     with asking:
-        before = list(form.begin(asking.count))
+        before, sent = list(form.begin(asking.count)), False
         try:
             async for number, event in asking.events():
                 if isinstance(event, Done):
                     metrics.count_answer(event.usage)
                 for line in (*before, *form.event(number, event)):
                     yield line
+                    sent = True
                 before = []
         except Exception as error:
+            if not sent:
+                raise
             body = json.loads(bytes(failure(error).body))
             yield f"data: {json.dumps(body)}\n\n"
             return
         for event in form.end():
             yield event
+
+
+async def _follow(first: str, lines: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+    """All of a stream that has begun."""
+    async with aclosing(lines):
+        yield first
+        async for line in lines:
+            yield line
 
 
 # Documents

@@ -27,12 +27,20 @@ def is_loopback(host: str) -> bool:
 def turn_away(request: Http, api_key: str | None) -> Response | None:
     """Why a request goes no further; None if it does."""
     if api_key is None and not is_loopback(request.url.hostname or ""):
-        return error_response("this server answers to its own machine's names alone", 403)
+        return error_response(
+            "this server answers to its own machine's names alone: ask for it as 127.0.0.1, or "
+            "start it with --api-key",
+            403,
+        )
     if api_key is not None and request.url.path not in _OPEN:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         right = hmac.compare_digest(given.strip().encode(), api_key.encode())
         if kind.lower() != "bearer" or not right:
-            return error_response("no API key, or a wrong one", 401, kind="invalid_api_key")
+            return error_response(
+                "no API key, or a wrong one: send Authorization: Bearer KEY",
+                401,
+                kind="invalid_api_key",
+            )
     try:
         length = int(request.headers.get("content-length", "0"))
     except ValueError:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST_CHOICES = 8
 MOST_MESSAGES = 1024
@@ -51,7 +51,11 @@ class StreamOptions(BaseModel):
 
 
 class Asked(BaseModel):
-    """What every kind of request says of the answer."""
+    """What every kind of request says of the answer.
+
+    Words of OpenAI's that are not known here are passed over, but not those that ask for another
+    answer than would be given.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -68,6 +72,28 @@ class Asked(BaseModel):
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     kvtrim: Kvtrim = Kvtrim.model_validate({})
+    logit_bias: dict[str, float] | None = None
+    best_of: int | None = None
+    tool_choice: Any = None
+    function_call: Any = None
+    response_format: Any = None
+    text: Any = None  # of a response: its format
+
+    @model_validator(mode="after")
+    def require_served(self) -> "Asked":
+        """Refuse what an answer here would not keep."""
+        format = self.text.get("format") if isinstance(self.text, dict) else None
+        formats = [each for each in (self.response_format, format) if each is not None]
+        wrong = {
+            "logit_bias": bool(self.logit_bias),
+            "best_of": (self.best_of or 1) > (self.n or 1),
+            "tool_choice": self.tool_choice not in (None, "none", "auto"),
+            "function_call": self.function_call not in (None, "none", "auto"),
+            "response_format": any(one != {"type": "text"} for one in formats),
+        }
+        for name in (name for name, refused in wrong.items() if refused):
+            raise ValueError(f"{name} is not served here; leave it out")
+        return self
 
 
 class Chat(Asked):

@@ -147,10 +147,9 @@ async def respond(app: Any, passed: Passed, name: str) -> AsyncIterator[Begun | 
     """
     scope, messages = dict(passed.scope), asyncio.Queue[dict[str, Any] | None]()
     given = iter([{"type": "http.request", "body": passed.body, "more_body": False}])
-    never = asyncio.get_running_loop().create_future()
 
-    async def receive() -> dict[str, Any]:
-        return next(given, None) or await never
+    async def receive() -> dict[str, Any]:  # who stops waiting has cancelled no one else's future
+        return next(given, None) or await asyncio.get_running_loop().create_future()
 
     async def run() -> None:
         try:

@@ -15,7 +15,7 @@ from kvtrim.serve.documents import Prints
 from kvtrim.serve.library import Entry, Library, key_of
 from kvtrim.serve.memory import Document
 from kvtrim.serve.reading import Reading, document_of
-from kvtrim.serve.request import Failed, Request, Upload
+from kvtrim.serve.request import Failed, Refused, Request, Upload
 
 
 class Reader:
@@ -87,6 +87,8 @@ class Reader:
         )
 
         def complete(cache: Cache) -> None:
+            if upload.gone.is_set():
+                raise Refused(f"{upload.name!r} was removed while it was read", 409)
             given = self.library, upload.name, self.tokenizer, self.prints, text, how, cache
             upload.emit(documents.keep(*given))
 

@@ -5,6 +5,8 @@ import torch
 from kvtrim.serve.request import Sampling
 from kvtrim.types import Float, Int, Tensor
 
+_GREEDY = 1e-5  # temperatures below say the same, and would be 0 in the logits' precision
+
 
 class Sampler:
     """Chooses one answer's tokens; what it draws depends on its seed alone, not on others.
@@ -37,7 +39,7 @@ class Sampler:
             ids, counts = torch.tensor(written, device=scores.device).unique(return_counts=True)
             scores = scores.clone()
             scores[ids] -= how.presence_penalty + how.frequency_penalty * counts
-        if how.temperature == 0:
+        if how.temperature < _GREEDY:
             chosen = int(scores.argmax())
         else:
             chosen = self._sample(scores / how.temperature)

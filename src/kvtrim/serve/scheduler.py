@@ -24,7 +24,7 @@ from kvtrim.serve.memory import Conversation, Document, Memory
 from kvtrim.serve.pace import Pace
 from kvtrim.serve.reader import Reader
 from kvtrim.serve.reading import Reading
-from kvtrim.serve.request import Failed, Refused, Request, Upload
+from kvtrim.serve.request import Failed, Refused, Request, Upload, size
 
 log = logging.getLogger("kvtrim.serve")
 
@@ -262,8 +262,8 @@ class Scheduler:
         in_use = any(each.users for each in self.memory.documents.values())
         if not (self.answers or self.readings or in_use):
             raise Refused(
-                f"this needs {need >> 20} MiB beside what is held, and the server may hold "
-                f"{self.memory.bound >> 20} MiB in all (--memory); ask for fewer tokens, or "
+                f"this needs {size(need)} beside what is held, and the server may hold "
+                f"{size(self.memory.bound)} in all (--memory); ask for fewer tokens, or "
                 "compress more",
                 413,
             )

@@ -183,9 +183,12 @@ class Service:
         done.add_done_callback(lambda future: future.cancelled() or future.exception())
 
         def settle(event: Any) -> None:
+            if done.done():
+                return  # it was removed while it was read
             self.uploads.pop(name, None)
             if isinstance(event, Failed):
-                self.failed[name] = str(event.error)
+                if not upload.gone.is_set():
+                    self.failed[name] = str(event.error)
                 if len(self.failed) > _REMEMBERED:
                     del self.failed[next(iter(self.failed))]
                 done.set_exception(event.error)
@@ -223,8 +226,9 @@ class Service:
             Refused: there is none of that name.
         """
         if name in self.uploads:
-            self.uploads[name].gone.set()
-            self.uploads.pop(name)
+            upload = self.uploads.pop(name)
+            upload.gone.set()
+            upload.emit(Failed(Refused(f"{name!r} was removed while it was read", 409)))
             return
         gone = self.scheduler.memory.known_as(name)  # also where another process removed it
         try:
