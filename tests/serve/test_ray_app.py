@@ -220,13 +220,13 @@ def test_a_replica_that_let_go_of_a_document_is_no_longer_asked_for_it(served, f
     assert chosen == two and said(answer)
     chosen, answer = taker(CHAT, partial(ask, url, last))
     assert chosen == two
-    used, tokens = answer[1]["usage"], send(url, "GET", f"/v1/documents/{last}")[1]["tokens"]
+    used, made = answer[1]["usage"], send(url, "GET", f"/v1/documents/{last}")[1]
 
     # room for eight long answers about one is room for no other document
     assert send(url, "DELETE", f"/v1/documents/{other}")[1]["deleted"]
     time.sleep(REPORTED_S)
-    question = used["prompt_tokens"] - tokens
-    new = (MEMORY // ENTRY - 48 - 8 - question) // 8
+    question = used["prompt_tokens"] - made["tokens"]
+    new = ((MEMORY - made["held_bytes"]) // ENTRY - question) // 8
     asked = {"model": f"@{last}", "messages": [{"role": "user", "content": "Who?"}]}
     with begin(url, **asked, n=8, max_tokens=new, stream=True) as stream:
         assert stream.readline()
