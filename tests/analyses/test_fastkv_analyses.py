@@ -118,3 +118,35 @@ def test_propagation_scores_losses_and_times():
     assert abs(losses[1] - losses[0]) > 1e-6
     assert all(row[6] > 0 for row in found.rows) and found.rows[0][7] == 1
     assert said and {row[4] for row in found.rows} == {1.0}
+    assert len(found.panels) == found.across == 3
+    for panel in found.panels:
+        assert [one["label"] for one in panel["series"]] == ["full", "rate 30%", "rate 100%"]
+        assert panel["ticks"] == [0, 1] and all(one["x"] == [0, 1] for one in panel["series"])
+    assert found.panels[1]["series"][1]["y"] == losses[1:3]
+
+
+def test_each_length_has_figures_of_its_own_beside_its_full_prefill(monkeypatch):
+    model, tokenizer = models.tiny(), models.tokenizer()
+
+    def answered(asked, subject, layer, rate):
+        length = subject.given.sample.group["length"]
+        return 1.0, None if length == 90 else length + (rate or 0), 1.0 + (layer or 0)
+
+    def samples(request):
+        text = Document.of("A cat sat on a mat and looked at the sea. " * 3)
+        yield Sample("one", text, " Who?", ("cat",), group={"length": request.length})
+
+    monkeypatch.setattr(propagation, "_answer", answered)
+    task = Task("cats", 1, "", "", "", 4, samples, lambda answer, sample: 1.0, chat=False)
+    subject = Evaluated("tiny", model, tokenizer)
+    own = prompts.of_tasks(subject, [task], lambda _: [], [90, 120], 1)
+    given = base.Asked("tiny", model, tokenizer, own, rates=(0.2, 0.4), layers=(1, 0))
+    found = propagation.propagation(given)
+    assert [panel["title"] for panel in found.panels] == [
+        f"{what}, prompts of {length} tokens"
+        for length in (90, 120)
+        for what in ("Score", "Loss of the right answer", "Time to first token")
+    ]
+    none, losses, times = (found.panels[at]["series"] for at in (1, 4, 5))
+    assert none == [] and [one["y"] for one in losses] == [[120] * 2, [120.2] * 2, [120.4] * 2]
+    assert [one["y"] for one in times] == [[1, 1], [1, 2], [1, 2]]

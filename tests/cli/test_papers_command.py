@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from report.synthetic import evaluation, speed
+
 
 def test_the_list_and_what_is_printed(invoke):
     code, out, _ = invoke("papers", "--json")
@@ -70,6 +72,12 @@ def test_a_recipe_runs_and_is_drawn(invoke, model_folder, tmp_path):
         (("run", "curdkv/figure-4", "--out", "x", "--task", "gsm8k-8"), "measures seconds"),
         (("run", "curdkv/table-2", "--out", "no/x"), "there is no folder"),
         (("run", "curdkv/table-2", "--out", "x", "--config", "llama-3.1-8b"), "use --model"),
+        (
+            ("run", "fastkv/table-5", "--out", "x", "--limit", 1),
+            "--limit changes nothing in fastkv/table-5, which measures seconds",
+        ),
+        (("run", "fastkv/table-5", "--out", "x", "--ray"), "--ray changes nothing"),
+        (("run", "curdkv/table-2", "--out", "x", "--repeats", 2), "--repeats counts rounds"),
         (("show", "laprox/longbench"), "nothing printed of laprox/longbench"),
         (("show", "curdkv/tables-5-to-12"), "nothing to run"),
     ],
@@ -77,3 +85,14 @@ def test_a_recipe_runs_and_is_drawn(invoke, model_folder, tmp_path):
 def test_mistakes_are_named(invoke, arguments, message):
     code, _, err = invoke("papers", *arguments)
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_times_in_print_and_the_folder_of_another_table(invoke, tmp_path):
+    code, out, _ = invoke("papers", "show", "fastkv/table-5")
+    assert code == 0 and "14.15 s" in out and "hardware" in out
+    speed(tmp_path / "timed")
+    code, _, err = invoke("papers", "show", "curdkv/table-2", "timed")
+    assert code == 2 and "measure it with kvtrim papers run curdkv/table-2" in err
+    evaluation(tmp_path / "asked", ["gsm8k-8"], ["snapkv"], ["64"])
+    code, _, err = invoke("papers", "show", "curdkv/table-2", "asked")
+    assert code == 2 and "holds no run of curdkv/table-2: name another folder" in err

@@ -133,7 +133,7 @@ def test_what_was_refused_is_said(tmp_path):
 
 def test_speed_is_drawn_with_what_differs(tmp_path):
     table, told = drawn("fastkv/table-5", speed(tmp_path / "s", ["snapkv:preset=fastkv-v1"]))
-    assert table.cells.rows and any("lengths: [1024, 4096] here" in line for line in told)
+    assert table.cells.rows and any("lengths: 1024, 4096 here" in line for line in told)
 
 
 def test_what_a_paper_prints_is_drawn_alone():
@@ -153,6 +153,16 @@ def test_tasks_that_were_left_out_are_said_and_headings_are_the_papers(tmp_path)
     assert found.table.cells.headings[3:] == ["qasper", "lcc", "average"]
     (missing,) = [one for one in found.differences if one.startswith("not measured: task")]
     assert "longbench-trec, " in missing and "longbench-lcc" not in missing
+
+
+def test_the_folder_of_another_table_is_told(tmp_path):
+    one = known.find("curdkv/table-2")
+    labels = [known.find("circuitkv/results-256").methods["snapkv"]]
+    place = evaluation(tmp_path / "a", [longbench("lcc")], labels, ["256"])
+    (found,) = papers.draw(one, *results.read_results([place]), tasks=[longbench("lcc")])
+    assert any("is this the folder of another table?" in line for line in found.differences)
+    assert papers.draw(one, *results.read_results([place]), tasks=["gsm8k-8"]) == []
+    assert papers.draw(one, *results.read_results([place]), tasks=["longbench"]) != []
 
 
 def test_categories_stand_beside_the_papers_where_all_their_tasks_do(tmp_path):

@@ -362,6 +362,25 @@ def test_what_was_left_out_or_shortened_is_not_compared_and_cuts_are_marked(tmp_
     assert tasks_compared(tmp_path / "left", tasks, recorded(fitting=True)) == set()
 
 
+@pytest.mark.parametrize(("tokens", "ends"), [(2000, None), (127500, ""), (127490, "")])
+def test_prompts_cut_as_the_paper_cuts_are_its_own_and_others_are_not(tmp_path, tokens, ends):
+    tasks = [longbench("trec"), longbench("qasper")]
+
+    def cut(place):
+        recorded(truncate_at=127500)(place)
+        own = {tasks[0]}
+        edited(place / "inputs.jsonl", lambda row: row | {"truncated": row["task"] in own})
+        edited(place / "samples.jsonl", lambda row: row | {"prompt_tokens": tokens})
+
+    found = compare(tmp_path / "a", tasks, cut)
+    assert ({row["task"] for row in found} == {*tasks}) == (ends is not None)
+    assert all(not row["ours"].endswith("cut") for row in found)
+    view = view_of(tmp_path / "a")
+    told = published_scores.task_differences(view)
+    said = f"prompts cut by --length or the window: {tasks[0]} (12 of 12)"
+    assert (said in told) == (ends is None)
+
+
 def test_published_figures_are_those_of_the_sources():
     found = published_scores.printed_scores()
     assert len(found) > 3000

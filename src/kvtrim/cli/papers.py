@@ -55,6 +55,9 @@ Folder = Annotated[
     typer.Argument(help="The --out folder of its run. Default: what the paper prints."),
 ]
 
+_OF_ANSWERS = ("data", "limit", "workers", "ray", "ray_address")
+_OF_ANSWERS += ("allow_code_execution", "unconfined")
+
 
 @group.callback()
 def papers(context: typer.Context, markdown: Markdown = False, json: options.Json = False) -> None:
@@ -104,6 +107,7 @@ def _hours(one: "Recipe") -> str:
 
 @group.command()
 def run(
+    context: typer.Context,
     name: Name,
     out: OutFolder,
     model: Models = None,
@@ -135,6 +139,7 @@ def run(
     if not out.parent.is_dir():
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
     keeps, tasks = _keeps(found, keep), _tasks(found, task)
+    _require_used(context, found)
     if found.kind == "speed":
         given = [*found.methods.values()]
         where = {"device": device, "dtype": dtype, "threads": threads}
@@ -151,8 +156,6 @@ def run(
                 **where,
             )
         return
-    if config is not None:
-        raise UsageError(f"--config has random weights, and {name} measures answers: use --model")
     changed = {"limit": limit, "lengths": length, "max_new_tokens": max_new_tokens}
     changed |= {"tasks": tasks}
     own = {"device": device, "dtype": dtype, "threads": threads, "data": data and str(data)}
@@ -161,6 +164,18 @@ def run(
         asked |= {"models": [each], **{key: value for key, value in own.items() if value}}
         how = workers, ray or ray_address is not None, ray_address
         _sweep(asked, name, _place(out, each, model), how, allow_code_execution, unconfined)
+
+
+def _require_used(context: typer.Context, found: "Recipe") -> None:
+    """Refuse options that what is measured cannot act on."""
+    if found.kind == "speed":
+        why = f"changes nothing in {found.name}, which measures seconds and bytes; leave it out"
+        options.require_unset(context, _OF_ANSWERS, why)
+        return
+    why = f"has random weights, and {found.name} measures answers: use --model"
+    options.require_unset(context, ("config",), why)
+    why = f"counts rounds of seconds, and {found.name} measures answers; leave it out"
+    options.require_unset(context, ("repeats",), why)
 
 
 def _keeps(found: "Recipe", keep: list[str] | None) -> list[str]:
@@ -242,16 +257,20 @@ def show(name: Name, folder: Folder = None, json: options.Json = False) -> None:
     else:
         drawn = report.draw(found, *results.read_results([folder]), tasks=_all_tasks(found))
         if not drawn:
-            raise UsageError(f"{folder} holds no run of {name}: see {found.command}")
+            raise UsageError(
+                f"{folder} holds no run of {name}: name another folder, or measure it with "
+                f"{found.command}"
+            )
     if json:
         output.print_json([_to_json(one) for one in drawn])
         return
     for one in drawn:
         output.table(one.table.title, one.table.cells, wide=True)
-        output.lines([f"differs: {line}" for line in one.differences])
+        output.lines([one.table.about, *(f"differs: {line}" for line in one.differences)])
 
 
 def _to_json(one: Any) -> dict[str, Any]:
     cells = one.table.cells
-    own = {"title": one.table.title, "columns": cells.headings, "rows": list(cells.rows)}
+    own = {"title": one.table.title, "about": one.table.about, "columns": cells.headings}
+    own |= {"rows": list(cells.rows)}
     return own | {"differences": list(one.differences)}

@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from kvtrim.papers.recipe import Recipe, paper_model, short_model
-from kvtrim.records import OK
-from kvtrim.report import evaluation, families, published, speed
-from kvtrim.report.format import Cells, Column, ratio
+from kvtrim.report import evaluation, families, papers_speed
+from kvtrim.report.format import Cells, Column
 from kvtrim.report.lookup import FULL, Row, View, budget, size_of
 from kvtrim.report.published_scores import (
     Printed,
@@ -42,13 +40,16 @@ def draw(
     """The tables of everything measured for a recipe.
 
     Args:
-        tasks: of the recipe, one by one: those that were not measured are said.
+        tasks: of the recipe, one by one: those that were not measured are said, and what has none
+            of them is left out.
     """
     if recipe.kind == "speed":
-        return [_draw_speed(recipe, run) for run in speeds]
+        return [Drawn(*each) for run in speeds for each in papers_speed.draw(recipe, run)]
     found = []
     for section in across_lengths(sections, lambda task: task.startswith("niah")):
         view = View(section)
+        if tasks and not any(_is_among(task, tasks) for task in view.tasks):
+            continue
         whole = _draw_scores(recipe, view, tasks)
         grids = [
             Drawn(grid, whole.differences)
@@ -66,7 +67,7 @@ def tables_in_print(recipe: Recipe) -> list[Table]:
     by_model: dict[tuple[str, bool], list[Printed]] = {}
     for one in recipe_scores(recipe):
         by_model.setdefault((one.model, _by_category(one)), []).append(one)
-    made = [_facts_in_print(recipe)] if recipe.facts else []
+    made = papers_speed.tables_in_print(recipe)
     for (model, _), own in by_model.items():
         tasks = list(dict.fromkeys(_column_of(one) for one in own))
         rows: dict[tuple[str, float, str], dict[str, str]] = {}
@@ -221,11 +222,19 @@ def _amount(row: Row) -> tuple[str, float]:
     return kind, round(amount, 6)
 
 
+def _is_among(task: str, tasks: Sequence[str]) -> bool:
+    """Whether it is one of them or a variant of one: longgenbench-gsm8k-5."""
+    return any(task == own or task.startswith(f"{own}-") for own in tasks)
+
+
 def _list_absent(recipe: Recipe, view: View, tasks: Sequence[str]) -> list[str]:
     """Methods, budgets and tasks of the paper that were not measured, and those beside them."""
     met = {row[0] for row in view.rows}
     found = [f"not measured: {name}" for name, text in recipe.methods.items() if text not in met]
-    found += [f"not the paper's: {text}" for text in sorted(met - {*recipe.methods.values()})]
+    other = sorted(met - {*recipe.methods.values()})
+    found += [f"not the paper's: {text}" for text in other]
+    if other and len(other) == len(met - {FULL[0]}):
+        found.append("none of its methods was measured: is this the folder of another table?")
     kept = {_amount(("", text)) for text in view.keeps}
     wanted = recipe.keeps if len(recipe.methods) > 1 else ()
     missing = [task for task in tasks if task not in view.tasks]
@@ -233,75 +242,3 @@ def _list_absent(recipe: Recipe, view: View, tasks: Sequence[str]) -> list[str]:
     return found + [
         f"not measured: keep {text}" for text in wanted if _amount(("", text)) not in kept
     ]
-
-
-def _draw_speed(recipe: Recipe, run: SpeedRun) -> Drawn:
-    """Seconds and bytes, and the paper's times as ratios where it is FastKV's."""
-    rows = speed.rows(run.lines, run.record["limits"])
-    model = str(run.record["model"]["name"])
-    told = [] if paper_model(recipe, model) in recipe.models else [f"the model: {model} here"]
-    met = sorted({row["length"] for row in rows})
-    if met != sorted(recipe.lengths):
-        told.append(f"lengths: {met} here, {list(recipe.lengths)} there")
-    told.append("seconds of other machines do not compare: look at ratios to the full cache")
-    if recipe.tables:
-        beside = published.cells(run.record["model"], rows, only_measured=True)
-        told += [" | ".join(line) for line in beside.rows]
-    if paper_model(recipe, model) in recipe.models:
-        told += _facts_beside(recipe, rows)
-    title = f"{recipe.name}, {model}: {recipe.about}"
-    return Drawn(Table(recipe.name, title, speed.title(run.record), speed.table(rows)), told)
-
-
-def _facts_beside(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the paper's text says of a time or size where this run has the same length and budget.
-
-    As ratios to the full cache: the paper's own there, plain transformers here.
-    """
-    own = {
-        (row["method"], row["length"], _amount(("", row["keep"]))): row
-        for row in rows
-        if row["batch"] == 1 and row["outcome"] == OK
-    }
-    found = []
-    for fact in recipe.facts:
-        label = recipe.methods[fact["method"]]
-        row = own.get((label, fact["context"], ("share", fact["kept"])))
-        ours = None if row is None else _relative(row, fact["what"])
-        if ours is not None:
-            found.append(f"published: {_say_fact(fact)}; here {ratio(ours)}")
-    return found
-
-
-def _relative(row: Mapping[str, Any], what: str) -> float | None:
-    if what == "held":
-        return row["held_bytes"] / row["full_bytes"] if row.get("full_bytes") else None
-    return row.get({"first token": "ttft_ratio", "per token": "token_ratio"}[what])
-
-
-def _say_fact(fact: Mapping[str, Any]) -> str:
-    value, full, unit = fact["value"], fact["full"], fact["unit"]
-    there = f"{fact['qualifier']} {value} of {full} {unit}, {ratio(value / full)}"
-    return f"{fact['what']}, {fact['context']:,} tokens, {fact['kept']:.0%} kept: {there}"
-
-
-def _facts_in_print(recipe: Recipe) -> Table:
-    """What the paper's text says of a figure that has no numbers."""
-    columns: list[Column] = [("tokens", "right"), ("keep", "right"), ("what", "left")]
-    columns += [("published", "right"), ("full cache", "right"), ("ratio", "right")]
-    columns += [("where", "left"), ("but", "left")]
-    rows = [
-        [
-            f"{fact['context']}",
-            f"{fact['kept']:.0%}",
-            fact["what"],
-            f"{fact['qualifier']} {fact['value']} {fact['unit']}",
-            f"{fact['full']} {fact['unit']}",
-            ratio(fact["value"] / fact["full"]),
-            fact["where"],
-            fact.get("note", ""),
-        ]
-        for fact in recipe.facts
-    ]
-    about = f"What the text of {recipe.title} says of it; hardware is not named."
-    return Table(recipe.name, f"{recipe.name}: {recipe.about}", about, Cells(columns, rows))

@@ -3,7 +3,8 @@
 What a paper did is its recipe (`kvtrim.papers`): the model, whether methods see the question, the
 chat template, where long prompts are cut, how long answers may be, examples, lengths, and each
 method with its parameters. One difference, and no published figure stands beside ours. Prompts
-that our model's window cut are counted in the cell.
+that our model's window or --length cut are counted in the cell, and a task of which more than a
+tenth were cut stands alone.
 
 The files in `papers/` hold what the sources print, nothing corrected; figures that a source is
 known or likely to have wrong are marked.
@@ -12,6 +13,7 @@ known or likely to have wrong are marked.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 from typing import Any
 
 from kvtrim.papers.recipe import Recipe, paper_model, recipes, short_model
@@ -27,6 +29,7 @@ _TASKS = {  # ours begins with: theirs
     "humaneval": "humaneval",
     "longgenbench": "longgenbench_gsm8k",
 }  # not jailbreakv, whose answers others judge in another way
+_SPECIAL = 16  # tokens by which a prompt may be shorter than the length it was cut to
 _COLUMNS: list[Column] = [("task", "left"), ("method", "left"), ("keep", "right")]
 _COLUMNS += [("ours", "right"), ("published", "right"), ("source", "left"), ("but", "left")]
 
@@ -150,6 +153,10 @@ def differences(view: View, recipe: Recipe) -> list[str]:
         own = recipe.truncation(name)
         if cut != own and (cut is not None or _reaches(view, own)):
             found.append(f"long prompts: cut at {cut or 'the window'} here, at {own} tokens there")
+    lengths = {run.record.get("length") for run in section.runs}
+    if recipe.lengths and lengths != {*recipe.lengths}:
+        here = ", ".join(f"{length}" for length in sorted(filter(None, lengths))) or "the usual"
+        found.append(f"lengths: {here} here, {', '.join(map(str, recipe.lengths))} there")
     return found
 
 
@@ -161,6 +168,9 @@ def task_differences(view: View) -> list[str]:
         (view.raised, "with longer answers than the task allows"),
     ]
     found = [f"{what}: {', '.join(sorted(tasks))}" for tasks, what in told if tasks]
+    counted = {task: _count_cut(view, [task]) for task in view.tasks}
+    cut = [f"{task} ({n} of {many})" for task, (n, many) in counted.items() if _mostly(n, many)]
+    found += [f"prompts cut by --length or the window: {', '.join(cut)}"] if cut else []
     limits = dict.fromkeys(run.record.get("limit") for run in view.section.runs)
     return found + [f"samples: at most {limit} of a task" for limit in limits if limit]
 
@@ -208,10 +218,22 @@ def _compare(view: View, one: Printed, row: Row) -> list[list[str]]:
 
 def cut_mark(view: View, tasks: list[str], row: Row = FULL) -> str:
     """How many of these tasks' prompts lost their middle, unless it was cut as the paper cuts."""
+    cut, many = _count_cut(view, tasks, row)
+    return f", {cut} of {many} prompts cut" if cut else ""
+
+
+def _count_cut(view: View, tasks: list[str], row: Row = FULL) -> tuple[int, int]:
+    """How many prompts lost their middle to --length or the window, of how many."""
+    asked = [run.record.get("truncate_at") for run in view.section.runs]
+    bound = min((each for each in asked if each), default=inf) - _SPECIAL
     lines = [line for task in tasks for line in view.lines(task, row)]
-    cut = sum(line.truncated for line in lines)
-    asked = any(run.record.get("truncate_at") for run in view.section.runs)
-    return f", {cut} of {len(lines)} prompts cut" if cut and not asked else ""
+    cut = [line for line in lines if line.truncated]
+    return sum((line.figure("prompt_tokens") or 0) < bound for line in cut), len(lines)
+
+
+def _mostly(cut: int, many: int) -> bool:
+    """Whether so many prompts were cut that a task no longer asks what the paper's does."""
+    return 10 * cut > many
 
 
 def find_task(view: View, task: str, one: Printed) -> str | None:
@@ -229,7 +251,9 @@ def find_task(view: View, task: str, one: Printed) -> str | None:
                 if name.startswith(begin) and _shots(name) == wanted:
                     known.setdefault(theirs, name)
         own = known.get(task)
-    return None if own in view.fitted | view.shortened | view.raised else own
+    if own is None or own in view.fitted | view.shortened | view.raised:
+        return None
+    return None if _mostly(*_count_cut(view, [own])) else own
 
 
 def _shots(task: str) -> int:

@@ -22,6 +22,7 @@ from kvtrim.report.findings import Finding
 from kvtrim.types import Int, Tensor
 
 _SOME_LAYERS = 5
+_MARKED = 16  # layers that an axis can name
 
 
 def propagation(asked: Asked) -> Finding:
@@ -49,6 +50,7 @@ def propagation(asked: Asked) -> Finding:
         shown = "full" if rate is None else f"{rate:.0%}"
         loss = fmean(losses) if losses else None
         rows.append([length, shown, layer, len(own), score, loss, seconds, seconds / base])
+    lengths = list(dict.fromkeys(row[0] for row in rows))
     columns = ["length", "rate", "layer", "prompts", "score", "loss", "TTFT [s]", "to full"]
     about = (
         f"{asked.about}. Above the layer only the share of tokens called rate is read on; nothing "
@@ -60,36 +62,38 @@ def propagation(asked: Asked) -> Finding:
         about,
         [(name, "right") for name in columns],
         rows,
-        [_panel(rows, *which) for which in _PANELS],
-        across=3,
+        [panel for length in lengths for panel in _panels(rows, length, len(lengths) > 1)],
+        across=len(_PANELS),
     )
 
 
 _PANELS = (
-    (4, "score", "Score", (0, 1.02)),
+    (4, "score", "Score", (-0.02, 1.02)),
     (5, "nats per token", "Loss of the right answer", None),
     (7, "relative to the full prefill", "Time to first token", (0, None)),
 )
 
 
-def _panel(rows: Sequence[Sequence[Any]], at: int, unit: str, title: str, limits: Any) -> Any:
-    """One figure over layers: a line for each length and rate, the full prefill dotted."""
-    series = []
-    several = len({row[0] for row in rows}) > 1
-    for length, rate in dict.fromkeys((row[0], row[1]) for row in rows):
-        own = [r for r in rows if (r[0], r[1]) == (length, rate) and r[at] is not None]
-        name = f"{rate} of {length:,} tokens" if several else f"rate {rate}"
-        if rate == "full":
-            name = f"full, {length:,} tokens" if several else "full"
-            ends = sorted({row[2] for row in rows if row[2] is not None})
-            x, y = [ends[0], ends[-1]], [row[at] for row in own] * 2
-        else:
-            x, y = [row[2] for row in own], [row[at] for row in own]
-        if y:
-            series.append({"label": name, "x": x, "y": y})
-    made = {"kind": "lines", "title": title, "x": "propagation layer", "y": unit}
-    made |= {"series": series}
-    return made | ({"limits": limits} if limits is not None else {})
+def _panels(rows: Sequence[Sequence[Any]], length: int, several: bool) -> list[dict[str, Any]]:
+    """The figures of one length over layers: a line for each rate, the full prefill in black."""
+    mine = [row for row in rows if row[0] == length]
+    layers = sorted({row[2] for row in mine if row[2] is not None})
+    made = []
+    for at, unit, title, limits in _PANELS:
+        series = []
+        for rate in dict.fromkeys(row[1] for row in mine):
+            own = [(row[2], row[at]) for row in mine if row[1] == rate and row[at] is not None]
+            if rate == "full":
+                own = [(layer, value) for _, value in own for layer in (layers[0], layers[-1])]
+            if own:
+                label = rate if rate == "full" else f"rate {rate}"
+                x, y = zip(*own, strict=True)
+                series.append({"label": label, "x": [*x], "y": [*y]})
+        named = f"{title}, prompts of {length:,} tokens" if several else title
+        panel = {"kind": "lines", "title": named, "x": "propagation layer", "y": unit}
+        panel |= {"series": series} | ({"ticks": layers} if len(layers) <= _MARKED else {})
+        made.append(panel | ({"limits": limits} if limits is not None else {}))
+    return made
 
 
 def _name_of(layer: int | None, rate: float | None) -> str:

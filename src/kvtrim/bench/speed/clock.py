@@ -68,7 +68,10 @@ def require_window(model: Any, lengths: Sequence[int], new_tokens: int, trained:
     most = window(model)
     if max(lengths) + new_tokens * trained > most:
         new = f" + {new_tokens}" if trained else ""
-        raise UsageError(f"prompts of {max(lengths)}{new} tokens exceed the window, {most}")
+        raise UsageError(
+            f"prompts of {max(lengths)}{new} tokens exceed the window, {most}; give a smaller "
+            "--length, or a model with a longer window"
+        )
 
 
 @dataclass(frozen=True)
