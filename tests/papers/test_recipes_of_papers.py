@@ -183,6 +183,16 @@ def test_categories_stand_beside_the_papers_where_all_their_tasks_do(tmp_path):
     assert own is not None and rows["snapkv", "ours"][0].startswith(f"{100 * own.value:.1f} ")
     assert ("h2o", "published") not in rows
 
+    inputs = (folder / "inputs.jsonl").read_text()
+    cut = inputs.replace('"group": {}', '"group": {}, "truncated": true')
+    (folder / "inputs.jsonl").write_text(cut)
+    first, found = papers.draw(one, *results.read_results([folder]))
+    assert {row[2] for row in [*first.table.rows, *found.table.rows]} == {"ours"}
+    assert not any("prompts cut" in cell for row in first.table.rows for cell in row)
+    (told,) = [line for line in first.differences if line.startswith("prompts cut by --length")]
+    assert "longbench-qasper (12 of 12)" in told
+    (folder / "inputs.jsonl").write_text(inputs)
+
     record["max_new_tokens"] = 4
     (folder / "run.json").write_text(json.dumps(record))
     _, found = papers.draw(one, *results.read_results([folder]))

@@ -12,6 +12,7 @@ from kvtrim.report.published_scores import (
     cut_mark,
     differences,
     find_task,
+    mostly_cut,
     recipe_scores,
     task_differences,
 )
@@ -150,7 +151,7 @@ def _draw_categories(recipe: Recipe, view: View) -> Drawn:
     """The six categories of LongBench; published where all their tasks are measured alike."""
     told = differences(view, recipe)
     names, own = [*families.LONGBENCH], view.tasks_by_name(families.longbench)
-    unlike = view.fitted | view.shortened | view.raised
+    unlike = view.fitted | view.shortened | view.raised | mostly_cut(view).keys()
     same = {
         name
         for name, tasks in families.LONGBENCH.items()

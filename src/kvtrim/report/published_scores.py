@@ -168,8 +168,7 @@ def task_differences(view: View) -> list[str]:
         (view.raised, "with longer answers than the task allows"),
     ]
     found = [f"{what}: {', '.join(sorted(tasks))}" for tasks, what in told if tasks]
-    counted = {task: _count_cut(view, [task]) for task in view.tasks}
-    cut = [f"{task} ({n} of {many})" for task, (n, many) in counted.items() if _mostly(n, many)]
+    cut = [f"{task} ({n} of {many})" for task, (n, many) in mostly_cut(view).items()]
     found += [f"prompts cut by --length or the window: {', '.join(cut)}"] if cut else []
     limits = dict.fromkeys(run.record.get("limit") for run in view.section.runs)
     return found + [f"samples: at most {limit} of a task" for limit in limits if limit]
@@ -217,9 +216,21 @@ def _compare(view: View, one: Printed, row: Row) -> list[list[str]]:
 
 
 def cut_mark(view: View, tasks: list[str], row: Row = FULL) -> str:
-    """How many of these tasks' prompts lost their middle, unless it was cut as the paper cuts."""
+    """How many of these tasks' prompts lost their middle, unless it was cut as the paper cuts.
+
+    Not in the cells of a task of which more were cut: `task_differences` says that.
+    """
     cut, many = _count_cut(view, tasks, row)
-    return f", {cut} of {many} prompts cut" if cut else ""
+    return f", {cut} of {many} prompts cut" if cut and not _mostly(cut, many) else ""
+
+
+def mostly_cut(view: View) -> dict[str, tuple[int, int]]:
+    """Tasks that no longer ask what a paper's do, how many of their prompts were cut, of how many.
+
+    Those of which more than a tenth lost their middle to --length or the window.
+    """
+    counted = {task: _count_cut(view, [task]) for task in view.tasks}
+    return {task: (cut, many) for task, (cut, many) in counted.items() if _mostly(cut, many)}
 
 
 def _count_cut(view: View, tasks: list[str], row: Row = FULL) -> tuple[int, int]:
@@ -232,7 +243,6 @@ def _count_cut(view: View, tasks: list[str], row: Row = FULL) -> tuple[int, int]
 
 
 def _mostly(cut: int, many: int) -> bool:
-    """Whether so many prompts were cut that a task no longer asks what the paper's does."""
     return 10 * cut > many
 
 
