@@ -1,6 +1,7 @@
 """`kvtrim analyze`: what it lists, writes and refuses."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -86,6 +87,7 @@ REFUSED = [
     (("leverage", "long.txt", "--layer", "9"), "--layer 9: the layers are 0 to 2"),
     (("mass", "long.txt", "--length", "9000"), "--length 9000 is more than the window"),
     (("mass", "long.txt", "-o", "no/such/place"), "there is no folder no/such"),
+    (("mass", "long.txt", "-o", "long.txt"), "long.txt is a file; name a folder with --out"),
     (("retained", "long.txt", "--method", "fastkv"), "needs one of its own"),
     (("propagation", "long.txt"), "needs right answers: take the prompts of a benchmark"),
     (("mass", "-t", "ruler-vt", "-q", "Why?"), "--question goes with a text file"),
@@ -98,6 +100,19 @@ def test_one_line_says_what_to_do(run, tmp_path, text, arguments, said):
     code, _, err = run("analyze", *arguments)
     assert code == 2 and said in err and err.count("\n") == 1
     assert not (tmp_path / "analysis").exists()
+
+
+@pytest.mark.parametrize(("out", "closed"), [("there", "there"), ("new", ".")])
+def test_a_closed_folder_is_refused_before_any_work(run, tmp_path, text, monkeypatch, out, closed):
+    (tmp_path / "there").mkdir()
+    may = os.access
+
+    def access(path, mode):
+        return may(path, mode) and not (mode & os.W_OK and str(path) == closed)
+
+    monkeypatch.setattr(os, "access", access)
+    code, _, err = run("analyze", "mass", text, "-o", out)
+    assert code == 2 and f"cannot write into {out}; name another folder with --out" in err
 
 
 def test_a_folder_without_what_is_needed(invoke, tmp_path):

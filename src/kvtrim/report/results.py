@@ -139,7 +139,11 @@ def read_results(folders: Sequence[Path]) -> tuple[list[Section], list[SpeedRun]
                 record = records.record(place / RECORD, records.TIMED)
                 speeds.append(SpeedRun(place, record, records.read(place, SPEED)))
     if not any(run.lines for run in evals) and not speeds:
-        raise UsageError(f"nothing was measured in {', '.join(map(str, folders))} yet")
+        named = ", ".join(map(str, folders))
+        raise UsageError(
+            f"nothing was measured in {named} yet; a run that was cut off goes on when asked for "
+            "again"
+        )
     setups = dict.fromkeys(run.setup for run in evals)
     sections = [_join(setup, [run for run in evals if run.setup == setup]) for setup in setups]
     return [section for section in sections if section.lines], speeds
