@@ -1,6 +1,7 @@
 """`kvtrim papers` as a user types it."""
 
 import json
+import shutil
 
 import pytest
 
@@ -57,6 +58,22 @@ def test_a_recipe_runs_and_is_drawn(invoke, model_folder, tmp_path):
     assert code == 0, err
     (first, *_) = json.loads(out)
     assert any("the model" in line for line in first["differences"]) and first["rows"]
+
+
+def test_models_of_one_name_have_folders_of_their_own(invoke, model_folder, tmp_path):
+    for owner in ("a", "b"):
+        shutil.copytree(model_folder, tmp_path / owner / "same")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "essays.txt").write_text("A sentence about small things. " * 400)
+    few = ("--task", "niah", "--limit", 1, "--length", 448, "--max-new-tokens", 2)
+    few += ("--keep", 512, "--threads", 1, "--data", "data")
+    named = ("--model", "a/same", "--model", "b/same", "--model", "a/same")
+    code, _, err = invoke("papers", "run", "fastkv/figure-needle", *named, *few, "--out", "run")
+    assert code == 0, err
+    assert sorted(place.name for place in (tmp_path / "run").iterdir()) == ["a-same", "b-same"]
+    code, out, err = invoke("papers", "show", "fastkv/figure-needle", "run", "--json")
+    titles = " ".join(one["title"] for one in json.loads(out))
+    assert code == 0 and "a/same" in titles and "b/same" in titles, err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`papers`: the tables and figures of papers, run on any model, drawn beside what they print."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,31 +140,34 @@ def run(
     if not out.parent.is_dir():
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
     keeps, tasks = _keeps(found, keep), _tasks(found, task)
+    model = model and list(dict.fromkeys(model))
     _require_used(context, found)
     if found.kind == "speed":
         given = [*found.methods.values()]
         where = {"device": device, "dtype": dtype, "threads": threads}
-        for each in model or ([None] if config else list(found.models.values())):
+        models = model or (["run"] if config else [*found.models.values()])
+        for each, place in zip(models, _places(out, models, model is not None), strict=True):
             timing.speed(
                 length=length or [*found.lengths],
                 method=given,
                 keep=keeps,
                 new_tokens=max_new_tokens or found.new_tokens,
                 repeats=repeats,
-                model=each,
+                model=None if config and not model else each,
                 config=config,
-                out=_place(out, each or "", model),
+                out=place,
                 **where,
             )
         return
     changed = {"limit": limit, "lengths": length, "max_new_tokens": max_new_tokens}
     changed |= {"tasks": tasks}
     own = {"device": device, "dtype": dtype, "threads": threads, "data": data and str(data)}
-    for each in model or list(found.models.values()):
+    models = model or [*found.models.values()]
+    for each, place in zip(models, _places(out, models, model is not None), strict=True):
         asked = found.sweep(known.paper_model(found, each), **changed) | {"keeps": keeps}
         asked |= {"models": [each], **{key: value for key, value in own.items() if value}}
         how = workers, ray or ray_address is not None, ray_address
-        _sweep(asked, name, _place(out, each, model), how, allow_code_execution, unconfined)
+        _sweep(asked, name, place, how, allow_code_execution, unconfined)
 
 
 def _require_used(context: typer.Context, found: "Recipe") -> None:
@@ -206,14 +210,19 @@ def _all_tasks(found: "Recipe") -> list[str]:
     return [each.name for each in find_tasks(found.tasks)]
 
 
-def _place(out: Path, model: str, asked: list[str] | None) -> Path:
-    """The folder, or one of its own for each of several models."""
+def _places(out: Path, models: Sequence[str], named: bool) -> list[Path]:
+    """The folder for the one model that was named, else one of its own for each."""
     from kvtrim import files
 
-    if asked is not None and len(asked) == 1:
-        return out
+    if named and len(models) == 1:
+        return [out]
     files.make_folder(out, parents=True)
-    return out / (model.strip("/").rpartition("/")[2].lower() or "run")
+    short = [model.strip("/").rpartition("/")[2].lower() for model in models]
+    whole = [model.strip("/").replace("/", "-").lower() for model in models]
+    return [
+        out / (own if short.count(own) == 1 else other)
+        for own, other in zip(short, whole, strict=True)
+    ]
 
 
 def _sweep(

@@ -1,7 +1,7 @@
 """A paper's table drawn from our runs, in the paper's shape, and what differs from the paper."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvtrim.papers.recipe import Recipe, paper_model, short_model
 from kvtrim.report import evaluation, families, papers_speed
@@ -53,7 +53,10 @@ def draw(
             continue
         whole = _draw_scores(recipe, view, tasks)
         grids = [
-            Drawn(grid, whole.differences)
+            Drawn(
+                replace(grid, title=f"{recipe.name}, {section.model}: {grid.title}"),
+                whole.differences,
+            )
             for grid in (evaluation.lengths(view), evaluation.depths(view))
             if grid and grid.cells.rows
         ]
