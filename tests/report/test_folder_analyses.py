@@ -120,6 +120,19 @@ def test_models_are_compared_on_the_tasks_they_share(folder, tmp_path):
     assert last["series"][1]["y"][0] == pytest.approx(fmean(own))
 
 
+def test_models_have_short_names_in_the_figure_and_those_left_out_are_named(folder, tmp_path):
+    base = synthetic.evaluation(tmp_path / "base", TASKS, METHODS, KEEPS, "made/of/base", seed=4)
+    none = synthetic.evaluation(tmp_path / "none", TASKS[:2], METHODS, KEEPS, "made/of/none")
+    lines = (none / "scores.jsonl").read_text().splitlines()
+    nothing = [json.dumps(json.loads(line) | {"score": 0.0}) for line in lines]
+    (none / "scores.jsonl").write_text("\n".join(nothing) + "\n")
+    found = sensitivity(*results.read_results([folder, base, none]))
+    assert [one["label"] for one in found.panels[-1]["series"]] == ["smollm2", "base"]
+    assert {row[0] for row in found.rows} == {"smollm2", "made/of/base"}
+    assert found.about.endswith(f"are left out (made/of/none: {TASKS[0]}, {TASKS[1]}).")
+    assert "(" not in sensitivity(*results.read_results([folder])).about.partition("Tasks on")[2]
+
+
 def point(name, score, share, ttft=None, rate=None):
     return Point(name, "64", Figure(score, None, None, 1), 1.0, share, ttft, rate)
 

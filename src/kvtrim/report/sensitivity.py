@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from kvtrim.errors import UsageError
+from kvtrim.report import names
 from kvtrim.report.findings import Finding
 from kvtrim.report.lookup import FULL, View
 from kvtrim.report.results import Section, SpeedRun
@@ -22,28 +23,36 @@ def sensitivity(sections: Sequence[Section], speeds: Sequence[SpeedRun] = ()) ->
         UsageError: no task has scores under the full cache and another budget.
     """
     rows: list[list[Any]] = []
+    left: dict[str, list[str]] = {}
     for section in sections:
         view = View(section)
         for task in view.tasks:
-            rows += [[section.model, section.protocol, *row] for row in _by_keep(view, task)]
+            own = [[section.model, section.protocol, *row] for row in _by_keep(view, task)]
+            rows += own
+            if not own:
+                left.setdefault(section.model, []).append(task)
     if not rows:
         raise UsageError(
             "no change can be told: name folders of kvtrim eval in which the full cache scores "
             "above 0 and some methods were measured beside it"
         )
-    groups = dict.fromkeys((row[0], row[1]) for row in rows)
-    panels = [_tasks([row for row in rows if (row[0], row[1]) == group]) for group in groups]
+    short = names.short(row[0] for row in rows)
+    drawn = [[short[row[0]], *row[1:]] for row in rows]  # legends have no room for folders
+    groups = dict.fromkeys((row[0], row[1]) for row in drawn)
+    panels = [_tasks([row for row in drawn if (row[0], row[1]) == group]) for group in groups]
     panels += [
-        _models([row for row in rows if row[1] == protocol], protocol)
-        for protocol in dict.fromkeys(row[1] for row in rows)
-        if len({row[0] for row in rows if row[1] == protocol}) > 1
+        _models([row for row in drawn if row[1] == protocol], protocol)
+        for protocol in dict.fromkeys(row[1] for row in drawn)
+        if len({row[0] for row in drawn if row[1] == protocol}) > 1
     ]
     about = (
         "Change: (P_c - P_full) / P_full on the same samples, in percent, mean over the methods "
         "measured at a budget, with the least and the most of any method. Held: measured bytes "
         "over the full cache's, mean over the methods. Tasks on which the full cache scores "
-        "nothing are left out."
+        "nothing are left out"
     )
+    told = [f"{model}: {', '.join(dict.fromkeys(tasks))}" for model, tasks in left.items()]
+    about += f" ({'; '.join(told)})." if told else "."
     columns = [("model", "left"), ("protocol", "left"), ("task", "left"), ("keep", "right")]
     columns += [(name, "right") for name in ("held [%]", "change [%]", "least", "most", "methods")]
     title = "Sensitivity of tasks to the size of the cache"
