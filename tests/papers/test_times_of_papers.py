@@ -111,3 +111,26 @@ def test_budgets_that_were_not_measured_are_said(tmp_path):
     _, rows, told = drawn(one, folder)
     assert ("1024", "adakv", "ours") in rows
     assert {"not measured: keep 512", "not measured: keep 2048"} <= {*told}
+
+
+def test_a_run_that_was_cut_off_or_refused_something_says_so(tmp_path):
+    one, folder = ran(tmp_path / "a", lengths=[8192])
+    lines = [json.loads(line) for line in (folder / "speed.jsonl").read_text().splitlines()]
+    bad = {"outcome": "refused", "reason": "there is no table"}
+    kept = []
+    for line in lines:
+        if line["method"] == one.methods["headkv"]:
+            kept += [line | bad] if not line["round"] else []
+        elif line["method"] != one.methods["fastkv"] or not line["round"]:
+            kept.append(line)
+    (folder / "speed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    _, rows, told = drawn(one, folder)
+    assert rows["512", "fastkv", "ours"] == ["not yet"]
+    assert rows["512", "headkv", "ours"] == ["refused"]
+    assert "cut off: 1 of 7 rows are not timed yet; run it again" in told
+    (line,) = [line for line in told if "there is no table" in line]
+    assert line.startswith("headkv:preset=fastkv-v1 512, 8192 tokens (batch 1): refused")
+    (_, whole) = papers.draw(one, *results.read_results([folder]))
+    assert "not yet" in {row[3] for row in whole.table.rows} and "ok" not in {
+        cell for row in whole.table.rows for cell in row
+    }

@@ -134,7 +134,7 @@ def _heading(length: int | None) -> str:
 
 def _ours(what: str, row: Mapping[str, Any]) -> str:
     if "token_s" not in row:
-        return str(row["outcome"])
+        return speed.outcome(dict(row))
     if what == "ttft":
         return f"{_figure(what, row['ttft_s'])}, {ratio(row['ttft_ratio'])}"
     relative = row["token_ratio"]
@@ -180,6 +180,10 @@ def _differences(
     if wanted:
         told += [f"not measured: keep {text}" for text in recipe.keeps if text not in kept]
     told += [f"{name}: {text}" for name, text in recipe.notes.items()]
+    told += speed.reasons([dict(row) for row in rows])
+    late = sum(row["outcome"] == OK and "token_s" not in row for row in rows)
+    if late:
+        told.append(f"cut off: {late} of {len(rows)} rows are not timed yet; run it again")
     machine = record["machine"]["device"]
     told.append(
         f"the device: {machine} here, not named there: seconds do not compare, look at ratios to "

@@ -13,6 +13,7 @@ from kvtrim.records import OK
 from kvtrim.report.format import Cells, prose, ratio, seconds, size, spread
 
 PLAIN = "transformers"
+NOT_YET = "not yet"  # timed
 Row = dict[str, Any]
 _EARLIER = {"captured": False, "capture_s": 0.0}  # lines of runs before steps could be captured
 _KEY = ("batch", "length", "method", "keep")
@@ -89,7 +90,7 @@ def table(rows: Sequence[Row], short: bool = False) -> Cells:
     for row in rows:
         start = [f"{row['length']}"] + [f"{row['batch']}"] * batched
         start += [row["method"], row["keep"] or "all"]
-        failed = [row["outcome"]] + ["-"] * (len(shown) - 1)
+        failed = [outcome(row)] + ["-"] * (len(shown) - 1)
         cells.append(start + ([cell(row) for _, cell in shown] if "token_s" in row else failed))
     columns = columns if batched else [columns[0], *columns[2:]]
     return Cells([*columns, *((name, "right") for name, _ in shown)], cells)
@@ -108,6 +109,11 @@ _FIGURES: list[tuple[str, Callable[[Row], str], bool]] = [  # heading, cell, als
     ("held", lambda row: size(row["held_bytes"]), True),
     ("of full", lambda row: _share(row["held_bytes"], row["full_bytes"]), True),
 ]
+
+
+def outcome(row: Row) -> str:
+    """Why a row has no seconds, in a word; a run that was cut off has rounds for memory alone."""
+    return NOT_YET if row["outcome"] == OK else row["outcome"]
 
 
 def _share(part: int, whole: int | None) -> str:
