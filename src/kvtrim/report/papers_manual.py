@@ -27,8 +27,13 @@ A published figure stands below ours only where all that decides it is the paper
 protocol, chat template, where long prompts are cut, lengths of answers, examples, budget, and the
 method with its parameters (window, sinks, pooling, order of groups, heads that hold entries, what
 is evicted while an answer is written). Otherwise the differences are listed and nothing published
-is shown. `--length` counts the answer that a task allows, also where `--max-new-tokens` allows a
-shorter one: prompts stay the same, and the loss is that of the whole right answer.
+is shown. Prompts that `--length` or the window cut shorter than the paper does are counted in the
+cell; a task of which more than a tenth were cut stands alone. Papers do not name the hardware of
+their times: FastKV's stand below ours as ratios to the full cache, on its models (or `--config` of
+their dimensions) and a GPU alone.
+
+`--length` counts the answer that a task allows, also where `--max-new-tokens` allows a shorter
+one: prompts stay the same, and the loss is that of the whole right answer.
 Budgets count window and sinks in; presets of codes that hold query heads hold them here
 too, and their bytes are measured. Hours are a guess for one model of 8B parameters on one large
 GPU. Tried says what ran and drew on SmolLM2-135M, on a CPU, with small limits: that the command
