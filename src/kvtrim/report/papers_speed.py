@@ -55,7 +55,7 @@ def tables_in_print(recipe: Recipe) -> list[Table]:
             for row in table["rows"]
         }
         lengths = list(dict.fromkeys(row["context"] for row in table["rows"]))
-        columns = [*_HEAD, *((_heading(length), "right") for length in lengths)]
+        columns = [*_HEAD, *((_name_length(length), "right") for length in lengths)]
         rows = dict.fromkeys((keep, method) for keep, method, _ in cells)
         lines = [
             [
@@ -88,7 +88,7 @@ def _in_shape(
             name: str = names.get(row["method"]) or row["method"]
             ours[row["keep"], name, row["length"]] = _ours(what, row)
     model = _model(recipe, record["model"])
-    theirs = _published([one for one in beside if one["model"] == model])
+    theirs = _ratios([one for one in beside if one["model"] == model])
     met = sorted(
         dict.fromkeys((keep, method) for keep, method, _ in ours),
         key=lambda one: (one[0] != "", size_of(one[0]), order.get(one[1], -1)),
@@ -100,7 +100,7 @@ def _in_shape(
         other = [_beside(theirs, keep, method, length) for length in lengths]
         if any(other):
             lines.append([keep or "all", method, "published", *(one or MISSING for one in other)])
-    columns = [*_HEAD, _WHOSE, *((_heading(length), "right") for length in lengths)]
+    columns = [*_HEAD, _WHOSE, *((_name_length(length), "right") for length in lengths)]
     measured = "seconds to the first token" if what == "ttft" else "tokens per second"
     about = f"{recipe.title}: {measured}, and the ratio to the full cache (ours: to transformers)."
     title = f"{recipe.name}, {record['model']['name']}: {recipe.about}"
@@ -112,7 +112,7 @@ def _beside(theirs: _Cells, keep: str, method: str, length: int) -> str:
     return theirs.get((keep, method, length)) or theirs.get(("", method, length), "")
 
 
-def _published(tables: Sequence[Mapping[str, Any]]) -> _Cells:
+def _ratios(tables: Sequence[Mapping[str, Any]]) -> _Cells:
     """Ratios to the full cache of the same table and length."""
     found: dict[tuple[str, str, int | None], str] = {}
     for table in tables:
@@ -128,7 +128,7 @@ def _keep_of(row: Mapping[str, Any]) -> str:
     return "" if row["keep"] is None else f"{row['keep']}"
 
 
-def _heading(length: int | None) -> str:
+def _name_length(length: int | None) -> str:
     return "length not given" if length is None else f"{length} tokens"
 
 
