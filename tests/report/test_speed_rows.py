@@ -118,7 +118,8 @@ def test_published_ratios_are_to_the_full_cache_of_the_same_table():
     assert {line[1] for line in short} == {"fastkv"}
     assert {line[3] for line in short} == {"8192", "32768"}
     nemo = published.cells({"config": "mistral-nemo-12b"}, measured).rows
-    assert nemo[0][0] == "Mistral-Nemo-12B-Instruct, first token"
+    named = published.cells({"name": "mistralai/Mistral-Nemo-Instruct-2407"}, measured).rows
+    assert nemo[0][0] == named[0][0] == "Mistral-Nemo-12B-Instruct, first token"
     assert "2502.01068" in published.section({"config": None}, measured)
 
 

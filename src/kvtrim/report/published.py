@@ -10,6 +10,7 @@ from importlib.resources import files
 from math import log
 from typing import Any
 
+from kvtrim.papers.recipe import short_model
 from kvtrim.report.format import Cells, ratio
 from kvtrim.report.speed import Row
 
@@ -45,7 +46,8 @@ def cells(model: Mapping[str, Any], rows: Sequence[Row], only_measured: bool = F
         only_measured: leave out methods that this run has not measured, and lengths that are not
             the nearest to one of its own.
     """
-    wanted = _MODELS.get(model.get("config") or "", "Llama-3.1-8B-Instruct")
+    own = model.get("config") or short_model(str(model.get("name", ""))).removesuffix("-instruct")
+    wanted = _MODELS.get(own, "Llama-3.1-8B-Instruct")
     tables = [t for t in fastkv()["tables"] if t["model"] == wanted]
     firsts = next(t["rows"] for t in tables if t["benchmark"] == "ttft")
     rates = [row for t in tables if t["benchmark"] == "throughput" for row in t["rows"]]
