@@ -187,8 +187,8 @@ def test_categories_stand_beside_the_papers_where_all_their_tasks_do(tmp_path):
     cut = inputs.replace('"group": {}', '"group": {}, "truncated": true')
     (folder / "inputs.jsonl").write_text(cut)
     first, found = papers.draw(one, *results.read_results([folder]))
-    assert {row[2] for row in [*first.table.rows, *found.table.rows]} == {"ours"}
-    assert not any("prompts cut" in cell for row in first.table.rows for cell in row)
+    assert {row[2] for row in [*first.table.cells.rows, *found.table.cells.rows]} == {"ours"}
+    assert not any("prompts cut" in cell for row in first.table.cells.rows for cell in row)
     (told,) = [line for line in first.differences if line.startswith("prompts cut by --length")]
     assert "longbench-qasper (12 of 12)" in told
     (folder / "inputs.jsonl").write_text(inputs)

@@ -29,22 +29,22 @@ def drawn(one, folder):
     found = papers.draw(one, *results.read_results([folder]))
     assert len(found) == 2, "the paper's table, then everything measured"
     shaped = found[0].table
-    rows = {(keep, method, whose): cells for keep, method, whose, *cells in shaped.rows}
-    return [heading for heading, _ in shaped.columns], rows, found[0].differences
+    rows = {(keep, method, whose): cells for keep, method, whose, *cells in shaped.cells.rows}
+    return [heading for heading, _ in shaped.cells.columns], rows, found[0].differences
 
 
 def test_what_the_tables_print_is_at_hand():
     llama, nemo = papers.tables_in_print(known.find("fastkv/table-5"))
-    assert [heading for heading, _ in llama.columns][2:] == [f"{n} tokens" for n in LENGTHS]
-    rows = {(keep, method): cells for keep, method, *cells in llama.rows}
+    assert [heading for heading, _ in llama.cells.columns][2:] == [f"{n} tokens" for n in LENGTHS]
+    rows = {(keep, method): cells for keep, method, *cells in llama.cells.rows}
     assert rows["all", "full"] == ["0.64 s", "1.41 s", "3.40 s", "9.05 s", "27.94 s"]
     assert rows["-", "fastkv"][-1] == "14.15 s" and "hardware" in llama.about
-    assert ["-", "gemfilter", "0.69 s"] in [list(row[:3]) for row in nemo.rows]
+    assert ["-", "gemfilter", "0.69 s"] in [list(row[:3]) for row in nemo.cells.rows]
     (first, _) = papers.tables_in_print(known.find("fastkv/table-7"))
-    assert first.columns[-1][0] == "length not given"
-    assert ["512", "fastkv", "63.84 /s"] in [list(row) for row in first.rows]
+    assert first.cells.columns[-1][0] == "length not given"
+    assert ["512", "fastkv", "63.84 /s"] in [list(row) for row in first.cells.rows]
     (rates, _) = papers.tables_in_print(known.find("fastkv/table-6"))
-    assert [list(row) for row in rates.rows] == [
+    assert [list(row) for row in rates.cells.rows] == [
         ["all", "full", "51.55 /s", "43.07 /s", "32.29 /s", "21.24 /s", "12.60 /s"]
     ]
 
@@ -131,6 +131,6 @@ def test_a_run_that_was_cut_off_or_refused_something_says_so(tmp_path):
     (line,) = [line for line in told if "there is no table" in line]
     assert line.startswith("headkv:preset=fastkv-v1 512, 8192 tokens (batch 1): refused")
     (_, whole) = papers.draw(one, *results.read_results([folder]))
-    assert "not yet" in {row[3] for row in whole.table.rows} and "ok" not in {
-        cell for row in whole.table.rows for cell in row
+    assert "not yet" in {row[3] for row in whole.table.cells.rows} and "ok" not in {
+        cell for row in whole.table.cells.rows for cell in row
     }
