@@ -1,9 +1,12 @@
 """Sweeps: the same files as serial runs, whoever is killed on the way."""
 
+import multiprocessing
 import os
 import re
+import select
 import signal
 import sys
+import threading
 import time
 from multiprocessing import forkserver
 from pathlib import Path
@@ -14,7 +17,7 @@ import torch
 
 import kvtrim
 from kvtrim.bench.eval import evaluate, scores
-from kvtrim.bench.sweep import pool_ray
+from kvtrim.bench.sweep import pool_local, pool_ray
 from kvtrim.bench.sweep.pool_local import LocalPool
 from kvtrim.bench.sweep.queue import Driver
 from kvtrim.bench.sweep.spec import load, pieces
@@ -286,6 +289,32 @@ def test_killed_drivers_are_gone_on_with_and_killed_workers_of_ray_replaced(
         ray.shutdown()
         process.kill()
     assert killed and same(folder, serial)
+
+
+def busy_worker(held):
+    """A process that is at something, and holds this end of a pipe as long as it lives."""
+    threading.Thread(target=pool_local._end_with_driver, daemon=True).start()
+    os.write(held, b"at work")
+    time.sleep(60)
+
+
+def driver_of_one(held):
+    multiprocessing.get_context("fork").Process(target=busy_worker, args=(held,)).start()
+    os.close(held)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_ends_with_its_driver_whatever_it_is_at(how):
+    seen, held = os.pipe()
+    driver = multiprocessing.get_context("fork").Process(target=driver_of_one, args=(held,))
+    driver.start()
+    os.close(held)
+    assert os.read(seen, 100) == b"at work"
+    os.kill(driver.pid, how)
+    driver.join()
+    assert select.select([seen], [], [], 20)[0] and os.read(seen, 100) == b""  # nobody holds it
+    os.close(seen)
 
 
 class Idle(Inside):

@@ -6,6 +6,7 @@ loads it by itself: a process that has looked for CUDA must not be forked.
 
 import multiprocessing
 import os
+import threading
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -92,19 +93,22 @@ def serve(pipe: Connection, gpus: str | None, workers: int) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     from kvtrim.bench.sweep.worker import Worker
 
-    driver = multiprocessing.parent_process()
-
-    def alive() -> None:
-        if driver is not None and not driver.is_alive():
-            os._exit(1)
-
-    worker = Worker(alive)
+    threading.Thread(target=_end_with_driver, daemon=True).start()
+    worker = Worker()
     while True:
         try:
             piece = pipe.recv()
         except EOFError:
             return
         pipe.send(worker.do(piece))
+
+
+def _end_with_driver() -> None:
+    """End this process once its driver has, whatever it is at; what it wrote is gone on with."""
+    driver = multiprocessing.parent_process()
+    if driver is not None:
+        driver.join()
+        os._exit(1)
 
 
 def _visible(first: int, count: int) -> str:

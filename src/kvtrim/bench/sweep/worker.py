@@ -1,7 +1,6 @@
 """What a worker of a sweep does: keeps a model loaded, and measures the pieces it is given."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ Result = dict[str, Any]
 class Worker:
     """A process of a sweep. Every piece has its own folder, in which a piece is gone on with."""
 
-    def __init__(self, alive: Callable[[], None] = lambda: None, folder: str | None = None):
+    def __init__(self, folder: str | None = None):
         if folder is not None:  # relative names are seen from there
             os.chdir(folder)
-        self._alive = alive  # called between samples
         self._subject: Subject | None = None
         self._job: Job | None = None
         self._rows: Rows | None = None
@@ -45,7 +43,7 @@ class Worker:
         folder = Path(piece.folder)
         files.make_folder(folder, parents=True)
         chosen = self._units[piece.start : piece.stop]
-        measure(subject, grid, chosen, folder, progress=lambda *_: self._alive(), wait=True)
+        measure(subject, grid, chosen, folder, wait=True)
         return {}
 
     def _prepare(self, job: Job) -> tuple[Subject, Any]:
