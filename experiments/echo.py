@@ -46,6 +46,7 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "kvzip, demoted": ("kvzip", {"demote": True}),
     "echo, demoted": ("echo", {"demote": True}),
     "kvzip-plus": ("kvzip-plus", {}),
+    "kvgrad, values and biases": ("kvgrad", {"refit": "values+bias"}),
     "kvgrad": ("kvgrad", {}),
     "echo-window": ("echo-window", {}),
     "echo-window, values and biases": ("echo-window", {"refit": "values+bias"}),
