@@ -6,7 +6,8 @@
 
 kvpress needs an older transformers, so it runs as a process of its own on the model that kvtrim
 saved for it. Both get the same token ids: the chat template and the context, then the question
-and the right answer (question-agnostic). The loss is what the answer's likelihood falls short of
+and the right answer (question-agnostic), and keep equally many entries: the share is rounded down
+to whole entries per head, as kvtrim does, before either sees it. The loss is what the answer's likelihood falls short of
 the full cache's, nats per token, as kvtrim's own full cache has it; held bytes are those of the
 tensors that each side's cache holds when the context was read.
 
@@ -34,9 +35,9 @@ from prompts import longbench, needles, ruler
 SHARES = (0.06, 0.12, 0.25)
 
 
-def ours(model, tokenizer, prompt, method, share):
+def ours(model, tokenizer, prompt, method, keep):
     """As kvpress_side's `measured`, by kvtrim."""
-    cache = kvtrim.Cache(model, method, share, tokenizer=tokenizer)
+    cache = kvtrim.Cache(model, method, keep, tokenizer=tokenizer)
     start = time.perf_counter()
     with torch.no_grad(), kvtrim.attach(model):
         model(torch.tensor([prompt["context"]]), past_key_values=cache, logits_to_keep=1)
@@ -109,7 +110,8 @@ def main():
         full.append(mean(whole["right"]))
         full_bytes.append(whole["held_bytes"])
         for method, share in cells:
-            row = ours(model, tokenizer, prompt, method, share)
+            keep = int(share * len(prompt["context"]))
+            row = ours(model, tokenizer, prompt, method, keep)
             row |= {"side": "kvtrim", "prompt": number, "method": method, "share": share}
             rows.append(row)
     with tempfile.TemporaryDirectory() as name:

@@ -47,7 +47,9 @@ def main():
     with (folder / "kvpress.jsonl").open("w") as file:
         for number, prompt in enumerate(given["prompts"]):
             for method, share in given["cells"]:
-                row = measured(model, prompt, method, share) | {"prompt": number}
+                tokens = len(prompt["context"])  # equally many entries as kvtrim keeps
+                exact = int(share * tokens) / tokens
+                row = measured(model, prompt, method, exact) | {"prompt": number}
                 row |= {"method": method, "share": share}
                 file.write(json.dumps(row) + "\n")
                 file.flush()
