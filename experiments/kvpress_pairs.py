@@ -7,9 +7,9 @@
 kvpress needs an older transformers, so it runs as a process of its own on the model that kvtrim
 saved for it. Both get the same token ids: the chat template and the context, then the question
 and the right answer (question-agnostic), and keep equally many entries: the share is rounded down
-to whole entries per head, as kvtrim does, before either sees it. The loss is what the answer's likelihood falls short of
-the full cache's, nats per token, as kvtrim's own full cache has it; held bytes are those of the
-tensors that each side's cache holds when the context was read.
+to whole entries per head, as kvtrim does, before either sees it. The loss is what the answer's
+likelihood falls short of the full cache's, nats per token, as kvtrim's own full cache has it; held
+bytes are those of the tensors that each side's cache holds when the context was read.
 
 DIR holds essays/ and longbench_mini/. Writes kvpress_pairs.jsonl, .json and .md under --out.
 """

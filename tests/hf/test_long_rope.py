@@ -221,7 +221,7 @@ def test_it_is_served_below_the_switch_and_told_why_not_beyond(model, tmp_path):
     library = Library(tmp_path / "library")
     reader = Reader(model, models.tokenizer(), prints, library)
     assert reader.window == SWITCH
-    with pytest.raises(UsageError, match=f"from {SWITCH} tokens on this model turns keys by"):
+    with pytest.raises(UsageError, match=f"above {SWITCH} tokens this model turns keys by"):
         reader.upload(
             Upload("long", "word " * 30, documents.How(Settled.of("snapkv", "40")), print)
         )

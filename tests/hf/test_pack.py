@@ -1,5 +1,8 @@
 """Tokens of many caches in one row of one pass go on as each would alone."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,6 +12,7 @@ import kvtrim
 import models
 from kvtrim.engine import row
 from kvtrim.engine.branch import Base, Branch, Stem, Tail
+from kvtrim.engine.graph import Capture
 from kvtrim.errors import CacheError
 from kvtrim.hf import pack as module
 from kvtrim.hf.pack import Feed, Pack, base_of, position
@@ -255,6 +259,85 @@ def test_seats_last_while_some_leave_and_what_is_empty_is_given_back():
         assert pack._seats is None and pack.empty_bytes == 0  # more are empty than not
 
 
+def test_what_seats_held_is_freed_when_they_are_given_up_whoever_goes_on():
+    model = models.tiny("llama")
+    gc.collect()
+    gc.disable()  # nothing waits for it
+    try:
+        with kvtrim.attach(model):
+            pack, branches, apart, lines = seated(model, 6)
+            for tokens in lines[:3]:
+                fed(model, pack, branches, tokens)
+            stack = weakref.ref(branches[0].tails[0].place[0])
+            seats, gone = weakref.ref(pack._seats), weakref.ref(branches[5])
+            pack.leave(branches.pop())
+            pack.leave_seats()
+            assert seats() is stack() is gone() is None
+            assert all(
+                each.keys.untyped_storage().nbytes() == each.keys.nbytes
+                for branch in branches
+                for each in branch.tails
+            )
+            base, pack = weakref.ref(branches[0].base), Pack(model)
+            fed(model, pack, branches, lines[3])
+            fed(model, pack, branches[:1], lines[4])  # one that was stacked goes on alone
+            tail = branches[0].tails[0]
+            assert tail.keys.untyped_storage().nbytes() == tail.keys.nbytes
+            branches.clear()
+            apart.clear()
+            del tail
+            assert base() is None  # a pass that is over keeps nothing
+    finally:
+        gc.enable()
+
+
+def test_seats_for_which_memory_is_short_are_done_without(monkeypatch):
+    model, tried = models.tiny("llama"), []
+
+    class Short(Capture):
+        def __init__(self, *given):
+            tried.append(1)
+            raise torch.OutOfMemoryError("2 GiB")
+
+    monkeypatch.setattr("kvtrim.hf.seats.Capture", Short)
+    with kvtrim.attach(model):
+        pack, branches, apart, lines = seated(model, 3)
+        for tokens in lines[:20]:
+            logits = fed(model, pack, branches, tokens)
+            plain = fed(model, Pack(model), apart, tokens)
+            torch.testing.assert_close(logits, plain, atol=1e-9, rtol=1e-7)
+    assert len(tried) == 1 and not pack.has_seats
+
+
+def test_forks_keep_the_seats_when_the_first_of_them_ends():
+    model = models.tiny("llama")
+    with kvtrim.attach(model):
+        pack, branches, _, lines = seated(model, 2)
+        fed(model, pack, branches, lines[0])
+        stem = Stem(branches[0])
+        forks = [Branch(stem, room=40) for _ in range(4)]
+        for tokens in lines[1:5]:
+            fed(model, pack, [branches[0], *forks], tokens)
+        seats = pack._seats
+        assert seats is not None
+        pack.leave(branches[0])
+        assert pack._seats is seats
+
+
+def test_a_continuation_that_is_cut_back_leaves_what_others_go_on_from():
+    model = models.tiny("llama")
+    with kvtrim.attach(model):
+        first, plain = Branch(room=40), Branch(room=40)
+        for branch in (first, plain):
+            Pack(model).feed(model, [Feed(branch, [5, 6, 7, 8, 9])])
+        other = Branch(Stem(first))
+        first.crop(2)
+        Pack(model).feed(model, [Feed(first, [40, 41, 42])])
+        (got,) = Pack(model).feed(model, [Feed(other, [11])])
+        (want,) = Pack(model).feed(model, [Feed(plain, [11])])
+        torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-7)
+
+
 def test_seats_do_not_keep_a_prompt_that_nobody_continues():
     model = models.tiny("llama")
     with kvtrim.attach(model):
@@ -334,12 +417,12 @@ def test_a_step_of_seats_asks_nothing_of_the_host_so_that_it_can_be_captured(
 ):
     model, watch = models.tiny(architecture).to("meta"), Watch()
 
-    class Watched(module.Capture):
+    class Watched(Capture):
         def __call__(self):
             with watch:
                 return super().__call__()
 
-    monkeypatch.setattr(module, "Capture", Watched)
+    monkeypatch.setattr("kvtrim.hf.seats.Capture", Watched)
     monkeypatch.setattr("kvtrim.kernels.parts.attend_by_torch", lambda *given: None)  # of CPUs
     bases = (
         on_meta(model, (20, 13), True),

@@ -73,7 +73,7 @@ def why(response, status):
         (
             RESPONSES,
             {"model": "tiny", "input": "x", "text": {"format": {"type": "json_object"}}},
-            "response_format is not served",
+            "text.format is not served",
         ),
     ],
 )

@@ -11,13 +11,14 @@ import torch
 
 import kvtrim
 import models
-from kvtrim.hf.pack import Pack, Seats
+from kvtrim.hf.pack import Pack
+from kvtrim.hf.seats import Seats
 from kvtrim.methods.request import Request as Settled
 from kvtrim.prompts import conversation
 from kvtrim.serve import documents
 from kvtrim.serve.documents import How
 from kvtrim.serve.library import Library
-from kvtrim.serve.memory import Memory
+from kvtrim.serve.memory import Document, Memory
 from kvtrim.serve.request import Done, Failed, Refused, Request, Sampling, Token, Upload
 from kvtrim.serve.scheduler import Limits, Scheduler
 
@@ -163,11 +164,21 @@ def test_empty_seats_count_as_held_and_are_the_first_to_go(model):
     pack = Pack(model)
     memory = Memory(100, pack)
     memory.reserved = 30
-    pack._seats = SimpleNamespace(empty_bytes=60)
+    pack._seats = SimpleNamespace(empty_bytes=60, vacate=lambda: None)
     assert memory.held_bytes == 90
     assert memory.make_room(10) and pack.has_seats
     assert memory.make_room(70) and not pack.has_seats
     assert memory.held_bytes == 30 and not memory.make_room(71)
+
+
+def test_a_removed_document_counts_as_held_while_somebody_uses_it(model):
+    memory = Memory(100)
+    document = Document("key", kvtrim.Cache(model, "full"), 10, 80, 90, users=1)
+    memory.add(document)
+    memory.forget("key")
+    assert memory.held_bytes == 80 and not memory.make_room(21) and memory.make_room(20)
+    document.users = 0
+    assert memory.held_bytes == 0 and memory.make_room(100)
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "cohere2"])
@@ -320,7 +331,8 @@ def test_many_answers_keep_to_places_and_memory(served):
     first, *others = client.ask("Who is it? " * 9, more=(1, 2), max_tokens=100)
     for each in (first, *others):
         each.get(timeout=30)
-    reserved = (len(first.request.ids) + 3 * 100) * entry  # the prompt once
+    prompt = 2 * len(first.request.ids)  # once more, since the first answer's may be stacked
+    reserved = (prompt + 3 * 100) * entry
     assert scheduler.memory.reserved == reserved
     first.request.gone.set()
     while len(scheduler.answers) == 3:

@@ -63,6 +63,8 @@ SHORT = {"max_tokens": 6, "extra_body": {"ignore_eos": True}}
 def test_a_document_is_a_model_and_answers_as_generate(client, manual, local, model_folder):
     model = f"{model_folder.name}@manual"
     assert [each.id for each in client.models.list()] == [model_folder.name, model]
+    for name in (model, "@manual", f"{model_folder}@manual"):  # as requests may name it
+        assert client.models.retrieve(name).id == model
     got = client.chat.completions.create(model=model, messages=said("Who?"), **SHORT)
     loaded, tokenizer = local
     cache = kvtrim.compress(loaded, tokenizer, TEXT, method="snapkv", keep=48)

@@ -132,11 +132,23 @@ class Branch:
     ids: list[int] = field(default_factory=list)  # whose entries are held
     tails: list[Tail] = field(default_factory=list)
     room: int = 0  # entries that there will be, if that is known: buffers are made for so many
+    shared: int = (
+        0  # of its first entries, which others continue, so that they are not written over
+    )
 
     @property
     def position(self) -> int:
         """Of the next token."""
         return len(self.ids) + (self.base.position if self.base else 0)
+
+    @property
+    def bases(self) -> list[Base]:
+        """What it continues, beginning with what continues nothing."""
+        chain, base = [], self.base
+        while base is not None:
+            chain.insert(0, base)
+            base = base.below
+        return chain
 
     @property
     def nbytes(self) -> int:
@@ -166,7 +178,14 @@ class Branch:
 
     def crop(self, length: int) -> None:
         """Forget all but its first tokens."""
+        if length < self.shared:
+            self.tails, self.shared = self.copy(length, self.room).tails, 0
         del self.ids[length:]
+
+    def unstack(self) -> None:
+        """Have entries of its own, which do not keep those of others from being freed."""
+        if any(tail.place is not None for tail in self.tails):
+            self.tails = self.copy(len(self.ids), self.room).tails
 
     def copy(self, length: int, room: int = 0) -> "Branch":
         """Another continuation that begins with the first tokens of this one."""
@@ -190,6 +209,7 @@ class Stem(Base):
 
     def __init__(self, branch: Branch):
         self.below, self.position = branch.base, branch.position
+        branch.shared = len(branch.ids)
         seen = slice(len(branch.ids))
         self._layers = [
             [(_apart(tail, tail.keys[:, :, seen]), _apart(tail, tail.values[:, :, seen]), None)]

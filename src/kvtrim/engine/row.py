@@ -46,6 +46,8 @@ class Row:
         apart = [each for each in given if not any(each is other for other in stacked)]
         self.columns: dict[int, slice] = {}  # by the identity of a branch
         self.end = 0  # how many tokens there are
+        for branch in apart:
+            branch.unstack()
         for branch in [*stacked, *apart]:
             first, self.end = self.end, self.end + counts[id(branch)]
             self.columns[id(branch)] = slice(first, self.end)
@@ -81,7 +83,7 @@ class Row:
         levels: list[dict[int, tuple[Base, list[int]]]] = []
         for branch in branches:
             own = self.columns[id(branch)]
-            for level, base in enumerate(_chain(branch)):
+            for level, base in enumerate(branch.bases):
                 if level == len(levels):
                     levels.append({})
                 _, columns = levels[level].setdefault(id(base), (base, []))
@@ -316,19 +318,10 @@ def _groups(branches: Sequence[Branch], rows: Callable[[Branch], int]) -> list[l
     return [[branches[number] for number in sorted(group)] for group in groups]
 
 
-def _chain(branch: Branch) -> list[Base]:
-    """What it continues, beginning with what continues nothing."""
-    chain, base = [], branch.base
-    while base is not None:
-        chain.insert(0, base)
-        base = base.below
-    return chain
-
-
 def _neighbours(branches: Sequence[Branch]) -> list[Branch]:
     """The same, those of one prompt next to each other."""
     places: dict[int, int] = {}
-    chains = {id(branch): [id(base) for base in _chain(branch)] for branch in branches}
+    chains = {id(branch): [id(base) for base in branch.bases] for branch in branches}
     for chain in chains.values():
         for base in chain:
             places.setdefault(base, len(places))

@@ -3,10 +3,8 @@
 A pass over one token reads all weights, whatever else goes through it. So the new tokens of
 whoever has any are laid one behind the other; only attention knows whose they are.
 
-Where the same branches get one token each, pass after pass, as answers do, each gets a seat: their
-entries and all that a pass is about are in buffers that stay where they are, so that on CUDA the
-pass is a captured graph (`engine.graph.Capture`). It is captured anew when somebody joins. Who
-leaves leaves an empty seat, until half of the seats are empty.
+Where the same branches get one token each, pass after pass, as answers do, each gets a seat
+(`hf/seats.py`), so that on CUDA the pass is a captured graph.
 """
 
 import copy
@@ -19,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from kvtrim.engine.branch import Base, Branch
-from kvtrim.engine.graph import Capture
 from kvtrim.engine.layer import Attends, Call
 from kvtrim.engine.row import Row
 from kvtrim.errors import CacheError
@@ -27,10 +24,13 @@ from kvtrim.hf.base import BaseCache, Coming, cache_keyword
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.decode import LEAST
 from kvtrim.hf.layers import ManagedLayer, WindowLayer
+from kvtrim.hf.seats import Seats
 from kvtrim.kernels.parts import attend_part
 from kvtrim.types import Float, Int, Tensor
 
 log = logging.getLogger("kvtrim.hf")
+
+_PAUSE = 64  # passes
 
 _FEW, _FULL = 9, 16
 """On a CPU a product of few rows is made row by row: 9 take as long as 16, and 15 up to twice."""
@@ -87,96 +87,6 @@ def base_of(cache: Cache) -> Base:
     return Base(cache.session, windows)
 
 
-class Seats:
-    """Branches that get one token each, pass after pass, and what such a pass is about.
-
-    Args:
-        branches: of which each has read something.
-    """
-
-    def __init__(self, branches: Sequence[Branch]):
-        self.row = Row([(branch, 1) for branch in branches], seated=True)
-        self.count, device = self.row.end, cast(Any, self.row.seats).device
-        self._places = {id(each): self.row.columns[id(each)].start for each in branches}
-        self._sitting: dict[int, Branch] = {id(each): each for each in branches}
-        self._empty = 0  # bytes
-        behind = [0] * self.count  # where what each continues ends
-        self._lengths = [0] * self.count
-        for branch in branches:
-            place = self._places[id(branch)]
-            behind[place] = branch.position - len(branch.ids)
-            self._lengths[place] = len(branch.ids)
-        self._behind = torch.tensor(behind, device=device)
-        self._ids = torch.zeros(1, self.count, dtype=torch.long, device=device)
-        self._fill([])
-
-    def capture(self, model: Any, into: "Pack") -> None:
-        """Make the step, which `into` hands to the row; on CUDA it is captured."""
-        held, row = cast(Any, self.row.seats), self.row
-
-        def step() -> Float[Tensor, "N vocabulary"]:
-            row.hide()
-            given = {"position_ids": (held.lengths + self._behind)[None], **cache_keyword(into)}
-            with torch.no_grad():
-                return model(input_ids=self._ids, **given).logits[0]
-
-        def undo() -> None:
-            """A step writes where the next one writes again."""
-
-        self._step = Capture(step, undo, held.device)
-
-    @property
-    def plain(self) -> str | None:
-        """Why the step is not captured, if it is not."""
-        return self._step.plain
-
-    @property
-    def empty_bytes(self) -> int:
-        """What is held for those who have left."""
-        return self._empty
-
-    def are_of(self, branches: Sequence[Branch]) -> bool:
-        """Whether these sit here, and none else; those who do not come any more have left."""
-        coming = {id(branch) for branch in branches}
-        if not coming <= set(self._sitting):
-            return False
-        for branch in [each for each in self._sitting.values() if id(each) not in coming]:
-            if not self.leave(branch):
-                return False
-        return all(
-            len(branch.ids) < branch.room and self.row.is_seated(branch) for branch in branches
-        )
-
-    def leave(self, into: Branch | Cache) -> bool:
-        """Its seat is empty from now on; whether the others stay, and nothing else is held."""
-        branch = self._sitting.pop(id(into), None)
-        if branch is not None:
-            self._empty += branch.nbytes
-        bases = {id(each.base) for each in self._sitting.values()}
-        used = branch is None or branch.base is None or id(branch.base) in bases
-        return used and 2 * len(self._sitting) >= self.count
-
-    def step(self, feeds: Sequence[Feed]) -> Float[Tensor, "N vocabulary"]:
-        """One token more for each who sits here; logits in the order of the feeds."""
-        self._fill(feeds)
-        logits = self._step()
-        for each in feeds:
-            cast(Branch, each.into).ids += each.ids
-        return logits[[self._places[id(each.into)] for each in feeds]]
-
-    def _fill(self, feeds: Sequence[Feed]) -> None:
-        """Say what the next pass is about; an empty seat stays as it is."""
-        ids, taken = [0] * self.count, [False] * self.count
-        for each in feeds:
-            place = self._places[id(each.into)]
-            ids[place], taken[place] = each.ids[0], True
-            self._lengths[place] = len(cast(Branch, each.into).ids)
-        held = cast(Any, self.row.seats)
-        self._ids.copy_(torch.tensor([ids]))
-        held.lengths.copy_(torch.tensor(self._lengths))
-        held.taken.copy_(torch.tensor(taken))
-
-
 class Pack(BaseCache):
     """What a pass over several feeds reads into. The model has to be attached.
 
@@ -193,6 +103,8 @@ class Pack(BaseCache):
         super().__init__(model, copy.copy(like.rope), [])
         self._seats: Seats | None = None
         self._before: set[int] = set()  # identities of the branches of the last pass
+        self.captures = 0  # how often seats were taken, which takes about three passes
+        self._pause = 0  # passes until seats are tried again, after memory was short
         self._managed = like.managed
         rest = [n for n in range(len(like.layers)) if n not in set(like.managed)]
         self._windows = [(n, cast(Any, like.layers[n]).sliding_window) for n in rest]
@@ -211,10 +123,11 @@ class Pack(BaseCache):
 
         Raises:
             CacheError: the model's RoPE changes with the length, and a feed goes that far.
+            torch.OutOfMemoryError: the pass does not fit.
         """
         seats = self._seats_of(model, feeds) if self.gives_seats else None
         if seats is not None:
-            return seats.step(feeds)
+            return seats.step([(cast(Branch, each.into), each.ids[0]) for each in feeds])
         own = [(each.into, len(each.ids)) for each in feeds]
         self._row = row = Row([(into, n) for into, n in own if isinstance(into, Branch)])
         columns, end = dict(row.columns), row.end
@@ -234,19 +147,22 @@ class Pack(BaseCache):
         self.rotations = next((own for own in turning if own), [])
         last = [columns[id(each.into)].stop - 1 for each in feeds]
         last += last[-1:] * (_rows(len(feeds), device) - len(feeds))
-        with torch.no_grad():
-            out = model(
-                input_ids=torch.tensor([ids], device=device),
-                position_ids=torch.tensor([at], device=device),
-                **cache_keyword(self),
-                logits_to_keep=torch.tensor(last, device=device),
-            )
+        try:
+            with torch.no_grad():
+                out = model(
+                    input_ids=torch.tensor([ids], device=device),
+                    position_ids=torch.tensor([at], device=device),
+                    **cache_keyword(self),
+                    logits_to_keep=torch.tensor(last, device=device),
+                )
+        finally:
+            self._row, self._end, self._caches = Row([]), 0, []
         for each in feeds:
             if isinstance(each.into, Branch):
                 each.into.ids += each.ids
         return out.logits[0, : len(feeds)]
 
-    def _seats_of(self, model: Any, feeds: Sequence[Feed]) -> "Seats | None":
+    def _seats_of(self, model: Any, feeds: Sequence[Feed]) -> Seats | None:
         """Where each feed has a seat; None where a pass of another kind is due."""
         branches = [feed.into for feed in feeds if isinstance(feed.into, Branch)]
         single = len(branches) == len(feeds) and all(len(feed.ids) == 1 for feed in feeds)
@@ -258,17 +174,27 @@ class Pack(BaseCache):
             return self._seats
         self.leave_seats()
         before, self._before = self._before, {id(branch) for branch in branches}
-        ahead = sorted(branch.room - len(branch.ids) for branch in branches)[len(branches) // 2]
-        if not self._before <= before or ahead < LEAST:
+        ahead = sorted(branch.room - len(branch.ids) for branch in branches)
+        self._pause = max(0, self._pause - 1)
+        if not self._before <= before or not ahead[0] or ahead[len(ahead) // 2] < LEAST:
             return None
-        seats = Seats(branches)
-        self._row, self._end, self._caches = seats.row, seats.count, []
-        seats.capture(model, self)
+        return None if self._pause else self._take_seats(model, branches)
+
+    def _take_seats(self, model: Any, branches: Sequence[Branch]) -> Seats | None:
+        """New ones; None if that cannot be, or there is no memory for it."""
+        try:
+            seats = Seats(branches)
+            self._row, self._end = seats.row, seats.count
+            seats.capture(model, self)
+        except torch.OutOfMemoryError as error:
+            log.warning("steps are not captured for now: %s", error)
+            self._row, self._end, self._pause = Row([]), 0, _PAUSE
+            return None
         if seats.plain is not None and model.device.type == "cuda":
             log.warning("steps are not captured: the pass %s", seats.plain)
             self.gives_seats = False
             return None
-        self._seats = seats
+        self._seats, self.captures = seats, self.captures + 1
         return seats
 
     @property
@@ -282,10 +208,11 @@ class Pack(BaseCache):
         return 0 if self._seats is None else self._seats.empty_bytes
 
     def leave_seats(self) -> None:
-        """Forget who sits where; they go on in a pass of the usual kind."""
-        self._seats = None
-        if self._row.seats is not None:
-            self._row = Row([])
+        """Nobody sits any more; all go on in a pass of the usual kind."""
+        seats, self._seats = self._seats, None
+        if seats is not None:
+            self._row, self._end = Row([]), 0
+            seats.vacate()
 
     def leave(self, into: Branch | Cache) -> None:
         """It gets no more tokens."""

@@ -131,8 +131,8 @@ class LongRope:
         """
         if self.switch is not None and self._was_beyond(max(read), read):
             raise CacheError(
-                f"this model turns keys by other rotary frequencies from {self.switch:,} tokens "
-                f"on, and this was read beyond that ({max(read):,} tokens), so that it cannot "
+                f"this model turns keys by other rotary frequencies above {self.switch:,} tokens, "
+                f"and this was read beyond that ({max(read):,} tokens), so that it cannot "
                 "share passes with others; use kvtrim.generate, or read a shorter part"
             )
 

@@ -65,6 +65,7 @@ class Room:
 
     first: int
     further: int
+    prompt: int = 0  # more where there are further ones, and the first one's entries are moved
 
     @classmethod
     def of(cls, request: Request, document: Document | None, entry_bytes: int) -> "Room":
@@ -74,11 +75,11 @@ class Room:
         if document is not None and isinstance(document.entries, Cache):
             whole += document.held_bytes
             return cls(whole, whole)
-        return cls(whole, new)
+        return cls(whole, new, whole - new)
 
     def total(self, count: int) -> int:
         """By so many answers."""
-        return self.first + (count - 1) * self.further
+        return self.first + (count - 1) * self.further + (self.prompt if count > 1 else 0)
 
 
 @dataclass(eq=False)
@@ -165,7 +166,8 @@ class Answer:
             return others
         self.reserved, stem = room.first, None
         if isinstance(into, Branch):  # whose entries are there until the last answer has ended
-            self.reserved, self.share = 0, Share(room.first, 1 + len(requests))
+            held = room.first + room.prompt
+            self.reserved, self.share = 0, Share(held, 1 + len(requests))
             stem = Stem(into)
         before = 0
         if self.document is not None:

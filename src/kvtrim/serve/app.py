@@ -73,8 +73,7 @@ def application(
 
     @app.get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
-        service.document(name)
-        return next(each for each in service.models() if each["id"] == name)
+        return service.model(service.document(name))
 
     app.get("/")(page)
     app.head("/")(page)

@@ -80,6 +80,7 @@ class Memory:
         self.bound, self._pack = bound, pack
         self.documents: OrderedDict[Hashable, Document] = OrderedDict()
         self._idle: OrderedDict[int, Conversation] = OrderedDict()
+        self._removed: list[Document] = []  # which are still in use
         self.reserved = 0  # by requests under way and what is being read
 
     @property
@@ -88,6 +89,7 @@ class Memory:
         idle = sum(each.nbytes for each in list(self._idle.values()))  # others ask meanwhile
         idle += 0 if self._pack is None else self._pack.empty_bytes
         documents = sum(each.held_bytes for each in list(self.documents.values()))
+        documents += sum(each.held_bytes for each in list(self._removed) if each.users)
         return idle + self.reserved + documents
 
     def subjects(self) -> set[str]:
@@ -133,6 +135,9 @@ class Memory:
     def forget(self, key: Hashable) -> None:
         """Let go of a document, once nobody uses it, and of the conversations about it."""
         gone = self.documents.pop(key, None)
+        self._removed = [
+            each for each in (*self._removed, gone) if each is not None and each.users
+        ]
         for number, each in list(self._idle.items()):
             if gone is not None and each.document is gone:
                 del self._idle[number]

@@ -1,7 +1,7 @@
 """How much of a prompt to read between others' tokens, from what passes were seen to take."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _ALONE = 512  # tokens of a chunk while nobody is answering
@@ -58,14 +58,22 @@ class Pace:
             self.rate += _NEW * (tokens / took - self.rate)
 
     @contextmanager
-    def measure_step(self, tokens: int, questions: bool) -> Iterator[None]:
-        """A pass over so many tokens of answers, and of questions if there are any."""
-        start = time.perf_counter()
+    def measure_step(
+        self, tokens: int, questions: bool, captures: Callable[[], int] = lambda: 0
+    ) -> Iterator[None]:
+        """A pass over so many tokens of answers, and of questions if there are any.
+
+        Args:
+            captures: how many there were by now; a pass that makes one says nothing of others.
+        """
+        start, before = time.perf_counter(), captures()
         yield
         took = time.perf_counter() - start
+        if captures() != before:
+            return
         size = _round_up(tokens)
-        before = self._passes.get(size, took)
-        self._passes[size] = before + _NEW * (took - before)
+        usual = self._passes.get(size, took)
+        self._passes[size] = usual + _NEW * (took - usual)
         if not questions:
             self.step_s += _NEW * (took - self.step_s)
 

@@ -25,7 +25,7 @@ class Message(BaseModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[dict[str, Any]] = Field(max_length=LONGEST)
+    content: str | list[dict[str, Any]] | None = Field(max_length=LONGEST)
 
     def text(self) -> str:
         """Its text; parts of other kinds are refused.
@@ -33,8 +33,8 @@ class Message(BaseModel):
         Raises:
             ValueError: naming the kind.
         """
-        if isinstance(self.content, str):
-            return self.content
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         for part in self.content:
             kind = part.get("type")
             if kind not in ("text", "input_text", "output_text"):
@@ -47,7 +47,7 @@ class Message(BaseModel):
 class StreamOptions(BaseModel):
     """Of a streamed answer."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class Asked(BaseModel):
@@ -83,13 +83,13 @@ class Asked(BaseModel):
     def require_served(self) -> "Asked":
         """Refuse what an answer here would not keep."""
         format = self.text.get("format") if isinstance(self.text, dict) else None
-        formats = [each for each in (self.response_format, format) if each is not None]
         wrong = {
             "logit_bias": bool(self.logit_bias),
             "best_of": (self.best_of or 1) > (self.n or 1),
             "tool_choice": self.tool_choice not in (None, "none", "auto"),
             "function_call": self.function_call not in (None, "none", "auto"),
-            "response_format": any(one != {"type": "text"} for one in formats),
+            "response_format": self.response_format not in (None, {"type": "text"}),
+            "text.format": format not in (None, {"type": "text"}),
         }
         for name in (name for name, refused in wrong.items() if refused):
             raise ValueError(f"{name} is not served here; leave it out")

@@ -29,8 +29,8 @@ class Reader:
         self.limit = f"the model's window takes {self.window}"  # said where it is exceeded
         if switch == self.window:
             self.limit = (
-                f"from {switch} tokens on this model turns keys by other rotary frequencies, and "
-                "the server stays below that (kvtrim ask and chat do not)"
+                f"above {switch} tokens this model turns keys by other rotary frequencies, and "
+                "the server does not go there (kvtrim ask and chat do)"
             )
 
     def require_own(self, entry: Entry) -> None:

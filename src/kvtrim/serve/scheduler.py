@@ -365,7 +365,8 @@ class Scheduler:
         if not feeds:
             return 0
         try:
-            with self.pace.measure_step(sum(len(each.ids) for each in feeds), spent > 0):
+            tokens = sum(len(each.ids) for each in feeds)
+            with self.pace.measure_step(tokens, spent > 0, lambda: self._pack.captures):
                 logits = self._pack.feed(self.model, feeds)
         except Exception as error:
             for answer in fed:

@@ -123,10 +123,14 @@ class Service:
 
     def models(self) -> list[dict[str, Any]]:
         """The model, and one for each of its documents."""
-        made = [(self.id, self.made)]
-        made += [(f"{self.id}@{each.name}", int(each.made)) for each in self.documents()]
-        kind = {"object": "model", "owned_by": "kvtrim"}
-        return [{"id": name, "created": at, **kind} for name, at in made]
+        return [self.model(each) for each in (None, *self.documents())]
+
+    def model(self, document: Entry | None) -> dict[str, Any]:
+        """The model, or one of its documents, as OpenAI lists them."""
+        name, made = self.id, self.made
+        if document is not None:
+            name, made = f"{name}@{document.name}", int(document.made)
+        return {"id": name, "created": made, "object": "model", "owned_by": "kvtrim"}
 
     def document(self, model: str) -> Entry | None:
         """The document that a model's name chooses; None for the model itself.

@@ -59,7 +59,7 @@ class Form(ABC):
     @property
     def _with_usage(self) -> bool:
         options = self._asked.stream_options
-        return options is not None and options.include_usage
+        return options is not None and bool(options.include_usage)
 
 
 def usage(each: Sequence[Usage], n: int = 1) -> dict[str, Any]:
