@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from kvtrim.bench.provenance import provenance
 from kvtrim.papers import recipe as known
 from kvtrim.report import papers, results
 from report.synthetic import speed
@@ -12,7 +14,16 @@ LENGTHS = [8192, 16384, 32768, 65536, 131072]
 LLAMA, NEMO = "meta-llama/Llama-3.1-8B-Instruct", "mistralai/Mistral-Nemo-Instruct-2407"
 
 
-def ran(place, item="table-5", model=LLAMA, config=None, device="NVIDIA H200", steps=1, **changed):
+def ran(
+    place,
+    item="table-5",
+    model=LLAMA,
+    config=None,
+    device="NVIDIA H200",
+    kind=None,
+    steps=1,
+    **changed,
+):
     """The folder of a run of an item with made-up seconds."""
     one = known.find(f"fastkv/{item}")
     labels = changed.pop("methods", list(one.methods.values()))
@@ -20,7 +31,7 @@ def ran(place, item="table-5", model=LLAMA, config=None, device="NVIDIA H200", s
     record = json.loads((folder / "run.json").read_text())
     record["model"] |= {"name": model, "config": config}
     record["plan"]["new_tokens"] = steps
-    record["machine"]["device"] = device
+    record["machine"] |= {"device": device} | ({"device_type": kind} if kind else {})
     (folder / "run.json").write_text(json.dumps(record))
     return one, folder
 
@@ -84,7 +95,10 @@ def test_the_tables_of_a_model_are_its_own(tmp_path):
             {"model": "llama-3.1-8b (random weights, 2 layers)", "config": "llama-3.1-8b"},
             "another",
         ),
-        ({"device": "Intel(R) Xeon(R) Processor"}, "a CPU, and the paper's times are a GPU's"),
+        ({"device": "Intel(R) Xeon(R) Processor"}, "no GPU by its record, and the paper's times"),
+        ({"device": "AMD Ryzen 7 5700G with Radeon Graphics"}, "no GPU by its record"),
+        ({"device": "A100-SXM4-40GB"}, "no GPU by its record"),  # of which no type was kept
+        ({"kind": "cpu"}, "no GPU by its record"),
         ({"item": "table-7", "lengths": [131072]}, "another number of decoding steps"),
         ({"item": "table-7", "lengths": [131072], "steps": 127}, "names no length of prompts"),
         ({"item": "table-6", "steps": 127, "methods": ["full"]}, "ratios are to the full cache"),
@@ -95,6 +109,18 @@ def test_elsewhere_nothing_published_stands_and_why_is_said(tmp_path, changed, w
     assert {whose for _, _, whose in rows} == {"ours"}
     (line,) = [line for line in told if line.startswith("nothing published stands beside: ")]
     assert why in line
+
+
+def test_a_device_whose_record_calls_it_cuda_is_a_gpu_under_any_name(tmp_path):
+    _, rows, _ = drawn(*ran(tmp_path / "a", device="A100-SXM4-40GB", kind="cuda"))
+    assert rows["512", "fastkv", "published"][-1] == "x0.51"
+    assert provenance(torch.device("cpu"))["device_type"] == "cpu"
+
+
+def test_a_table_without_a_budget_has_those_of_its_recipe_alone(tmp_path):
+    _, rows, told = drawn(*ran(tmp_path / "a", keep="16384"))  # nothing is evicted at 8192
+    assert {whose for _, _, whose in rows} == {"ours"}
+    assert "not measured: keep 512" in told
 
 
 def test_lengths_and_methods_that_are_not_the_papers_stand_alone(tmp_path):

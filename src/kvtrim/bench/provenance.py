@@ -35,6 +35,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "device": _device_name(device),
+        "device_type": device.type,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }

@@ -17,7 +17,7 @@ from kvtrim.report.tables import MISSING, Table
 
 _HEAD: list[Column] = [("keep", "right"), ("method", "left")]
 _WHOSE: Column = ("whose", "left")
-_GPUS = ("nvidia", "geforce", "tesla", "quadro", "instinct", "radeon")
+_GPUS = ("cuda", "mps", "xpu")  # types of devices
 _RATES = "throughput"
 _FULL = "full"
 _Cells = Mapping[tuple[str, str, int | None], str]  # budget, method, length
@@ -97,7 +97,7 @@ def _in_shape(
     for keep, method in met:
         own = [ours.get((keep, method, length), MISSING) for length in lengths]
         lines.append([keep or "all", method, "ours", *own])
-        other = [_beside(theirs, keep, method, length) for length in lengths]
+        other = [_beside(theirs, recipe.keeps, keep, method, length) for length in lengths]
         if any(other):
             lines.append([keep or "all", method, "published", *(one or MISSING for one in other)])
     columns = [*_HEAD, _WHOSE, *((_name_length(length), "right") for length in lengths)]
@@ -107,9 +107,10 @@ def _in_shape(
     return Table(f"{recipe.name}/shape", title, about, Cells(columns, lines))
 
 
-def _beside(theirs: _Cells, keep: str, method: str, length: int) -> str:
-    """A published ratio at a length; a table that names no budget has one for every budget."""
-    return theirs.get((keep, method, length)) or theirs.get(("", method, length), "")
+def _beside(theirs: _Cells, keeps: Sequence[str], keep: str, method: str, length: int) -> str:
+    """A published ratio at a length; a table that names no budget has those of its recipe."""
+    found = theirs.get((keep, method, length), "")
+    return found or (theirs.get(("", method, length), "") if keep in keeps else "")
 
 
 def _ratios(tables: Sequence[Mapping[str, Any]]) -> _Cells:
@@ -197,8 +198,8 @@ def _unlike(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
     found = []
     if _model(recipe, record["model"]) is None:
         found.append("another model")
-    if not _on_gpu(record["machine"]["device"]):
-        found.append("a CPU, and the paper's times are a GPU's")
+    if not _on_gpu(record["machine"]):
+        found.append("no GPU by its record, and the paper's times are a GPU's")
     if (
         recipe.tables[0]["benchmark"] == _RATES
         and record["plan"].get("new_tokens") != recipe.new_tokens
@@ -214,8 +215,10 @@ def _unlike(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _on_gpu(device: str) -> bool:
-    return any(name in device.lower() for name in _GPUS)
+def _on_gpu(machine: Mapping[str, Any]) -> bool:
+    """By the device's type; a record without one is of a GPU if its name says NVIDIA's."""
+    kind = machine.get("device_type")
+    return machine["device"].startswith("NVIDIA") if kind is None else kind in _GPUS
 
 
 def _facts_beside(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> list[str]:
