@@ -15,6 +15,7 @@ def library(monkeypatch, tmp_path):
 
 def test_a_named_document_is_read_once(run):
     code, out, _ = run("compress", "doc.txt", "--name", "manual", *SHORT)
+    assert "1 document in" in run("caches", model=False)[1]
     tokens = int(re.search(r"@manual: (\d+) tokens, .*snapkv 48", " ".join(out.split()))[1])
     assert code == 0 and "not read again" not in out
     _, out, _ = run("compress", "doc.txt", "--name", "manual", *SHORT)
@@ -39,6 +40,7 @@ def test_the_library_is_listed_verified_and_cleared(run, tmp_path):
         run("compress", "doc.txt", "--name", name, *SHORT)
     code, out, _ = run("caches", model=False)
     assert code == 0 and all(word in out for word in ("@one", "@two", "snapkv", "48"))
+    assert "2 documents in" in out
     listed = json.loads(run("caches", "--json", model=False)[1])
     assert {each["name"] for each in listed} == {"one", "two"}
     code, out, _ = run("caches", "verify", model=False)

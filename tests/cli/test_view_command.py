@@ -16,7 +16,7 @@ def stops(path):
 
 
 def test_a_file_is_shown_at_every_budget(run, tmp_path):
-    code, out, err = run("view", "doc.txt", "--method", "knorm", "--budget", "1/4, 50%,1/4")
+    code, out, err = run("view", "doc.txt", "--method", "knorm", "--keep", "1/4, 50%,1/4")
     assert (code, err) == (0, "") and "kept.html: " in out and "2 stops" in out
     data, found = stops(tmp_path / "kept.html")
     assert found == [("knorm", "25%"), ("knorm", "50%")] and data["question"] is None
@@ -27,7 +27,7 @@ def test_a_file_is_shown_at_every_budget(run, tmp_path):
 
 def test_a_question_is_asked_at_every_stop_and_with_the_full_cache(run, tmp_path):
     asked = ["-q", "Where?", "--max-new-tokens", "3", "--evidence", "wide blue", "-o", "k.html"]
-    code, _, err = run("view", "doc.txt", "--method", "knorm", "--budget", "1/2", *asked)
+    code, _, err = run("view", "doc.txt", "--method", "knorm", "--keep", "1/2", *asked)
     assert (code, err) == (0, "")
     data, found = stops(tmp_path / "k.html")
     assert found == [("full", "all"), ("knorm", "50%")]
@@ -46,7 +46,7 @@ def test_a_named_document_and_a_saved_cache_are_shown_as_they_are_held(run, tmp_
         data, found = stops(tmp_path / "kept.html")
         assert found == [("full", "all"), ("knorm", "40")] and data["question"] == "Where?"
         held = [(stop["said"], stop["logProb"]) for stop in data["stops"]]
-        anew = ["doc.txt", "--method", "knorm", "--budget", "40", *asked, "-o", "anew.html"]
+        anew = ["doc.txt", "--method", "knorm", "--keep", "40", *asked, "-o", "anew.html"]
         assert run("view", *anew)[0] == 0
         again = stops(tmp_path / "anew.html")[0]
         assert held == [(stop["said"], stop["logProb"]) for stop in again["stops"]]
@@ -54,10 +54,16 @@ def test_a_named_document_and_a_saved_cache_are_shown_as_they_are_held(run, tmp_
         assert run("view", *given)[0] == 0 and stops(tmp_path / "kept.html")[1] == [
             ("knorm", "40")
         ]
-    code, _, err = run("view", "--cache", "doc.kv", "--budget", "1/2")
-    assert code == 2 and "--budget was settled when doc.kv was made" in err
-    assert run("view", "@doc", "--method", "full", "--method", "knorm", "--budget", "20%")[0] == 0
+    code, _, err = run("view", "--cache", "doc.kv", "--keep", "1/2")
+    assert code == 2 and "--keep was settled when doc.kv was made" in err
+    assert run("view", "@doc", "--method", "full", "--method", "knorm", "--keep", "20%")[0] == 0
     assert stops(tmp_path / "kept.html")[1] == [("full", "all"), ("knorm", "20%")]
+
+
+def test_budgets_go_by_their_older_name_too(run, tmp_path):
+    asked = ["--method", "knorm", "--budget", "1/4", "--keep", "40"]
+    assert run("view", "doc.txt", *asked)[0] == 0
+    assert stops(tmp_path / "kept.html")[1] == [("knorm", "25%"), ("knorm", "40")]
 
 
 OWN = """
@@ -88,7 +94,7 @@ def test_a_method_of_ones_own_is_named_to_show_what_it_made(run, tmp_path, monke
     assert code == 1 and "mine:OWN" in err
     code, _, err = run("view", "--cache", "doc.kv", "--method", "knorm")
     assert code == 2 and "--method was settled" in err
-    for more in (["--method", "mine:OTHER", "--budget", "20%"], [*own, "--budget", "20%"]):
+    for more in (["--method", "mine:OTHER", "--keep", "20%"], [*own, "--keep", "20%"]):
         assert run("view", "@doc", *more)[0] == 0  # its text, read anew
         assert stops(tmp_path / "kept.html")[1] == [(more[1], "20%")]
     sys.modules.pop("mine")
@@ -114,8 +120,8 @@ def test_compare_shows_what_it_compared(run, tmp_path):
         (["doc.txt", "--cache", "doc.txt"], "not both"),
         (["--cache", "no.kv"], "no such cache file"),
         (["doc.txt", "-q", " "], "the question is empty"),
-        (["doc.txt", "--budget", "2/1"], "more than the whole prompt"),
-        (["doc.txt", "--budget", "some"], "is not a budget"),
+        (["doc.txt", "--keep", "2/1"], "more than the whole prompt"),
+        (["doc.txt", "--keep", "some"], "is not a budget"),
         (["doc.txt", "--method", "knorms"], "knorm"),
         (["doc.txt", "--protocol", "question-aware"], "give -q"),
         (["doc.txt", "-o", "no/kept.html"], "there is no folder"),

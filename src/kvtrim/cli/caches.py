@@ -59,7 +59,8 @@ def caches(
             f"no documents in {own.folder}; kvtrim compress FILE --name NAME adds one"
         )
         return
-    output.table(f"{len(rows)} documents in {own.folder}", output.Cells(columns, rows), wide=True)
+    count = "1 document" if len(rows) == 1 else f"{len(rows)} documents"
+    output.table(f"{count} in {own.folder}", output.Cells(columns, rows), wide=True)
 
 
 @group.command()

@@ -18,6 +18,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write the page.
 Budgets = Annotated[
     list[str] | None,
     typer.Option(
+        "--keep",
         "--budget",
         help="A stop of the slider, or several with commas between them: 1/16, 25%, 512, 64MiB. "
         "Default: 1/16,1/8,1/4,1/2.",
@@ -38,7 +39,7 @@ def view(
     library: options.Library = None,
     out: Out = Path("kept.html"),
     method: options.Methods = None,
-    budget: Budgets = None,
+    keep: Budgets = None,
     question: Question = None,
     evidence: Evidence = None,
     set_: options.Set = None,
@@ -58,7 +59,7 @@ def view(
 
     A file is read once and cut at every budget, by one method or by several to set side by side.
     A named document (@NAME) or --cache is shown as it is held (with --method module:NAME, if your
-    own method made it); a named document's text is read anew with another --method or --budget.
+    own method made it); a named document's text is read anew with another --method or --keep.
     """
     if cache is not None and document is not None:
         raise UsageError("give a document or --cache, not both")
@@ -67,11 +68,11 @@ def view(
     if question is not None and not question.strip():
         raise UsageError("the question is empty; leave -q out, or ask something")
     name = options.name_in(document)
-    own = _own_method(method, None if cache is not None else name, library, budget)
-    anew = budget is not None or (method is not None and own is None)
+    own = _own_method(method, None if cache is not None else name, library, keep)
+    anew = keep is not None or (method is not None and own is None)
     if cache is not None or (name is not None and not anew):
         what = f"{cache} was made" if cache is not None else f"@{name} was compressed"
-        settled = (*_READ, "method", "budget") if cache is not None else _READ
+        settled = (*_READ, "method", "keep") if cache is not None else _READ
         settled = tuple(each for each in settled if own is None or each != "method")
         options.require_unset(context, settled, f"was settled when {what}; leave it out")
     options.require_writable(out)
@@ -85,7 +86,7 @@ def view(
     )
     named = (model, device, dtype, threads, allow_untested)
     if cache is None and (name is None or anew):
-        stops = _stops(budget)
+        stops = _stops(keep)
         options.require_choice("--truncate", truncate, options.TRUNCATE)
         cells = cells_of(method or ["auto"], stops, set_, prefill_chunk)
         text = options.read_document(document, folder=library)
@@ -103,12 +104,12 @@ def view(
 
 
 def _own_method(
-    given: list[str] | None, name: str | None, library: Path | None, budget: list[str] | None
+    given: list[str] | None, name: str | None, library: Path | None, keep: list[str] | None
 ) -> str | None:
     """The method of one's own that made what is held, which a file does not get imported."""
     from kvtrim.methods.settings import places
 
-    if given is None or len(given) > 1 or budget is not None or not places(given):
+    if given is None or len(given) > 1 or keep is not None or not places(given):
         return None
     if name is None:
         return given[0]
