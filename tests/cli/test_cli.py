@@ -128,6 +128,9 @@ def test_methods_are_listed_and_explained(run):
         assert all(record[wanted] for record in listed)
     code, out, _ = run("methods", "adakv", "--json", model=False)
     assert json.loads(out)["parameters"]["budget.floor"] == "0.2"
+    code, out, _ = run("methods", "auto", model=False)
+    assert code == 0 and "echo-window:refit=values+bias" in out
+    assert "Uniform" not in out and "parameters" not in out
     code, out, _ = run("methods", "adakv", model=False)
     assert code == 0 and "kvpress" in out
     shown = " ".join(out.split())

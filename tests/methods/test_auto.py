@@ -1,5 +1,7 @@
 """auto becomes what was measured best, says why, and is saved under that name."""
 
+import re
+
 import pytest
 import torch
 
@@ -10,7 +12,10 @@ from kvtrim.hf.models import fingerprint
 from kvtrim.hf.replay import record
 from kvtrim.methods import auto, echo_tables
 from kvtrim.methods.budgets import head_scores
+from kvtrim.methods.describe.entries import entry
+from kvtrim.methods.describe.markdown import section
 from kvtrim.methods.echo_tables import EchoTable
+from kvtrim.methods.registry import METHODS
 from kvtrim.methods.settings import find
 
 N = 60
@@ -52,6 +57,27 @@ def test_with_tables_of_the_model_it_takes_what_they_serve(llama, tmp_path):
     assert chosen(llama, AWARE).name == chosen(llama, None).name == "headkv"
     (tmp_path / "heads.json").unlink()
     assert chosen(llama, AWARE).name == "adakv"
+
+
+def test_its_page_says_what_it_becomes_and_claims_nothing_of_that():
+    """A method's budget and parameters are its own; auto has none."""
+    page = section(entry("auto"))
+    for case in auto.CASES:
+        assert f"`{case.becomes}`" in page and METHODS[case.becomes.name]
+    agnostic, aware = (
+        re.search(rf"\*\*{name}\.\*\* (.*)", page)[1]
+        for name in ("Question-agnostic", "Question-aware")
+    )
+    assert agnostic == (
+        "`echo:refit=values+bias` where a table of echo is here, else `kvzip:refit=values+bias`."
+    )
+    assert aware.endswith(
+        "else `headkv` where a table of the model's heads is here, else `adakv`."
+    )
+    assert "[choosing.md](choosing.md)" in page and "|" not in page
+    assert not any(f"**{label}." in page for label in ("Score", "Budget", "Keeps", "Evicts"))
+    record = entry("auto").full_record()
+    assert record["parameters"] == {} and "Uniform" not in str(record)
 
 
 @pytest.mark.usefixtures("tables")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kvtrim.methods.describe.entries import Entry
 
 Name = Annotated[str | None, typer.Argument(help="Explain this method.")]
+_SHORT = {"When to use it": "use", "Deeper layers read": "reads"}  # labels in a terminal
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print the page of docs/methods.md.")]
 
 
@@ -60,24 +61,12 @@ def _explain(e: "Entry", json: bool) -> None:
     if json:
         output.print_json(e.full_record())
         return
-    policy, budget, unit, propagation = e.parts
     output.out.print(e.name, style="bold")
-    output.facts(
-        [
-            ("use", e.method.use),
-            ("cost", e.method.cost),
-            ("score", policy.sentences),
-            ("budget", budget.sentences),
-            ("keeps", unit.sentences),
-            ("reads", propagation.sentences),
-            ("evicts", e.schedule),
-            ("source", e.method.source),
-            *((label.lower(), said) for label in e.LABELS for said in e.under_label(label)),
-        ]
-    )
+    output.facts([(_SHORT.get(label, label.lower()), said) for label, said in e.facts()])
     columns = ("name", "default", "takes", "meaning")
     rows = [[p.name, p.default, p.takes, p.meaning] for p in e.parameters]
-    output.table("parameters (--set name=value)", output.Cells.texts(columns, rows))
+    if rows:
+        output.table("parameters (--set name=value)", output.Cells.texts(columns, rows))
     if e.presets:
         presets = [[name, changes or "nothing"] for name, changes in e.presets.items()]
         changed = output.Cells.texts(("name", "changes"), presets)

@@ -24,6 +24,7 @@ from kvtrim.types import LayerView, Scores, Target
 
 NAME = "auto"
 _REFIT = {"refit": "values+bias"}
+_ECHO, _HEADS = "a table of echo", "a table of the model's heads"
 
 NO_SETTINGS = (
     "auto takes no settings, since it chooses the method itself: name one (method='echo', "
@@ -79,29 +80,81 @@ class Choice:
         return replace(method, **{key: REFITS[value]() for key, value in self.settings.items()})
 
 
+@dataclass(frozen=True)
+class Case:
+    """Something that auto becomes, and when."""
+
+    aware: bool  # context and question are read together
+    needs: str  # the table, measured on exactly the model's weights; "": none
+    becomes: Variant
+
+
+CASES = (  # the first that holds
+    Case(False, _ECHO, Variant("echo", _REFIT)),
+    Case(False, "", Variant("kvzip", _REFIT)),
+    Case(True, _ECHO, Variant("echo-window", _REFIT)),
+    Case(True, _HEADS, Variant("headkv")),
+    Case(True, "", Variant("adakv")),
+)
+
+
 def choice(target: Target, aware: bool) -> Choice:
     """What auto becomes on a model.
 
     Args:
         aware: context and question are read together.
     """
-    found = echo_tables.measured_on(target.identity())
-    if found is not None:
-        why = f"{found} is a table of this model"
-        if aware:
-            return Choice("echo-window", f"the question is known, and {why}", _REFIT)
-        return Choice("echo", f"no question is known yet, and {why}", _REFIT)
-    if not aware:
-        why = (
-            "no question is known yet, and no table of this model is here: the prompt is read "
-            f"twice. Once fitted, a table saves that: {echo_tables.HOW_TO}"
+    tables = _tables(target)
+    for case in CASES:
+        if case.aware == aware and (not case.needs or tables[case.needs] is not None):
+            return Choice(case.becomes.name, _why(case, tables), case.becomes.settings)
+    raise AssertionError("one case of each protocol needs no table")
+
+
+def guide() -> dict[str, str]:
+    """What it becomes under which protocol, why, and how to choose otherwise: label, sentence."""
+    said = {
+        protocol: ", else ".join(
+            f"`{case.becomes}`" + (f" where {case.needs} is here" if case.needs else "")
+            for case in CASES
+            if case.aware == aware
         )
-        return Choice("kvzip", why, _REFIT)
-    heads = head_scores.measured_on(target.identity())
-    if heads is not None:
-        why = f"the question is known, and {heads} is a table of this model's heads"
-        return Choice("headkv", why)
-    return Choice("adakv", "the question is known, and no table of this model is here")
+        for protocol, aware in (("Question-agnostic", False), ("Question-aware", True))
+    }
+    return {
+        "Becomes": "Another method, once it meets a model. What it became, and why, is said "
+        "beside the answer.",
+        **{protocol: f"{text}." for protocol, text in said.items()},
+        "Tables": "Those that come with kvtrim, made from exactly the model's weights. For "
+        f"another model fit one ({echo_tables.HOW_TO}) and name it: `--method echo --set "
+        "table=FILE`.",
+        "Why": "Measured: among methods that take no longer they lost least of the right answer's "
+        "likelihood, or hardly more. docs/choosing.md has the figures.",
+        "Another": "`--method NAME`, method='NAME' in Python; docs/choosing.md says which and "
+        "when. auto itself takes no settings: they belong to the method that is named.",
+    }
+
+
+def _tables(target: Target) -> dict[str, str | None]:
+    """The names of the shipped tables of a model."""
+    identity = target.identity()
+    return {
+        _ECHO: echo_tables.measured_on(identity),
+        _HEADS: head_scores.measured_on(identity),
+    }
+
+
+def _why(case: Case, tables: Mapping[str, str | None]) -> str:
+    known = "the question is known" if case.aware else "no question is known yet"
+    if case.needs:
+        of = "this model's heads" if case.needs == _HEADS else "this model"
+        return f"{known}, and {tables[case.needs]} is a table of {of}"
+    why = f"{known}, and no table of this model is here"
+    if case.aware:
+        return why
+    return (
+        f"{why}: the prompt is read twice. Once fitted, a table saves that: {echo_tables.HOW_TO}"
+    )
 
 
 def resolve(method: Method, target: Target, aware: bool) -> tuple[Method, Choice | None]:

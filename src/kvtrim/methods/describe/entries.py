@@ -1,10 +1,11 @@
 """One method as a record: what it does, what it costs, its parameters and presets."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any, ClassVar, cast
 
+from kvtrim.methods import auto
 from kvtrim.methods.budgets import BUDGETS, Budget
 from kvtrim.methods.describe.sources import Text, meanings_of, text_of
 from kvtrim.methods.method import Method
@@ -17,6 +18,7 @@ from kvtrim.methods.settings import PARTS, find, parameters, takes
 from kvtrim.methods.unit import Unit
 
 _COLUMNS = ("scorer", "budget", "unit", "propagation")
+_LATER, _SILENT = "as what it becomes", Text("", "", {})
 _COMMON = {f.name: f.default for f in fields(Method)} | {
     f"schedule.{f.name}": f.default for f in fields(Schedule)
 }
@@ -62,6 +64,7 @@ class Entry:
     parts: tuple[Part, ...]
     parameters: tuple[Parameter, ...]
     presets: Mapping[str, str]  # what each changes: "window 32 → 8"
+    guide: Mapping[str, str] = field(default_factory=dict)  # instead of what its parts say
 
     LABELS: ClassVar = ("Paper", "Code", "Ours")
 
@@ -69,13 +72,36 @@ class Entry:
         """What its parts say under one label."""
         return [part.text.labels[label] for part in self.parts if label in part.text.labels]
 
+    def facts(self) -> list[tuple[str, str]]:
+        """All that is said of it in sentences, each under a label."""
+        policy, budget, unit, propagation = (part.sentences for part in self.parts)
+        of_parts = [
+            ("Score", policy),
+            ("Budget", budget),
+            ("Keeps", unit),
+            ("Deeper layers read", propagation),
+            ("Evicts", self.schedule),
+        ]
+        found = [
+            ("When to use it", self.method.use),
+            ("Cost", self.method.cost),
+            *(self.guide.items() or of_parts),
+            ("Source", self.method.source),
+            *((label, said) for label in self.LABELS for said in self.under_label(label)),
+        ]
+        return [(label, said) for label, said in found if said]
+
     @property
     def schedule(self) -> str:
         """When it evicts."""
         return (
-            "never"
-            if self.method.budget.unlimited and self.method.schedule.every is None
-            else str(self.method.schedule)
+            _LATER
+            if self.guide
+            else (
+                "never"
+                if self.method.budget.unlimited and self.method.schedule.every is None
+                else str(self.method.schedule)
+            )
         )
 
     def record(self) -> dict[str, Any]:
@@ -89,6 +115,7 @@ class Entry:
             "summary": self.parts[0].text.summary,
             "use": self.method.use,
             "cost": self.method.cost,
+            **({"guide": dict(self.guide)} if self.guide else {}),
         }
 
     def full_record(self) -> dict[str, Any]:
@@ -113,6 +140,10 @@ def entry(name: str) -> Entry:
 def describe(name: str, method: Method) -> Entry:
     """What there is to say of a method that goes by this name."""
     kinds = ("policy", "budget", "unit", "propagation")
+    if method is auto.AUTO:
+        summary = Text(auto.guide()["Becomes"], "", {})
+        parts = [Part(kind, _LATER, summary if kind == "policy" else _SILENT) for kind in kinds]
+        return Entry(name, method, tuple(parts), (), {}, auto.guide())
     parts = [part_of(kind, type(getattr(method, kind))) for kind in kinds]
     own = [_parameter(method, *item) for item in parameters(method).items()]
     own.sort(key=lambda p: p.usual)

@@ -63,19 +63,7 @@ def manual() -> str:
 
 def section(e: Entry) -> str:
     """One method."""
-    policy, budget, unit, propagation = e.parts
-    facts = [
-        ("When to use it", e.method.use),
-        ("Cost", e.method.cost),
-        ("Score", policy.sentences),
-        ("Budget", budget.sentences),
-        ("Keeps", unit.sentences),
-        ("Deeper layers read", propagation.sentences),
-        ("Evicts", e.schedule),
-        ("Source", _link(e.method.source)),
-        *((label, said) for label in e.LABELS for said in e.under_label(label)),
-    ]
-    said_of_it = "".join(f"- **{label}.** {said}\n" for label, said in facts if said)
+    said_of_it = "".join(f"- **{label}.** {_link(said)}\n" for label, said in e.facts())
     pieces = [f"## {e.name}\n", said_of_it]
     own = [p for p in e.parameters if not p.usual]
     if own:
@@ -109,5 +97,7 @@ def _row(parameter: Parameter) -> list[str]:
     return [f"`{parameter.name}`", f"`{parameter.default}`", parameter.takes, parameter.meaning]
 
 
-def _link(source: str) -> str:
-    return re.sub(r"arXiv ([\d.]+)", r"[arXiv \1](https://arxiv.org/abs/\1)", source)
+def _link(said: str) -> str:
+    """Papers and pages of docs/ as links."""
+    said = re.sub(r"arXiv ([\d.]+)", r"[arXiv \1](https://arxiv.org/abs/\1)", said)
+    return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", said)
