@@ -191,8 +191,9 @@ SITUATIONS = (
         f"{{loss:agnostic|adakv|512}} and {{loss:agnostic|adakv|256}} ({QUALITY}, "
         "[probe](../experiments/probe_cost/probe_cost.json)). Where time does not matter, "
         "`kvgrad`, which takes {times:kvgrad|kvzip-plus} times as long as `kvzip-plus`: KL "
-        "{divergence:kvgrad|16} at 1/16 and {divergence:kvgrad|8} at 1/8, beside kvzip's "
-        "{divergence:kvzip|16} and {divergence:kvzip|8} "
+        "{divergence:kvgrad|16} at 1/16 and {divergence:kvgrad|8} at 1/8, with the refit "
+        "{divergence:kvgrad, values and biases|16} and {divergence:kvgrad, values and biases|8}, "
+        "beside kvzip's {divergence:kvzip|16} and {divergence:kvzip|8} "
         "([echo](../experiments/echo/echo.md))",
     ),
     (
