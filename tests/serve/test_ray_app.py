@@ -226,7 +226,7 @@ def test_a_replica_that_let_go_of_a_document_is_no_longer_asked_for_it(served, f
     assert send(url, "DELETE", f"/v1/documents/{other}")[1]["deleted"]
     time.sleep(REPORTED_S)
     question = used["prompt_tokens"] - made["tokens"]
-    new = ((MEMORY - made["held_bytes"]) // ENTRY - question) // 8
+    new = ((MEMORY - made["held_bytes"]) // ENTRY - 2 * question) // 8
     asked = {"model": f"@{last}", "messages": [{"role": "user", "content": "Who?"}]}
     with begin(url, **asked, n=8, max_tokens=new, stream=True) as stream:
         assert stream.readline()
