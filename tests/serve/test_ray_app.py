@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
 import time
 import urllib.request
@@ -45,8 +44,8 @@ def served(folder, model_folder):
     paths = os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])
     quick = {"PYTHONPATH": paths, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
     more = ["--replicas", 2, "--threads", 1, "--batch", 16, "--memory", f"{MEMORY}B"]
-    fresh = "ray" in sys.modules  # a fork of a process that used Ray would wait for ever
-    process, url = launch(folder, model_folder, *more, fresh=fresh, **quick)
+    # fresh: a fork after Ray would wait for ever, and Ray sends no functions that are checked
+    process, url = launch(folder, model_folder, *more, fresh=True, **quick)
     yield url
     left = [number for number in processes(folder).values() if is_there(number)]
     process.send_signal(signal.SIGTERM)
