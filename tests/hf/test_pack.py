@@ -215,6 +215,14 @@ def fed(model, pack, branches, tokens):
     return pack.feed(model, [Feed(each, [t]) for each, t in zip(branches, tokens, strict=False)])
 
 
+def sitting(model, count):
+    """The same, after three passes; the lines begin with what comes next."""
+    pack, branches, apart, lines = seated(model, count)
+    for tokens in lines[:3]:
+        fed(model, pack, branches, tokens)
+    return pack, branches, apart, lines[3:]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mixtral"])
 def test_answers_in_seats_are_those_of_each_alone_whoever_comes_and_goes(architecture):
     model = models.tiny(architecture)
@@ -238,9 +246,7 @@ def test_answers_in_seats_are_those_of_each_alone_whoever_comes_and_goes(archite
 def test_seats_last_while_some_leave_and_what_is_empty_is_given_back():
     model = models.tiny("llama")
     with kvtrim.attach(model):
-        pack, branches, _, lines = seated(model, 6)
-        for tokens in lines[:3]:
-            fed(model, pack, branches, tokens)
+        pack, branches, _, lines = sitting(model, 6)
         seats, held = pack._seats, branches[0].tails[0].keys.untyped_storage().nbytes()
         assert seats is not None and seats.plain == "interpreted on a CPU"
         assert held == 6 * branches[0].tails[0].keys.nbytes == 6 * 2 * 40 * 8 * 8
@@ -249,11 +255,11 @@ def test_seats_last_while_some_leave_and_what_is_empty_is_given_back():
         assert pack.empty_bytes == 0
         pack.leave(left)
         assert pack.empty_bytes == left.nbytes > 0
-        for tokens in lines[3:6]:
+        for tokens in lines[:3]:
             fed(model, pack, branches, tokens)
         assert pack._seats is seats
         assert all(map(torch.equal, (tail.keys for tail in left.tails), before))
-        fed(model, pack, branches[:3], lines[6])  # the others left, and nobody said so
+        fed(model, pack, branches[:3], lines[3])  # the others left, and nobody said so
         assert pack._seats is seats
         pack.leave(branches[0])
         assert pack._seats is None and pack.empty_bytes == 0  # more are empty than not
@@ -265,9 +271,7 @@ def test_what_seats_held_is_freed_when_they_are_given_up_whoever_goes_on():
     gc.disable()  # nothing waits for it
     try:
         with kvtrim.attach(model):
-            pack, branches, apart, lines = seated(model, 6)
-            for tokens in lines[:3]:
-                fed(model, pack, branches, tokens)
+            pack, branches, apart, lines = sitting(model, 6)
             stack = weakref.ref(branches[0].tails[0].place[0])
             seats, gone = weakref.ref(pack._seats), weakref.ref(branches[5])
             pack.leave(branches.pop())
@@ -279,8 +283,8 @@ def test_what_seats_held_is_freed_when_they_are_given_up_whoever_goes_on():
                 for each in branch.tails
             )
             base, pack = weakref.ref(branches[0].base), Pack(model)
-            fed(model, pack, branches, lines[3])
-            fed(model, pack, branches[:1], lines[4])  # one that was stacked goes on alone
+            fed(model, pack, branches, lines[0])
+            fed(model, pack, branches[:1], lines[1])  # one that was stacked goes on alone
             tail = branches[0].tails[0]
             assert tail.keys.untyped_storage().nbytes() == tail.keys.nbytes
             branches.clear()
@@ -341,9 +345,7 @@ def test_a_continuation_that_is_cut_back_leaves_what_others_go_on_from():
 def test_seats_do_not_keep_a_prompt_that_nobody_continues():
     model = models.tiny("llama")
     with kvtrim.attach(model):
-        pack, branches, _, lines = seated(model, 3)
-        for tokens in lines[:3]:
-            fed(model, pack, branches, tokens)
+        pack, branches, *_ = sitting(model, 3)
         assert pack._seats is not None
         pack.leave(branches[1])  # the only one of its prompt
         assert pack._seats is None

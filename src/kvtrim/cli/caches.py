@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvtrim.cli import options, output
-from kvtrim.errors import CacheError, UsageError
+from kvtrim.errors import CacheError
 
 if TYPE_CHECKING:
     from kvtrim.serve.library import Entry
@@ -99,15 +99,8 @@ def remove(context: typer.Context, names: Annotated[list[str], typer.Argument()]
 @group.command()
 def prune(context: typer.Context, size: Size) -> None:
     """Remove those not used for longest until the others take no more than SIZE."""
-    from kvtrim.methods.keep import Keep
-
-    try:
-        asked = Keep.parse(size)
-    except UsageError:
-        asked = None
-    if asked is None or asked.kind != "bytes":
-        raise UsageError(f"{size} is no size; write 2GiB or 500MiB")
-    for entry in options.library_in(context.obj).prune(int(asked.amount)):
+    most = options.parse_size(size, f"{size} is no size; write 2GiB or 500MiB")
+    for entry in options.library_in(context.obj).prune(most):
         output.out.print(f"@{entry.name} removed: {output.size(entry.file_bytes)}")
 
 

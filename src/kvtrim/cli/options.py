@@ -241,6 +241,19 @@ def choose(option: str, value: str, choices: Sequence[Choice]) -> Choice:
     raise UsageError(f"{option} {value}: use {' or '.join(choices)}")
 
 
+def parse_size(text: str, refusal: str) -> int:
+    """The bytes of a size such as 8GiB. Raises UsageError, saying `refusal`, if it is none."""
+    from kvtrim.methods.keep import Keep
+
+    try:
+        size = Keep.parse(text)
+    except UsageError:
+        size = None
+    if size is None or size.kind != "bytes":
+        raise UsageError(refusal)
+    return int(size.amount)
+
+
 def require_writable(path: Path) -> None:
     """Refuse a file that could not be written in the end.
 

@@ -69,14 +69,7 @@ def serve(
 ) -> None:
     """Serve a model and its documents: OpenAI's API under /v1, a page at /."""
     options.request(method, keep, None, None, "error")
-    from kvtrim.methods.keep import Keep as Amount
-
-    try:
-        bound = Amount.parse(memory)
-    except UsageError:
-        bound = None
-    if bound is None or bound.kind != "bytes":
-        raise UsageError(f"--memory {memory}: write a size, such as 8GiB")
+    bound = options.parse_size(memory, f"--memory {memory}: write a size, such as 8GiB")
     try:
         import uvicorn
 
@@ -100,7 +93,7 @@ def serve(
     if ray_address is not None and replicas is None:
         raise UsageError("--ray-address is for --replicas: say how many")
     shelf = options.library_in(library)
-    limits = Limits(memory=int(bound.amount), batch=batch, queue=queue)
+    limits = Limits(memory=bound, batch=batch, queue=queue)
     defaults = Defaults(method, keep, compress_above, deadline)
     config: dict[str, Any] = {
         "log_level": "warning",

@@ -132,9 +132,7 @@ class Branch:
     ids: list[int] = field(default_factory=list)  # whose entries are held
     tails: list[Tail] = field(default_factory=list)
     room: int = 0  # entries that there will be, if that is known: buffers are made for so many
-    shared: int = (
-        0  # of its first entries, which others continue, so that they are not written over
-    )
+    shared: int = 0  # of its first entries, which others continue: they are never written over
 
     @property
     def position(self) -> int:

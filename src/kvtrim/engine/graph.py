@@ -134,11 +134,17 @@ class Capture:
 
     Args:
         step: leaves its result in a tensor, which the next call overwrites.
-        undo: takes back what a step has changed; called after each one that is done on trial.
         device: where the buffers are.
+        undo: takes back what a step has changed, after each one that is done on trial; by default
+            the next one writes over all of it.
     """
 
-    def __init__(self, step: Callable[[], Tensor], undo: Callable[[], None], device: torch.device):
+    def __init__(
+        self,
+        step: Callable[[], Tensor],
+        device: torch.device,
+        undo: Callable[[], None] = lambda: None,
+    ):
         self._step, self._undo, self._device = step, undo, device
         self._graph: torch.cuda.CUDAGraph | None = None
         self._out: Tensor | None = None
@@ -198,7 +204,7 @@ class Stepper:
         steps.session.lend(steps)
         before = steps.snapshot()
         try:
-            self._capture = Capture(self._step, lambda: steps.restore(before), device)
+            self._capture = Capture(self._step, device, lambda: steps.restore(before))
         except BaseException:
             steps.close()
             raise

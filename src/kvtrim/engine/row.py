@@ -29,15 +29,14 @@ class Row:
 
     Args:
         branches: each with how many tokens it gets. They may stand in another order in the row.
-        seated: pass after pass they get one token each, by buffers that stay where they are. All
-            are stacked then, with all the room that they were promised, and `seats` says what a
-            pass is about.
+        seats: where it is said what a pass is about, if pass after pass they get one token each.
+            All are stacked then, with all the room that they were promised.
     """
 
-    def __init__(self, branches: Sequence[tuple[Branch, int]], seated: bool = False):
+    def __init__(self, branches: Sequence[tuple[Branch, int]], seats: "SeatState | None" = None):
         counts = {id(branch): count for branch, count in branches}
         given = _neighbours([branch for branch, _ in branches])
-        if seated:
+        if seats is not None:
             groups = _groups(given, _room)
         else:
             single = [each for each in given if counts[id(each)] == 1 and _is_short(each)]
@@ -51,11 +50,9 @@ class Row:
         for branch in [*stacked, *apart]:
             first, self.end = self.end, self.end + counts[id(branch)]
             self.columns[id(branch)] = slice(first, self.end)
-        self._apart, self._groups, first = apart, [], 0
-        self.seats = Seats.of(self.end, given[0].tails[0].keys.device) if seated else None
-        for group in groups:
-            self._groups.append(_Group.of(group, first, self.seats))
-            first += len(group)
+        self._apart, self._seats = apart, seats
+        starts = [self.columns[id(group[0])].start for group in groups]
+        self._groups = [_Group.of(*each, seats) for each in zip(groups, starts, strict=True)]
         self._bases = self._columns_of_bases(given)
         self._at = torch.empty(self.end, dtype=torch.long)  # where every token stands
         for branch in given:
@@ -111,7 +108,7 @@ class Row:
         """Ascending columns as a slice, if they follow each other."""
         if columns[-1] - columns[0] == len(columns) - 1:
             return slice(columns[0], columns[-1] + 1)
-        return torch.tensor(columns, device=None if self.seats is None else self.seats.device)
+        return torch.tensor(columns, device=None if self._seats is None else self._seats.device)
 
     def attend(
         self, index: int, call: Call, window: int | None = None
@@ -159,14 +156,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Seats:
+class SeatState:
     """What a pass over seats is about, in buffers that stay where they are."""
 
     lengths: Int[Tensor, " N"]  # entries of each, before the pass
     taken: Bool[Tensor, " N"]  # False: who sat there has left, and nothing is written
 
     @classmethod
-    def of(cls, count: int, device: torch.device) -> "Seats":
+    def of(cls, count: int, device: torch.device) -> "SeatState":
         """So many, all taken, by branches without entries."""
         lengths = torch.zeros(count, dtype=torch.long, device=device)
         return cls(lengths, torch.ones(count, dtype=torch.bool, device=device))
@@ -176,9 +173,9 @@ class Seats:
         """Where the buffers are."""
         return self.lengths.device
 
-    def part(self, columns: slice) -> "Seats":
+    def part(self, columns: slice) -> "SeatState":
         """Some of them."""
-        return Seats(self.lengths[columns], self.taken[columns])
+        return SeatState(self.lengths[columns], self.taken[columns])
 
 
 @dataclass(frozen=True)
@@ -192,11 +189,11 @@ class _Group:
     lengths: Int[Tensor, " N"]  # entries before this pass
     most: int  # entries of the longest, the new one included
     bias: Float[Tensor, "N 1 S"] | None  # -inf behind a row's entries; None: all are equally long
-    seats: Seats | None = None
+    seats: SeatState | None = None
     stacks: tuple[Stack, ...] = ()  # of every layer, where they stay
 
     @classmethod
-    def of(cls, branches: list[Branch], first: int, seats: Seats | None) -> "_Group":
+    def of(cls, branches: list[Branch], first: int, seats: SeatState | None) -> "_Group":
         """A group that stands in the row of tokens from a column on."""
         device, count = branches[0].tails[0].keys.device, len(branches)
         columns = slice(first, first + count)

@@ -48,13 +48,18 @@ def why_plain(
         return "some of the model's layers slide"
     if changes_with_length(model):
         return "the model's RoPE changes with the length"
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+    if is_spread(model):
         return "the model is spread over several devices"
     own = model.config.get_text_config(decoder=True)
     width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
     if width > WIDEST:
         return f"heads are wider than {WIDEST}"
     return obstacle(cache.session, model.device, model.dtype)
+
+
+def is_spread(model: Any) -> bool:
+    """Whether its layers are on several devices."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
 
 def one_by_one(config: Any) -> bool:

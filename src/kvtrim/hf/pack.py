@@ -22,7 +22,7 @@ from kvtrim.engine.row import Row
 from kvtrim.errors import CacheError
 from kvtrim.hf.base import BaseCache, Coming, cache_keyword
 from kvtrim.hf.cache import Cache
-from kvtrim.hf.decode import LEAST
+from kvtrim.hf.decode import LEAST, is_spread
 from kvtrim.hf.layers import ManagedLayer, WindowLayer
 from kvtrim.hf.seats import Seats
 from kvtrim.kernels.parts import attend_part
@@ -110,8 +110,7 @@ class Pack(BaseCache):
         self._windows = [(n, cast(Any, like.layers[n]).sliding_window) for n in rest]
         self.layers = [ManagedLayer(self._read) for _ in like.layers]
         self.gives_seats = model.device.type == "cuda" if seats is None else seats
-        spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
-        if self._windows or spread or self.rope.switch is not None:
+        if self._windows or is_spread(model) or self.rope.switch is not None:
             self.gives_seats = False
         self._row, self._end = Row([]), 0
         self._caches: list[tuple[Cache, slice]] = []

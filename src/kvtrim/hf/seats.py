@@ -6,13 +6,13 @@ leaves leaves an empty seat, until half of the seats are empty, or nobody is lef
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from kvtrim.engine.branch import Branch
 from kvtrim.engine.graph import Capture
-from kvtrim.engine.row import Row
+from kvtrim.engine.row import Row, SeatState
 from kvtrim.hf.base import BaseCache, cache_keyword
 from kvtrim.types import Float, Tensor
 
@@ -25,8 +25,9 @@ class Seats:
     """
 
     def __init__(self, branches: Sequence[Branch]):
-        self.row = Row([(branch, 1) for branch in branches], seated=True)
-        self.count, device = self.row.end, cast(Any, self.row.seats).device
+        self.count, device = len(branches), branches[0].tails[0].keys.device
+        self._state = SeatState.of(self.count, device)
+        self.row = Row([(branch, 1) for branch in branches], self._state)
         self._places = {id(each): self.row.columns[id(each)].start for each in branches}
         self._sitting: dict[int, Branch] = {id(each): each for each in branches}
         self._empty = 0  # bytes
@@ -42,18 +43,15 @@ class Seats:
 
     def capture(self, model: Any, into: BaseCache) -> None:
         """Make the step, whose attention `into` hands to the row; on CUDA it is captured."""
-        held, row, ids, behind = cast(Any, self.row.seats), self.row, self._ids, self._behind
+        state, row, ids, behind = self._state, self.row, self._ids, self._behind
 
         def step() -> Float[Tensor, "N vocabulary"]:  # not of these seats, which would live on
             row.hide()
-            given = {"position_ids": (held.lengths + behind)[None], **cache_keyword(into)}
+            given = {"position_ids": (state.lengths + behind)[None], **cache_keyword(into)}
             with torch.no_grad():
                 return model(input_ids=ids, **given).logits[0]
 
-        def undo() -> None:
-            """A step writes where the next one writes again."""
-
-        self._step = Capture(step, undo, held.device)
+        self._step = Capture(step, state.device)
 
     @property
     def plain(self) -> str | None:
@@ -106,7 +104,6 @@ class Seats:
             place = self._places[id(branch)]
             ids[place], taken[place] = token, True
             self._lengths[place] = len(branch.ids)
-        held = cast(Any, self.row.seats)
         self._ids.copy_(torch.tensor([ids]))
-        held.lengths.copy_(torch.tensor(self._lengths))
-        held.taken.copy_(torch.tensor(taken))
+        self._state.lengths.copy_(torch.tensor(self._lengths))
+        self._state.taken.copy_(torch.tensor(taken))

@@ -205,6 +205,12 @@ def budget(keep: str) -> tuple[str, float]:
     return ("share" if "." in text else "tokens"), value
 
 
+def rounded_budget(keep: str) -> tuple[str, float]:
+    """As `budget`, equal where budgets that were worked out in different ways are the same."""
+    kind, amount = budget(keep)
+    return kind, round(amount, 6)
+
+
 def _bytes(text: str) -> float:
     """Bytes of "64MiB"; 0 of what is no budget at all."""
     units = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 1e3, "MB": 1e6, "GB": 1e9, "B": 1}

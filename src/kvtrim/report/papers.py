@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from kvtrim.papers.recipe import Recipe, paper_model, short_model
 from kvtrim.report import evaluation, families, papers_speed
 from kvtrim.report.format import Cells, Column
-from kvtrim.report.lookup import FULL, Row, View, budget, size_of
+from kvtrim.report.lookup import FULL, Row, View, rounded_budget, size_of
 from kvtrim.report.published_scores import (
     Printed,
     cut_mark,
@@ -172,7 +172,7 @@ def _draw_categories(recipe: Recipe, view: View) -> Drawn:
         values = {
             one.task: _value(one)
             for one in printed
-            if (one.label, one.kind, one.amount) == (row[0], *_amount(row))
+            if (one.label, one.kind, one.amount) == (row[0], *rounded_budget(row[1]))
         }
         if values:
             line = [values.get(name, MISSING) for name in [*names, _ALL]]
@@ -206,7 +206,7 @@ def _rows(recipe: Recipe, view: View) -> list[tuple[str, Row]]:
 def _figures_in_print(recipe: Recipe, view: View) -> Mapping[Row, Mapping[str, str]]:
     """The paper's figures by our row and task."""
     model, found = paper_model(recipe, view.section.model), {}
-    rows = {(row[0], *_amount(row)): row for row in view.rows}
+    rows = {(row[0], *rounded_budget(row[1])): row for row in view.rows}
     for one in recipe_scores(recipe):
         row = rows.get((one.label, one.kind, one.amount))
         if row is None or one.model != model:
@@ -219,11 +219,6 @@ def _figures_in_print(recipe: Recipe, view: View) -> Mapping[Row, Mapping[str, s
         elif (task := find_task(view, one.task, one)) is not None:
             found.setdefault(row, {})[task] = value
     return found
-
-
-def _amount(row: Row) -> tuple[str, float]:
-    kind, amount = budget(row[1])
-    return kind, round(amount, 6)
 
 
 def _is_among(task: str, tasks: Sequence[str]) -> bool:
@@ -239,10 +234,10 @@ def _list_absent(recipe: Recipe, view: View, tasks: Sequence[str]) -> list[str]:
     found += [f"not the paper's: {text}" for text in other]
     if other and len(other) == len(met - {FULL[0]}):
         found.append("none of its methods was measured: is this the folder of another table?")
-    kept = {_amount(("", text)) for text in view.keeps}
+    kept = {rounded_budget(text) for text in view.keeps}
     wanted = recipe.keeps if len(recipe.methods) > 1 else ()
     missing = [task for task in tasks if task not in view.tasks]
     found += [f"not measured: task {', '.join(missing)}"] if missing else []
     return found + [
-        f"not measured: keep {text}" for text in wanted if _amount(("", text)) not in kept
+        f"not measured: keep {text}" for text in wanted if rounded_budget(text) not in kept
     ]

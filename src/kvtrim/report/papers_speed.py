@@ -11,7 +11,7 @@ from kvtrim.papers.recipe import Recipe, paper_model, short_model
 from kvtrim.records import OK
 from kvtrim.report import speed
 from kvtrim.report.format import Cells, Column, ratio
-from kvtrim.report.lookup import budget, size_of
+from kvtrim.report.lookup import rounded_budget, size_of
 from kvtrim.report.results import SpeedRun
 from kvtrim.report.tables import MISSING, Table
 
@@ -227,7 +227,7 @@ def _facts_beside(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> list[str
     As ratios to the full cache: the paper's own there, plain transformers here.
     """
     own = {
-        (row["method"], row["length"], _amount(row["keep"])): row
+        (row["method"], row["length"], rounded_budget(row["keep"])): row
         for row in rows
         if row["batch"] == 1 and row["outcome"] == OK
     }
@@ -273,8 +273,3 @@ def _facts_in_print(recipe: Recipe) -> Table:
     ]
     about = f"What the text of {recipe.title} says of it; hardware is not named."
     return Table(recipe.name, f"{recipe.name}: {recipe.about}", about, Cells(columns, rows))
-
-
-def _amount(keep: str) -> tuple[str, float]:
-    kind, amount = budget(keep)
-    return kind, round(amount, 6)

@@ -19,7 +19,7 @@ from typing import Any
 from kvtrim.papers.recipe import Recipe, paper_model, recipes, short_model
 from kvtrim.report import families
 from kvtrim.report.format import Cells, Column
-from kvtrim.report.lookup import FULL, Row, View, budget
+from kvtrim.report.lookup import FULL, Row, View, rounded_budget
 from kvtrim.report.tables import MISSING, Table, keep, score, section_table
 
 _TASKS = {  # ours begins with: theirs
@@ -126,7 +126,7 @@ def beside(view: View) -> Table:
     for one in printed_scores():
         if short_model(one.model) == model and same[one.recipe.name]:
             for row in view.rows:
-                if (row[0], *_budget(row)) == (one.label, one.kind, one.amount):
+                if (row[0], *rounded_budget(row[1])) == (one.label, one.kind, one.amount):
                     rows += _compare(view, one, row)
     about = (
         "Published figures are what the sources print, measured there with other code, on other "
@@ -270,8 +270,3 @@ def _shots(task: str) -> int:
     """Worked examples in a task's prompts, as its name says them: mmlu-5; else none."""
     end = task.rpartition("-")[2]
     return int(end) if end.isdigit() else 0
-
-
-def _budget(row: Row) -> tuple[str, float]:
-    kind, amount = budget(row[1])
-    return kind, round(amount, 6)

@@ -141,9 +141,10 @@ def describe(name: str, method: Method) -> Entry:
     """What there is to say of a method that goes by this name."""
     kinds = ("policy", "budget", "unit", "propagation")
     if method is auto.AUTO:
-        summary = Text(auto.guide()["Becomes"], "", {})
+        guide = auto.guide()
+        summary = Text(guide["Becomes"], "", {})
         parts = [Part(kind, _LATER, summary if kind == "policy" else _SILENT) for kind in kinds]
-        return Entry(name, method, tuple(parts), (), {}, auto.guide())
+        return Entry(name, method, tuple(parts), (), {}, guide)
     parts = [part_of(kind, type(getattr(method, kind))) for kind in kinds]
     own = [_parameter(method, *item) for item in parameters(method).items()]
     own.sort(key=lambda p: p.usual)
