@@ -38,6 +38,10 @@ def pytest_collection_finish():
     gc.unfreeze = lambda: None  # which measuring speed does after its own freeze
 
 
+def pytest_runtest_setup():
+    shapes.begin_test()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def small_pictures():
     """What is drawn is looked at by nobody: a third of the dots each way."""

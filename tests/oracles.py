@@ -43,16 +43,15 @@ def causal(n, window=None):
 
 
 def window_weights(q, k, window, scale):
-    """Softmax of the last `window` queries over all keys, one pair at a time: [H, W, n]."""
+    """Softmax of the last `window` queries over all keys, one query at a time: [H, W, n]."""
+    q, k = q.double(), k.double()
     heads, n, _ = q.shape
     groups = heads // k.shape[0]
     out = torch.zeros(heads, window, n, dtype=torch.float64)
     for h in range(heads):
         for i in range(window):
             at = n - window + i
-            logits = torch.stack(
-                [q[h, at].double() @ k[h // groups, j].double() * scale for j in range(at + 1)]
-            )
+            logits = k[h // groups, : at + 1] @ q[h, at] * scale
             out[h, i, : at + 1] = logits.softmax(0)
     return out
 

@@ -1,8 +1,9 @@
 """Types and tensor shapes of kvtrim, checked at every call while the tests run.
 
 beartype checks the calls of a function, and is made ready at the first: most processes call few.
-Functions that name no shape are called a million times with the same types: the first calls speak
-for all.
+Functions that name no shape are called a million times with the same types: the first calls of a
+process speak for all. Of those that name shapes, the first calls of every test do and, of a layer
+at a token, every so many later ones.
 What a jaxtyping annotation says of a tensor is checked by `Shape`, several times as fast as by
 jaxtyping; tests/test_shapes.py compares the two. Generators with shapes are not checked.
 """
@@ -25,6 +26,7 @@ from beartype import BeartypeConf, beartype
 
 NAME, EDITION = "__checked__", "shapes1"  # another edition where what is compiled changes
 PLAIN = 50  # how many calls of a function without shapes are checked in a process
+SHAPED, SPARSE = 4, 7  # of one with shapes: the first of a test, then one in so many
 _strictly = beartype(conf=BeartypeConf(violation_type=TypeError))
 
 
@@ -33,6 +35,13 @@ class _Calls(threading.local):
 
 
 _calls = _Calls()
+_test = 0  # how many a process has begun
+
+
+def begin_test() -> None:
+    """Check the next calls of every function."""
+    global _test
+    _test += 1
 
 
 class Shape(type):
@@ -142,11 +151,11 @@ def checked(made):
     if inspect.iscoroutinefunction(made) or inspect.isasyncgenfunction(made):
         return _strictly(made)  # without letters: others run before it ends
     strict = shapes = None
-    left = PLAIN
+    left, test, calls = PLAIN, 0, 0
 
     @functools.wraps(made)
     def call(*args, **kwargs):
-        nonlocal strict, shapes, left
+        nonlocal strict, shapes, left, test, calls
         if strict is None:
             shapes, strict = _ready(made)[::-1]
         if not shapes:
@@ -154,6 +163,11 @@ def checked(made):
                 return made(*args, **kwargs)
             left -= 1
             return strict(*args, **kwargs)
+        if test != _test:
+            test, calls = _test, 0
+        calls += 1
+        if calls > SHAPED and calls % SPARSE:
+            return made(*args, **kwargs)
         outer, _calls.letters = _calls.letters, {}
         try:
             return strict(*args, **kwargs)

@@ -90,16 +90,27 @@ def test_what_does_not_fit_is_an_error(module):
     assert module.twice(zeros(3)).shape == (3,)  # nothing is left over from a call that failed
 
 
-def test_types_without_shapes_are_checked_for_some_calls_and_shapes_for_all(module):
+def test_types_without_shapes_are_checked_for_some_calls(module):
     for _ in range(shapes.PLAIN - 1):
         module.Pair.count(3)
     with pytest.raises(TypeError, match="violates type hint"):
         module.Pair.count("3")
+    shapes.begin_test()
     assert module.Pair.count("3") == "3"
-    for _ in range(2 * shapes.PLAIN):
-        module.twice(zeros(1))
-    with pytest.raises(TypeError, match="violates type hint"):
-        module.twice(zeros(1, 1))
+
+
+def test_shapes_are_checked_at_the_first_calls_of_every_test_and_at_some_later_ones(module):
+    def refused():
+        try:
+            module.joined(zeros(3, 1), zeros(1, 3))
+        except TypeError:
+            return True
+        return False
+
+    for _ in range(2):
+        calls = [refused() for _ in range(5 * shapes.SPARSE + shapes.SHAPED)]
+        assert all(calls[: shapes.SHAPED]) and sum(calls[shapes.SHAPED :]) == 5
+        shapes.begin_test()
 
 
 def test_shapes_say_what_jaxtyping_says():

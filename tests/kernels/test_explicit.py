@@ -62,7 +62,9 @@ def test_every_number_format(tensors, dtype):
     assert out.dtype == dtype and most.dtype == torch.float32
     torch.testing.assert_close(out.double(), want, rtol=close, atol=close)
     expected = slow(*exact[:2], noted, 0.25, None).float()
-    torch.testing.assert_close(most, expected, rtol=1e-5, atol=1e-7)
+    # some processors sum exponentials of 16-bit queries to four digits
+    close = 1e-5 if dtype == torch.float32 else 2e-4
+    torch.testing.assert_close(most, expected, rtol=close, atol=1e-7)
 
 
 def test_values_of_another_width_than_keys(tensors):
