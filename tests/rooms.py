@@ -132,7 +132,7 @@ ROOMS = {
     ),
     "serve": Room(
         "api cache engine errors files hf hf.models methods.request methods.settings prompts "
-        "report.viewer serve.library serve.stream types",
+        "report.format report.viewer serve.library serve.stream types",
         owns="fastapi starlette pydantic prometheus_client llm ray",
         shapes=True,
     ),

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from typer.main import get_command
 
 import kvtrim
+from kvtrim.cli import app
 from kvtrim.methods.describe.markdown import manual
 
 
@@ -246,3 +248,43 @@ def test_it_runs_as_a_module():
         [sys.executable, "-m", "kvtrim", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("kvtrim ")
+
+
+SWEEP = """
+tasks = ["ruler"]
+methods = ["snapkv"]
+keeps = ["64"]
+models = ["smollm2"]
+protocols = ["question-aware"]
+"""
+WRITES_A_FOLDER = {
+    "eval": ("--task", "bench.questions:WORDS_TASK", "--protocol", "question-aware"),
+    "sweep": ("sweep.toml",),
+    "speed": ("--config", "smollm2-135m", "--length", "64"),
+    "papers": ("run", "curdkv/table-2"),
+    "analyze": ("mass", "doc.txt"),
+    "report": ("folder",),
+}
+
+
+def test_every_command_that_writes_a_folder_is_tried_here():
+    takes = {
+        name
+        for name, one in get_command(app).commands.items()
+        for each in (one, *getattr(one, "commands", {}).values())
+        for option in each.params
+        if option.name == "out" and "a folder" in (option.help or "").lower()
+    }
+    assert {"eval", "sweep", "papers"} <= takes <= {*WRITES_A_FOLDER}
+
+
+@pytest.mark.parametrize("place", ["doc.txt", "nowhere/x"])
+@pytest.mark.parametrize("command", WRITES_A_FOLDER)
+def test_a_place_that_can_be_no_folder_is_refused_before_any_work(run, tmp_path, command, place):
+    (tmp_path / "sweep.toml").write_text(SWEEP)
+    (tmp_path / "folder").mkdir()
+    asked = (command, *WRITES_A_FOLDER[command], "--out", place)
+    code, out, err = run(*asked, model=False)
+    said = "name a folder" if place == "doc.txt" else "there is no folder nowhere"
+    assert code == 2 and said in err and err.count("\n") == 1 and not out
+    assert (tmp_path / "doc.txt").is_file()

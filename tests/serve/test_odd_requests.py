@@ -138,7 +138,7 @@ def test_a_stream_that_cannot_begin_has_the_status_of_its_error(start):
     small = start(memory=2000)
     for stream in (False, True):
         said = why(small.post(CHAT, json=HI | {"stream": stream}), 413)
-        assert "KiB" in said and "may hold 1 KiB in all (--memory)" in said
+        assert "KiB" in said and "may hold 2.0 KiB in all (--memory)" in said
 
 
 def test_who_uploads_is_told_that_it_was_removed_meanwhile(client, monkeypatch):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json as library
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -131,7 +130,7 @@ def analyze(
         _list(list(ANALYSES.values()), json)
         return
     analysis = find(name)
-    _require_place(out)
+    options.require_folder(out)
     _require_packages(analysis)
     for option, use in _OPTIONS.items():
         if use not in analysis.uses:
@@ -203,16 +202,6 @@ def _list(known: Sequence["Analysis"], json: bool) -> None:
         output.print_json({"analyses": [dict(zip(names, row, strict=True)) for row in rows]})
         return
     output.table("kvtrim analyze NAME FILE, or --task T, or DIR", output.Cells(_LISTED, rows))
-
-
-def _require_place(out: Path) -> None:
-    """Refuse before any work a folder that nothing can be written into."""
-    if not out.parent.is_dir():
-        raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; name a folder with --out")
-    if not os.access(out if out.exists() else out.parent, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot write into {out}; name another folder with --out")
 
 
 def _require_packages(analysis: "Analysis") -> None:

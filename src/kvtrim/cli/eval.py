@@ -182,8 +182,8 @@ def evaluate(
     )
     settings = options.parse_settings(set_)
     grid = Grid.of(task or [], method or METHODS, keep or KEEPS, settings, spec)
-    if out is not None and not out.parent.is_dir():
-        raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
+    if out is not None:
+        options.require_folder(out)
     scores.require_programs(grid.tasks, allow_code_execution, unconfined)
     rows = _rows(data)
     from kvtrim.bench.eval.evaluate import Subject, read

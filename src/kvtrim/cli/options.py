@@ -269,6 +269,20 @@ def require_writable(path: Path) -> None:
         raise UsageError(f"cannot write {path}: the folder {folder} is not writable")
 
 
+def require_folder(out: Path) -> None:
+    """Refuse a folder, given with --out, that could be neither made nor written into.
+
+    Raises:
+        UsageError: it is a file, or its place is missing or closed.
+    """
+    if not out.parent.is_dir():
+        raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; name a folder with --out")
+    if not os.access(out if out.exists() else out.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write into {out}; name another folder with --out")
+
+
 def read_questions(given: list[str] | None) -> list[str]:
     """The questions asked.
 

@@ -137,8 +137,7 @@ def run(
 
     found = known.find(name)
     known.require_run(found)
-    if not out.parent.is_dir():
-        raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
+    options.require_folder(out)
     keeps, tasks = _keeps(found, keep), _tasks(found, task)
     model = model and list(dict.fromkeys(model))
     _require_used(context, found)

@@ -127,8 +127,7 @@ def _require(
 
 def _target(places: Sequence[Path], out: Path | None) -> Path:
     if out is not None:
-        if not out.parent.is_dir():
-            raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
+        options.require_folder(out)
         return out
     if len(places) > 1:
         raise UsageError("several folders make one report: say with --out where it goes")

@@ -126,8 +126,8 @@ def speed(
     else:
         plan = _search(lengths, most, new_tokens, capture)
     chosen = _candidates(method, keep, set_, peer or [])
-    if out is not None and not out.parent.is_dir():
-        raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
+    if out is not None:
+        options.require_folder(out)
     about = {"name": _name(model, config, layers, width), "config": config}
     loaded = _model(model, config, layers, width, device, dtype, threads, allow_untested)
     plan.require_fits(loaded, trained=config is None)

@@ -7,7 +7,6 @@ import typer
 
 from kvtrim.cli import options, output
 from kvtrim.cli.eval import AllowCode, Unconfined
-from kvtrim.errors import UsageError
 from kvtrim.records.spec import SHARED
 
 if TYPE_CHECKING:
@@ -66,8 +65,7 @@ def sweep(
     from kvtrim.bench.sweep.spec import load
 
     asked = load(file)
-    if not out.parent.is_dir():
-        raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
+    options.require_folder(out)
     scores.require_programs(asked.jobs()[0].grid().tasks, allow_code_execution, unconfined)
     pool = make_pool(asked, workers, ray or ray_address is not None, ray_address)
     with output.progress(left=True) as report:

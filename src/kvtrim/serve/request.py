@@ -28,12 +28,6 @@ class Refused(KvtrimError):
         self.status, self.retry_s = status, retry_s
 
 
-def size(count: int) -> str:
-    """Bytes, as a message says them."""
-    unit, name = next((u for u in ((1 << 20, "MiB"), (1 << 10, "KiB")) if count >= u[0]), (1, "B"))
-    return f"{count // unit} {name}"
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How an answer's tokens are chosen, and when it ends.

@@ -17,6 +17,7 @@ from kvtrim.errors import KvtrimError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.pack import Feed, Pack
+from kvtrim.report.format import size
 from kvtrim.serve.answer import Answer, Room, Speaker
 from kvtrim.serve.documents import Prints
 from kvtrim.serve.library import Entry, Library
@@ -24,7 +25,7 @@ from kvtrim.serve.memory import Conversation, Document, Memory
 from kvtrim.serve.pace import Pace
 from kvtrim.serve.reader import Reader
 from kvtrim.serve.reading import Reading
-from kvtrim.serve.request import Failed, Refused, Request, Upload, size
+from kvtrim.serve.request import Failed, Refused, Request, Upload
 
 log = logging.getLogger("kvtrim.serve")
 
