@@ -106,7 +106,7 @@ def test_a_model_whose_queries_cannot_be_turned_has_no_map_of_what_they_look_at(
     assert set(fitted.second) == {"end"}
 
 
-@pytest.mark.parametrize("target", ["kvzip", "kvzip-plus"])
+@pytest.mark.parametrize("target", ["kvzip", "kvzip-plus", "kvgrad"])
 def test_what_is_foretold_is_what_the_method_of_that_name_scores_by(llama, target):
     """Keeping the best by these scores is that method with one budget over the model."""
     ids, keep = models.prompt(40), 12
@@ -121,6 +121,19 @@ def test_what_is_foretold_is_what_the_method_of_that_name_scores_by(llama, targe
     for layer, heads in enumerate(models.positions(cache)):
         for head, kept in enumerate(heads):
             assert kept[4:] == (chosen[layer, head].nonzero()[:, 0] + 4).tolist()
+
+
+@pytest.mark.parametrize("target", ["kvzip", "kvzip-plus", "kvgrad"])
+def test_a_probe_that_is_noted_has_the_parameters_of_the_method(target):
+    own = kvtrim.METHODS[target].policy
+    noting = echo._noting(target)
+    assert {name: getattr(noting, name) for name in vars(own)} == vars(own)
+
+
+@pytest.mark.parametrize("target", ["kvzip-plus", "kvgrad"])
+def test_scores_that_are_no_attention_are_made_as_large(llama, target):
+    scores = torch.stack(echo.scores_of(record(llama, models.prompt(60)), target))[..., 4:]
+    assert float((scores > 0.5).double().mean()) == pytest.approx(echo.FEW, abs=0.01)
 
 
 def test_one_text_cannot_be_held_out(llama):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kvtrim.bench.calibrate.heads import Measured
 
 SCORES = ("reason", "copy", "kvzip")
-TARGETS = ("kvzip", "kvzip-plus")
+TARGETS = ("kvzip", "kvzip-plus", "kvgrad")
 PUZZLES = ("two-step", "one-step", "contrast")
 
 group = typer.Typer(
@@ -65,7 +65,11 @@ Maps = Annotated[
     Path, typer.Option("--out", "-o", help="The table; its record and a PNG go beside it.")
 ]
 Foretold = Annotated[
-    str, typer.Option("--target", help="Whose scores are foretold: kvzip or kvzip-plus.")
+    str,
+    typer.Option(
+        "--target",
+        help="Whose scores are foretold: kvzip, kvzip-plus, or kvgrad, which takes longer.",
+    ),
 ]
 Reading = Annotated[
     list[Path] | None,

@@ -1,16 +1,16 @@
-"""Fitting echo: ridge regression of the log of KVzip's scores on hidden states, in closed form.
+"""Fitting echo: ridge regression of the log of a probe's scores on hidden states, in closed form.
 
-Each text is read once and probed as `kvzip` does. Per layer only weighted sums over its tokens are
-kept (x x', x y, y y of what the maps read and of log scores y), so memory does not depend on how
-much text is read. A token counts by the root of its score, as a mean over heads: what a cut drops
-at any budget need not be told apart. The second maps read what the first one says, which is linear
-in the same sums. Every sixth text is held out, chooses the ridge and gives R^2 per layer and head.
-Texts are of several lengths, so that what comes with the end of a text is told from what comes
-with its length.
+Each text is read once and probed as `kvzip`, `kvzip-plus` or `kvgrad` does. Per layer only
+weighted sums over its tokens are kept (x x', x y, y y of what the maps read and of log scores y),
+so memory does not depend on how much text is read. A token counts by the root of its score, as a
+mean over heads: what a cut drops at any budget need not be told apart. The second maps read what
+the first one says, which is linear in the same sums. Every sixth text is held out, chooses the
+ridge and gives R^2 per layer and head. Texts are of several lengths, so that what comes with the
+end of a text is told from what comes with its length.
 
 Paper: KVzap, https://arxiv.org/abs/2601.07891 (gradient descent on the logs of KVzip+'s scores).
 Ours:  closed form over sums; the held-out texts choose the ridge; what a chat template puts before
-       a text counts, too, with KVzip's score for it, which is 0.
+       a text counts, too, with KVzip's score for it, which is 0; KVgrad's scores as a target.
 """
 
 import hashlib
@@ -29,12 +29,14 @@ from kvtrim.hf.rotary import rotations
 from kvtrim.methods.budgets import Global
 from kvtrim.methods.echo_tables import EchoTable, Linear
 from kvtrim.methods.method import Method
+from kvtrim.methods.policies.base import Policy
 from kvtrim.methods.policies.echo import ENDS, Echo, lengths, seen_at_the_end
+from kvtrim.methods.policies.kvgrad import KVgrad
 from kvtrim.methods.policies.kvzip import KVzip
 from kvtrim.prompts import encode_context, frame, repeat_words
 from kvtrim.types import Float, LayerView, Scores, Tensor
 
-Target = Literal["kvzip", "kvzip-plus"]
+Target = Literal["kvzip", "kvzip-plus", "kvgrad"]
 Report = Callable[[str, int, int], None]
 
 # Shares of the mean variance, to choose from: little for much text, much for little text.
@@ -42,6 +44,7 @@ RIDGES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 SECOND = 1e-4  # the ridge of the second maps, which read few numbers
 LEAST = 1e-3  # added to a score before its log: entries below it go at any budget
 WEIGHT = 0.5  # the power of a score that a token counts by
+FEW = 0.03  # of a text's entries score above one half, if what they score is no attention
 PARTS = (1, 1, 0.5, 1, 0.25)  # of the longest length, text by text
 SHORTEST = 64  # tokens of a text
 HOLD_OUT = 6  # every sixth text is not fitted on
@@ -126,15 +129,25 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class _Noting(KVzip):
-    """KVzip, noting what its probe found."""
+class _Noting(Policy):
+    """A policy, noting what its probe found."""
 
-    notes: dict[int, Tensor] = field(default_factory=dict, compare=False)
+    notes: dict[int, Tensor] = field(default_factory=dict, compare=False, kw_only=True)
 
     def score(self, layer: LayerView) -> Scores:
         scores = super().score(layer)
         self.notes[layer.index] = scores.clone()  # the store is cut in place
         return scores
+
+
+@dataclass(frozen=True)
+class _NotingKVzip(_Noting, KVzip):
+    """KVzip or KVzip+, likewise."""
+
+
+@dataclass(frozen=True)
+class _NotingKVgrad(_Noting, KVgrad):
+    """KVgrad, likewise."""
 
 
 @dataclass(frozen=True)
@@ -212,11 +225,24 @@ def fit(
     return _solve(sums[False], sums[True], noted, model.config.get_text_config().hidden_size)
 
 
+def _noting(target: Target) -> _NotingKVzip | _NotingKVgrad:
+    return _NotingKVgrad() if target == "kvgrad" else _NotingKVzip(plus=target == "kvzip-plus")
+
+
 def scores_of(recording: Recording, target: Target) -> list[Float[Tensor, "K n"]]:
-    """What KVzip's probe says of every entry of each layer."""
-    policy = _Noting(plus=target == "kvzip-plus")
+    """What a probe says of every entry of each layer.
+
+    KVzip's scores are attention, 0 to 1. Those of others have a model's own size, and are divided
+    by what makes them as large as KVzip's are on most texts.
+    """
+    policy = _noting(target)
     recording.cache(Method(policy, budget=Global()), policy.sinks + 1)
-    return [policy.notes[layer][0] for layer in sorted(policy.notes)]
+    scores = [policy.notes[layer][0] for layer in sorted(policy.notes)]
+    if not policy.weighs_values:
+        return scores
+    every = torch.cat([own[:, policy.sinks :].flatten() for own in scores])
+    high = every.kthvalue(max(1, round((1 - FEW) * len(every)))).values
+    return [own / (2 * high) for own in scores]
 
 
 def read_by_echo(recording: Recording) -> list[Float[Tensor, "n F"]]:
