@@ -11,8 +11,8 @@ Rule:  as each token is read, a linear map of the hidden state that the attentio
        queries, the largest in a neighbourhood.
 Paper: Jegou and Jeblick 2026 (KVzap), https://arxiv.org/abs/2601.07891.
 Code:  NVIDIA/kvpress@8bb29b9, kvzap/ and presses/kvzap_press.py (which masks, and frees nothing).
-Ours:  one pool for the model in place of a threshold (`budget.threshold` gives that too); KVzip's
-       scores as well as KVzip+'s as target; closed form; exp of the map, so that scores are
+Ours:  one pool for the model in place of a threshold (`budget.threshold` gives that too); KVzip's,
+       KVzip+'s or KVgrad's scores as target; closed form; exp of the map, so that scores are
        attention again, and other attention can be added to them; a table belongs to exactly the
        weights it was fitted on; the second map.
 """
