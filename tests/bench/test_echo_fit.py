@@ -126,7 +126,7 @@ def test_what_is_foretold_is_what_the_method_of_that_name_scores_by(llama, targe
 @pytest.mark.parametrize("target", ["kvzip", "kvzip-plus", "kvgrad"])
 def test_a_probe_that_is_noted_has_the_parameters_of_the_method(target):
     own = kvtrim.METHODS[target].policy
-    noting = echo._noting(target)
+    noting = echo._take_notes(target)
     assert {name: getattr(noting, name) for name in vars(own)} == vars(own)
 
 

@@ -225,7 +225,7 @@ def fit(
     return _solve(sums[False], sums[True], noted, model.config.get_text_config().hidden_size)
 
 
-def _noting(target: Target) -> _NotingKVzip | _NotingKVgrad:
+def _take_notes(target: Target) -> _NotingKVzip | _NotingKVgrad:
     return _NotingKVgrad() if target == "kvgrad" else _NotingKVzip(plus=target == "kvzip-plus")
 
 
@@ -235,7 +235,7 @@ def scores_of(recording: Recording, target: Target) -> list[Float[Tensor, "K n"]
     KVzip's scores are attention, 0 to 1. Those of others have a model's own size, and are divided
     by what makes them as large as KVzip's are on most texts.
     """
-    policy = _noting(target)
+    policy = _take_notes(target)
     recording.cache(Method(policy, budget=Global()), policy.sinks + 1)
     scores = [policy.notes[layer][0] for layer in sorted(policy.notes)]
     if not policy.weighs_values:
