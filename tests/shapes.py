@@ -1,9 +1,9 @@
-"""Types and tensor shapes of kvtrim, checked at every call while the tests run.
+"""Types and tensor shapes of kvtrim, checked at calls while the tests run.
 
 beartype checks the calls of a function, and is made ready at the first: most processes call few.
 Functions that name no shape are called a million times with the same types: the first calls of a
-process speak for all. Of those that name shapes, the first calls of every test do and, of a layer
-at a token, every so many later ones.
+process speak for all. Those that name shapes are checked at the first calls of every test, and at
+every so many later ones, of which each layer has some.
 What a jaxtyping annotation says of a tensor is checked by `Shape`, several times as fast as by
 jaxtyping; tests/test_shapes.py compares the two. Generators with shapes are not checked.
 """
