@@ -9,7 +9,8 @@ import pytest
 from typer.main import get_command
 
 import kvtrim
-from kvtrim.cli import app
+from kvtrim.cli import app, options
+from kvtrim.hf.models import random
 from kvtrim.methods.describe.markdown import manual
 
 
@@ -280,7 +281,14 @@ def test_every_command_that_writes_a_folder_is_tried_here():
 
 @pytest.mark.parametrize("place", ["doc.txt", "nowhere/x"])
 @pytest.mark.parametrize("command", WRITES_A_FOLDER)
-def test_a_place_that_can_be_no_folder_is_refused_before_any_work(run, tmp_path, command, place):
+def test_a_place_that_can_be_no_folder_is_refused_before_any_work(
+    run, tmp_path, monkeypatch, command, place
+):
+    def work(*_, **__):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(options, "load", work)
+    monkeypatch.setattr(random, "build", work)
     (tmp_path / "sweep.toml").write_text(SWEEP)
     (tmp_path / "folder").mkdir()
     asked = (command, *WRITES_A_FOLDER[command], "--out", place)
