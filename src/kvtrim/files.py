@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kvtrim.errors import FileError
+from kvtrim.errors import FileError, UsageError
 
 try:
     import fcntl
@@ -99,6 +99,21 @@ def truncate(path: Path, size: int) -> None:
     """
     with file_errors("write", path):
         os.truncate(path, size)
+
+
+def require_place(folder: Path, named: str = "") -> None:
+    """Refuse a folder that cannot be made.
+
+    Args:
+        named: how another one is named, for people to read: " with --out".
+
+    Raises:
+        UsageError: its place is missing, or taken by a file.
+    """
+    if not folder.parent.is_dir():
+        raise UsageError(f"cannot write {folder}: there is no folder {folder.parent}")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; name a folder{named}")
 
 
 def make_folder(path: Path, parents: bool = False) -> None:

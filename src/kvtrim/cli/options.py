@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from kvtrim import files
 from kvtrim.errors import UsageError
 from kvtrim.records.spec import PROTOCOLS
 
@@ -275,10 +276,7 @@ def require_folder(out: Path) -> None:
     Raises:
         UsageError: it is a file, or its place is missing or closed.
     """
-    if not out.parent.is_dir():
-        raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; name a folder with --out")
+    files.require_place(out, " with --out")
     if not os.access(out if out.exists() else out.parent, os.W_OK | os.X_OK):
         raise UsageError(f"cannot write into {out}; name another folder with --out")
 

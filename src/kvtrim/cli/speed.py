@@ -297,12 +297,7 @@ def _memory(
         raise UsageError(
             "--batch max reads whole prompts of its own; drop --peer, --prefill-chunk"
         )
-    from kvtrim.methods.keep import Keep
-
-    size = Keep.parse(memory)
-    if size.kind != "bytes":
-        raise UsageError(f"--memory {memory}: give a size, as 40GiB or 512MiB")
-    return int(size.amount)
+    return options.parse_size(memory, f"--memory {memory}: give a size, as 40GiB or 512MiB")
 
 
 def _batches(batch: list[str] | None) -> tuple[int, ...]:

@@ -85,10 +85,7 @@ def begin(
         FileError: it cannot be written to, or what lies there is damaged.
     """
     record = json.loads(json.dumps(record))
-    if not folder.parent.is_dir():
-        raise UsageError(f"cannot write {folder}: there is no folder {folder.parent}")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; name a folder")
+    files.require_place(folder)
     path = folder / name
     if path.exists() and (_has_lines(folder, lines) or _holds(path, record)):
         record = _same(folder, records.record(path), record)

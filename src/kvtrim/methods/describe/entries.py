@@ -94,15 +94,11 @@ class Entry:
     @property
     def schedule(self) -> str:
         """When it evicts."""
-        return (
-            _LATER
-            if self.guide
-            else (
-                "never"
-                if self.method.budget.unlimited and self.method.schedule.every is None
-                else str(self.method.schedule)
-            )
-        )
+        if self.guide:
+            return _LATER
+        if self.method.budget.unlimited and self.method.schedule.every is None:
+            return "never"
+        return str(self.method.schedule)
 
     def record(self) -> dict[str, Any]:
         """The short record of a list, for JSON."""
