@@ -103,7 +103,10 @@ def config(architecture: str, **sizes: int):
 def tiny(
     architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: int
 ):
-    """A fresh random model; float64, so that equal means equal. Random numbers go on from it."""
+    """A fresh random model; float64, so that equal means equal. Random numbers go on from it.
+
+    Its weights want no gradients: what runs without `no_grad` remembers nothing for them.
+    """
     made, drawn = _first(architecture, seed, dtype, **sizes)
     torch.set_rng_state(drawn)
     return copy.deepcopy(made)  # half the time of drawing all weights again
@@ -120,7 +123,7 @@ def _first(architecture: str, seed: int, dtype: torch.dtype, **sizes: int):
                 parameter.mul_(6)
     if architecture in MIXED:
         model.set_experts_implementation("eager")  # the others know no float64
-    return model.to(dtype).eval(), torch.get_rng_state()
+    return model.to(dtype).eval().requires_grad_(False), torch.get_rng_state()
 
 
 @cache

@@ -173,6 +173,7 @@ def losses(model, ids, cache):
 
 def test_gradients_are_refused_where_they_are_asked_for(llama):
     ids = models.prompt(20)
+    llama.requires_grad_()
     with kvtrim.attach(llama):
         loss = losses(llama, ids, kvtrim.Cache(llama, "full"))
         with pytest.raises(UsageError, match="gradients do not pass"):
@@ -183,6 +184,7 @@ def test_gradients_are_refused_where_they_are_asked_for(llama):
 
 def test_gradients_pass_through_an_ordinary_cache_as_ever(llama):
     ids, weight = models.prompt(20), llama.model.layers[1].self_attn.v_proj.weight
+    llama.requires_grad_()
     losses(llama, ids, DynamicCache(config=llama.config)).backward()
     want = weight.grad.clone()
     with kvtrim.attach(llama):

@@ -61,7 +61,7 @@ def test_feeds_of_all_kinds_go_on_as_each_alone(architecture):
     model = models.tiny(architecture)
     draw = torch.Generator().manual_seed(1)
     names = [name for name in METHODS if architecture not in SLIDE or name not in NARROW]
-    length = 24 if architecture in SLIDE else 9  # beyond the windows of layers that slide
+    length = 18 if architecture in SLIDE else 9  # beyond the windows of layers that slide
     caches = {name: read(model, name, n) for n, name in enumerate(names)}
     lines, expected, into = [], [], []
     for name, cache in caches.items():

@@ -15,8 +15,7 @@ import pytest
 from served import KEY, launch, send
 
 from kvtrim.errors import UsageError
-from kvtrim.serve.scheduler import Limits
-from kvtrim.serve.service import Defaults
+from kvtrim.serve.limits import Defaults, Limits
 
 if not (find_spec("ray") and find_spec("grpc")):  # not loaded here: this process is forked
     pytest.skip(
@@ -46,6 +45,8 @@ def served(folder, model_folder):
     more = ["--replicas", 2, "--threads", 1, "--batch", 16, "--memory", f"{MEMORY}B"]
     # fresh: a fork after Ray would wait for ever, and Ray sends no functions that are checked
     process, url = launch(folder, model_folder, *more, fresh=True, **quick)
+    loaded = Path(f"/proc/{process.pid}/maps")
+    assert not loaded.exists() or "tokenizers" not in loaded.read_text()  # nor transformers
     yield url
     left = [number for number in processes(folder).values() if is_there(number)]
     process.send_signal(signal.SIGTERM)

@@ -189,12 +189,12 @@ def test_models_some_layers_of_which_slide_answer_as_each_alone(served, architec
     for name in TEXTS:
         assert not isinstance(client.upload(name).get(timeout=60), Failed)
     plain = kvtrim.Cache(model, "full", 1.0)
-    questions = [(name, f"Who {n}{'?' * 9 * n}", 24) for n in range(3) for name in TEXTS]
+    questions = [(name, f"Who {n}{'?' * 9 * n}", 18) for n in range(2) for name in TEXTS]
     together = [got(each) for each in [client.ask(q, d, max_tokens=m) for d, q, m in questions]]
     for (name, text, new), (ids, *_) in zip(questions, together, strict=True):
         assert ids == expected(model, name, text, new).token_ids
     for name in TEXTS:  # a conversation that goes on, answers to one prompt
-        answers = client.ask("Who 0", name, max_tokens=24, more=(None,))
+        answers = client.ask("Who 0", name, max_tokens=18, more=(None,))
         assert [got(each)[0] for each in answers] == [together[[*TEXTS].index(name)][0]] * 2
     long = "A long first message. " * 4
     ids, _, usage = got(client.ask("Who?", head=long, max_tokens=24))

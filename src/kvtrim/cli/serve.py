@@ -73,12 +73,10 @@ def serve(
     try:
         import uvicorn
 
-        from kvtrim.serve.app import application
         from kvtrim.serve.front import Front
         from kvtrim.serve.guard import is_loopback
-        from kvtrim.serve.metrics import log_to_stderr
-        from kvtrim.serve.scheduler import Limits
-        from kvtrim.serve.service import Defaults, Service
+        from kvtrim.serve.limits import Defaults, Limits
+        from kvtrim.serve.log import log_to_stderr
     except ImportError as error:
         raise UsageError(
             f"serving needs {error.name}, which is not installed: pip install 'kvtrim[serve]'"
@@ -108,6 +106,9 @@ def serve(
     with ExitStack() as stack:
         sockets = stack.enter_context(_bind(host, port))  # before minutes of loading
         if replicas is None:
+            from kvtrim.serve.app import application  # what a front of replicas does without
+            from kvtrim.serve.service import Service
+
             loaded, tokenizer = options.load(*loading)
             service = Service(model, loaded, tokenizer, shelf, limits, defaults)
             log_to_stderr()

@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from functools import partial
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI
@@ -22,6 +21,7 @@ from kvtrim.serve import protocol, wire
 from kvtrim.serve.guard import error_response, failure, turn_away
 from kvtrim.serve.library import Entry
 from kvtrim.serve.metrics import Metrics
+from kvtrim.serve.page import page
 from kvtrim.serve.request import Done
 from kvtrim.serve.service import Asking, Service
 
@@ -78,14 +78,6 @@ def application(
     app.get("/")(page)
     app.head("/")(page)
     return app
-
-
-def page() -> HTMLResponse:
-    """The page at `/`."""
-    text = files("kvtrim.serve").joinpath("page.html").read_text("utf-8")
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    policy += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
 
 # Who may come in, and with how much

@@ -14,24 +14,13 @@ from kvtrim.hf.cache import Cache, load_cache
 from kvtrim.hf.models import fingerprint
 from kvtrim.hf.models.architectures import layout
 from kvtrim.hf.view import view_file
-from kvtrim.methods.request import Request
 from kvtrim.methods.settings import places
 from kvtrim.prompts.document import Document
 from kvtrim.report.viewer.exhibit import Exhibit, Stop
 from kvtrim.serve.library import Entry, Library, check_name, key_of
+from kvtrim.serve.request import How
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class How:
-    """How a document is read: what of the request decides what its cache holds."""
-
-    request: Request
-    chat: bool | None = None
-    system: str | None = None
-    truncate: str = "error"
-    prefill_chunk: int | None = None
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,28 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+)
 from contextlib import aclosing
 from typing import Any, Protocol, runtime_checkable
 
 from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from kvtrim.serve.app import page
 from kvtrim.serve.guard import failure, turn_away
-from kvtrim.serve.metrics import join_pages
+from kvtrim.serve.page import page
 from kvtrim.serve.relay import (
     Begun,
     Passed,
@@ -268,7 +277,7 @@ class Front:
     async def _metrics(self, passed: Passed) -> Begun:
         said = await self._all(passed)
         pages = {each.replica: each.body for each in said if each.status == 200}
-        page = await run_in_threadpool(join_pages, self._registry, pages)
+        page = await run_in_threadpool(_join_pages, self._registry, pages)
         return _wrap(Response(page, media_type="text/plain; version=0.0.4"), "/metrics")
 
     async def _first(self, passed: Passed) -> Begun:
@@ -295,6 +304,33 @@ class Front:
             if own is not None and own.status == 200:
                 return own
         return min(said, key=rank)
+
+
+# Metrics
+
+
+class _Joined(Collector):
+    """What several servers count, each under its name."""
+
+    def __init__(self, pages: Mapping[str, bytes]):
+        self._pages = pages
+
+    def collect(self) -> Iterator[Metric]:
+        found: dict[str, Metric] = {}
+        for name, text in self._pages.items():
+            for own in text_string_to_metric_families(text.decode()):
+                joined = Metric(own.name, own.documentation, own.type)
+                joined = found.setdefault(own.name, joined)
+                for each in own.samples:
+                    joined.add_sample(each.name, {**each.labels, "replica": name}, each.value)
+        yield from found.values()
+
+
+def _join_pages(own: CollectorRegistry, pages: Mapping[str, bytes]) -> bytes:
+    """A front's own counters, and what each replica counts with its name as one more label."""
+    joined = CollectorRegistry()
+    joined.register(_Joined(pages))
+    return generate_latest(own) + generate_latest(joined)
 
 
 # Responses

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -22,16 +22,15 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from kvtrim.errors import KvtrimError, UsageError
-from kvtrim.hf.models.load import load
-from kvtrim.serve.app import application
 from kvtrim.serve.front import Died
-from kvtrim.serve.library import Library
-from kvtrim.serve.metrics import log_to_stderr
+from kvtrim.serve.limits import Defaults, Limits
+from kvtrim.serve.log import log_to_stderr
 from kvtrim.serve.relay import Begun, Passed
 from kvtrim.serve.request import SUBJECT, Refused
-from kvtrim.serve.scheduler import Limits
-from kvtrim.serve.service import Defaults, Service
 from kvtrim.serve.whereabouts import HOLDS, router_config
+
+if TYPE_CHECKING:
+    from kvtrim.serve.service import Service
 
 log = logging.getLogger("kvtrim.serve")
 
@@ -85,6 +84,8 @@ class Replica:
         except KvtrimError as error:
             self._refused = error
             return
+        from kvtrim.serve.app import application
+
         self._app = application(self._service, behind_front=True)
         self._service.scheduler.start()
 
@@ -125,7 +126,16 @@ class Replica:
         raise RuntimeError("the application gave no response")
 
 
-def _service(setup: Setup) -> Service:
+def _service(setup: Setup) -> "Service":
+    """A model of its own; only here, since the front loads none.
+
+    Raises:
+        KvtrimError: the model or the library refuse.
+    """
+    from kvtrim.hf.models.load import load
+    from kvtrim.serve.library import Library
+    from kvtrim.serve.service import Service
+
     if setup.folder is not None and os.path.isdir(setup.folder):
         os.chdir(setup.folder)
         sys.path.append(setup.folder)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvtrim.errors import KvtrimError, UsageError
-from kvtrim.serve.documents import How
+from kvtrim.methods.request import Request as Settled
 from kvtrim.serve.library import Entry
 
 SUBJECT: ContextVar[str] = ContextVar("subject", default="")
@@ -26,6 +26,17 @@ class Refused(KvtrimError):
     def __init__(self, message: str, status: int = 503, retry_s: int | None = None):
         super().__init__(message)
         self.status, self.retry_s = status, retry_s
+
+
+@dataclass(frozen=True)
+class How:
+    """How a document is read: what of the request decides what its cache holds."""
+
+    request: Settled
+    chat: bool | None = None
+    system: str | None = None
+    truncate: str = "error"
+    prefill_chunk: int | None = None
 
 
 @dataclass(frozen=True)

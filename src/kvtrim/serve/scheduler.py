@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any
 
 from kvtrim.errors import KvtrimError
@@ -21,6 +20,7 @@ from kvtrim.report.format import size
 from kvtrim.serve.answer import Answer, Room, Speaker
 from kvtrim.serve.documents import Prints
 from kvtrim.serve.library import Entry, Library
+from kvtrim.serve.limits import Limits
 from kvtrim.serve.memory import Conversation, Document, Memory
 from kvtrim.serve.pace import Pace
 from kvtrim.serve.reader import Reader
@@ -28,16 +28,6 @@ from kvtrim.serve.reading import Reading
 from kvtrim.serve.request import Failed, Refused, Request, Upload
 
 log = logging.getLogger("kvtrim.serve")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server takes on."""
-
-    memory: int = 8 << 30  # bytes of all caches
-    batch: int = 32  # requests that decode together
-    queue: int = 64  # requests that wait
-    uploads: int = 8  # documents that wait to be read
 
 
 class Scheduler:

@@ -13,6 +13,7 @@ from kvtrim.prompts import conversation
 from kvtrim.serve import documents, protocol
 from kvtrim.serve.documents import How, Prints
 from kvtrim.serve.library import Entry, Library, check_name
+from kvtrim.serve.limits import Defaults, Limits
 from kvtrim.serve.request import (
     Done,
     Event,
@@ -24,20 +25,10 @@ from kvtrim.serve.request import (
     Upload,
     Usage,
 )
-from kvtrim.serve.scheduler import Limits, Scheduler
+from kvtrim.serve.scheduler import Scheduler
 
 _REMEMBERED = 64  # uploads that failed
 _NEW_TOKENS = 512  # of an answer, if nobody says how many it may have
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a server does where a request does not say otherwise."""
-
-    method: str = "auto"
-    keep: str = "25%"
-    compress_above: int = 2048  # tokens of a first message; shorter ones are held whole
-    deadline_s: float = 600.0
 
 
 @dataclass(frozen=True)
