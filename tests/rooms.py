@@ -131,8 +131,8 @@ ROOMS = {
         owns="safetensors",
     ),
     "serve": Room(
-        "api cache engine errors files hf hf.models methods.request methods.settings prompts "
-        "report.format report.viewer serve.library serve.stream types",
+        "api cache engine errors files hf hf.models methods.ranges methods.request "
+        "methods.settings prompts report.format report.viewer serve.library serve.stream types",
         owns="fastapi starlette pydantic prometheus_client llm ray",
         shapes=True,
     ),
@@ -142,9 +142,9 @@ ROOMS = {
     "cli": Room(
         "api bench bench.analyses bench.calibrate bench.eval bench.speed bench.sweep engine "
         "errors files hf hf.models lm_eval methods.budgets methods.describe methods.echo_tables "
-        "methods.keep methods.method methods.registry methods.request methods.settings prompts "
-        "papers records report report.format report.plots report.viewer serve serve.library "
-        "serve.stream tasks version",
+        "methods.keep methods.method methods.ranges methods.registry methods.request "
+        "methods.settings prompts papers records report report.format report.plots report.viewer "
+        "serve serve.library serve.stream tasks version",
         owns="typer rich uvicorn prompt_toolkit",
     ),
 }

@@ -44,8 +44,7 @@ def chat(
     allow_untested: options.AllowUntested = False,
 ) -> None:
     """Talk about a document that is read once; answers stream. /help lists the commands."""
-    if not temperature and (top_p is not None or seed is not None):
-        raise UsageError("--top-p and --seed act on sampling: give --temperature 0.7 too")
+    options.is_sampling(temperature, top_p, seed)
     request = options.request(method, keep, set_, None, "error")
     name, own = options.name_in(document), options.library_in(library)
     if document == "-":

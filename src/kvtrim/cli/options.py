@@ -138,27 +138,36 @@ def name_in(given: str | None) -> str | None:
     return given[1:] if given is not None and given.startswith("@") else None
 
 
+def is_sampling(temperature: float | None, top_p: float | None, seed: int | None) -> bool:
+    """Whether tokens are drawn; greedy decoding unless a temperature is given.
+
+    Raises:
+        UsageError: settings of sampling without sampling, or out of range.
+    """
+    from kvtrim.methods.ranges import COLDEST
+
+    if temperature is None or temperature < COLDEST:
+        if top_p is not None or seed is not None:
+            raise UsageError("--top-p and --seed act on sampling: give --temperature 0.7 too")
+        return False
+    if temperature > 10 or top_p == 0:
+        raise UsageError("--temperature is at most 10, --top-p above 0; for greedy leave both out")
+    if seed is not None and abs(seed) >= 2**63:
+        raise UsageError(f"--seed {seed}: give a 64-bit number")
+    return True
+
+
 def sampling_options(
     temperature: float | None, top_p: float | None, seed: int | None
 ) -> dict[str, float | bool]:
-    """How `kvtrim.generate` is to choose tokens: greedily, unless a temperature is given.
-
-    Raises:
-        UsageError: settings of sampling without sampling.
-    """
-    if temperature is None or temperature < 1e-5:  # 0, in the precision of logits
-        if top_p is not None or seed is not None:
-            raise UsageError("--top-p and --seed act on sampling: give --temperature 0.7 too")
+    """How `kvtrim.generate` is to choose tokens. Raises as `is_sampling`."""
+    if not is_sampling(temperature, top_p, seed):
         return {}
-    if temperature > 10 or top_p == 0:
-        raise UsageError("--temperature is at most 10, --top-p above 0; for greedy leave both out")
     if seed is not None:
         import torch
 
-        if abs(seed) >= 2**63:
-            raise UsageError(f"--seed {seed}: give a 64-bit number")
         torch.manual_seed(seed)
-    given = {"do_sample": True, "sampling.temperature": temperature}
+    given: dict[str, Any] = {"do_sample": True, "sampling.temperature": temperature}
     return given | ({} if top_p is None else {"top_p": top_p})
 
 

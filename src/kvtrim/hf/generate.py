@@ -21,7 +21,16 @@ from transformers import (
 from kvtrim.errors import UsageError
 from kvtrim.hf.base import BaseCache, cache_in, cache_keyword
 from kvtrim.hf.decode import Loop, why_plain
-from kvtrim.methods.ranges import Positive, Range, Share, Some, Tokens, annotations_of, check
+from kvtrim.methods.ranges import (
+    Positive,
+    Range,
+    Share,
+    Some,
+    Temperature,
+    Tokens,
+    annotations_of,
+    check,
+)
 from kvtrim.types import Float, Int, Tensor
 
 _INPUTS = {"self", "inputs", "kwargs", "custom_generate", "max_new_tokens"}  # ours to give
@@ -210,7 +219,7 @@ class Sampling:
 
     num_beams: Some
     num_return_sequences: Some
-    temperature: Positive | None
+    temperature: Temperature | None
     top_k: Tokens | None
     top_p: Annotated[float, Range(0, 1, above=True)] | None
     min_p: Share | None

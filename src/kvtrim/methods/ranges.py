@@ -65,7 +65,13 @@ Weight = Annotated[float, Range(0)]
 """A factor that is not negative."""
 
 Positive = Annotated[float, Range(0, above=True)]
-"""A factor, exponent or temperature."""
+"""A factor or exponent."""
+
+COLDEST = 1e-5
+"""Lower temperatures would be 0 in the precision of logits: where 0 means greedy, so do they."""
+
+Temperature = Annotated[float, Range(COLDEST)]
+"""Of sampling."""
 
 Number = Annotated[float, Range(-inf)]
 """Any number; of a score, say, whose range the policy decides."""

@@ -2,10 +2,9 @@
 
 import torch
 
+from kvtrim.methods.ranges import COLDEST
 from kvtrim.serve.request import Sampling
 from kvtrim.types import Float, Int, Tensor
-
-_GREEDY = 1e-5  # temperatures below say the same, and would be 0 in the logits' precision
 
 
 class Sampler:
@@ -39,7 +38,7 @@ class Sampler:
             ids, counts = torch.tensor(written, device=scores.device).unique(return_counts=True)
             scores = scores.clone()
             scores[ids] -= how.presence_penalty + how.frequency_penalty * counts
-        if how.temperature < _GREEDY:
+        if how.temperature < COLDEST:
             chosen = int(scores.argmax())
         else:
             chosen = self._sample(scores / how.temperature)
