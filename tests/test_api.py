@@ -42,8 +42,35 @@ def test_the_protocol_can_be_chosen(model):
     for protocol in ("question-aware", "question-agnostic"):
         for question in ("Where?", ["Where?", "Who?"]):
             assert ask(model, CONTEXT, question, protocol=protocol).protocol == protocol
-    with pytest.raises(UsageError, match="unknown protocol 'both'"):
+    with pytest.raises(UsageError, match="protocol='both': expected question-aware"):
         ask(model, CONTEXT, "Where?", protocol="both")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"typical_p": 0.0}, "transformers' generate refuses do_sample, typical_p: "),
+        ({"repetition_penalty": 1e-45}, "do_sample, repetition_penalty: no token is left"),
+        ({"suppress_tokens": [*range(300)]}, "do_sample, suppress_tokens: no token is left"),
+        ({"temperature": 1e-40}, "temperature=1e-40: expected float"),
+    ],
+)
+def test_what_transformers_makes_of_sampling_is_said_plainly(model, options, said):
+    with pytest.raises(UsageError, match=said):
+        ask(model, CONTEXT, "Where?", do_sample=True, **options)
+
+
+def test_what_a_ready_cache_settles_is_refused_beside_it(model):
+    tokenizer = models.tokenizer()
+    cache = kvtrim.compress(model, tokenizer, CONTEXT, method="snapkv", keep=48, window=8)
+    settled = {"protocol": "question-aware", "system": "S", "truncate": "middle", "chat": False}
+    for name, value in (settled | {"window": 3}).items():
+        named = {"method": "snapkv", name: value}
+        with pytest.raises(UsageError, match=f"{name} was settled when the cache was made"):
+            kvtrim.generate(model, tokenizer, cache, "Where?", **named)
+    for call in (kvtrim.generate, kvtrim.compress):
+        with pytest.raises(UsageError, match=r"truncate='midle': expected error \| middle"):
+            call(model, tokenizer, CONTEXT, truncate="midle")
 
 
 def test_answers_are_bounded_by_default_under_both_protocols(model):

@@ -170,7 +170,7 @@ def test_every_count_that_the_public_functions_take_declares_its_range(function)
         ({"num_beans": 2}, "did you mean 'num_beams'"),
         ({"chunks": True, "policy": "knorm"}, "--prefill-chunk"),
         ({"skip_layers": (0, 9)}, "skip_layers=9"),
-        ({"protocol": "both"}, "unknown protocol 'both'"),
+        ({"protocol": "both"}, "protocol='both': expected question-aware"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused_before_any_work(llama, monkeypatch, settings, named):

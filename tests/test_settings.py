@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import kvtrim
 from kvtrim.bench.candidates import candidates
@@ -73,6 +74,28 @@ def test_mistakes_are_named(settings, message):
     with pytest.raises(UsageError) as error:
         find("snapkv", **settings)
     assert message in str(error.value)
+
+
+def test_what_is_no_value_of_that_kind_is_refused_as_any_other():
+    with pytest.raises(UsageError, match="skip_layers=3: expected numbers with commas"):
+        find("circuitkv", skip_layers=3)
+    with pytest.raises(UnknownNameError, match="unknown preset of snapkv"):
+        find("snapkv", preset=["kvpress"])
+
+
+@pytest.mark.parametrize("name", sorted(kvtrim.METHODS))
+def test_who_wraps_a_scorer_takes_those_that_score_at_sight_alone(name):
+    """Of others the first pass would want what it has not."""
+    for outer, part in (("criticalkv", "base"), ("fastkv", "scorer")):
+        try:
+            made = find(outer, **{part: name})
+        except UsageError as refused:
+            assert any(said in str(refused) for said in ("at sight", "wraps scorers"))
+            continue
+        q, k = torch.randn(2, 4, 40, 8), torch.randn(2, 2, 40, 8)
+        own = {"layer": 0} if outer == "fastkv" else {}
+        output, states = [torch.randn(16, 32)] * 2, torch.randn(2, 40, 16)
+        assert kvtrim.select(made, q, k, k, keep=38, output=output, hidden=states, **own)
 
 
 def test_unknown_methods_name_the_nearest():

@@ -152,8 +152,9 @@ def generate(
         question: one question is read together with the context (question-aware) unless told
             otherwise; several are asked of one compressed context (question-agnostic), which each
             of them leaves as it found it.
-        method, keep: what to evict, see `kvtrim.Cache`; they do not apply to a ready cache. A
-            `Request` brings its budget and its parameters along.
+        method, keep: what to evict, see `kvtrim.Cache`. A `Request` brings its budget and its
+            parameters along. A ready cache has its own; other settings of how a context is read
+            (parameters of the method, `system`, ...) are refused beside one.
         protocol: "question-aware" or "question-agnostic", to choose explicitly.
         chat: use the tokenizer's chat template; by default if it has one.
         system: a system message, for templates that have one.
@@ -184,12 +185,13 @@ def generate(
     asking = {"max_new_tokens": new_tokens, "chunk": prefill_chunk, "progress": progress}
     asking |= options
     if isinstance(context, Cache):
+        said = {"protocol": protocol == AWARE, "truncate": truncate != "error"}
+        said |= {"chat": chat is not None, "system": system is not None}
+        _require_unsaid(said | dict.fromkeys(settings, True))
         return _ask(model, tokenizer, context, questions, 0.0, asking)
     request = Request.of(method, keep, settings)
     if protocol is None:
         protocol = AWARE if len(questions) == 1 else AGNOSTIC
-    if protocol not in (AWARE, AGNOSTIC):
-        raise UsageError(f"unknown protocol {protocol!r}; use {AWARE!r} or {AGNOSTIC!r}")
     request.method.require_passes(prefill_chunk)
     template = Template(chat, system)
     around = template.frame(tokenizer)
@@ -238,6 +240,13 @@ def compress(
     cache = _empty(model, request, prompt, repeat_words(tokenizer, around), template)
     _read_context(model, cache, prompt, prefill_chunk, progress, len(prompt))
     return cache
+
+
+def _require_unsaid(said: dict[str, bool]) -> None:
+    """Refuse what was settled when a cache was made."""
+    for name, is_said in said.items():
+        if is_said:
+            raise UsageError(f"{name} was settled when the cache was made; leave it out")
 
 
 def _empty(

@@ -1,5 +1,7 @@
 """A method that holds clearly more or less than it was asked for says so, once."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -89,6 +91,20 @@ def test_of_a_batch_the_prompt_that_is_furthest_off_is_named(llama):
     assert cache.remark is not None and "asks for 12 of 60" in cache.remark
     cache.batch_select_indices(torch.tensor([1]))
     assert cache.remark is None, "the other prompt has room for its window"
+
+
+def test_a_prompt_that_is_padding_alone_asks_for_nothing(llama):
+    ids, mask = models.prompt(40, rows=2), torch.ones(2, 40, dtype=torch.long)
+    mask[1] = 0
+    for name, every in (("shotkv", None), ("snapkv", 4)):
+        own = small(name) | ({} if every is None else {"every": every})
+        for padding in (mask, mask * 0):
+            cache = kvtrim.Cache(llama, name, 10, **own)
+            with torch.no_grad(), kvtrim.attach(llama), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                llama(ids, attention_mask=padding, past_key_values=cache)
+                llama(ids[:, :1], past_key_values=cache)
+            assert "None" not in str(cache.remark or "") and cache.seen == 41
 
 
 def test_it_is_known_once_the_prompt_is_complete_and_stays(llama, tmp_path):

@@ -275,6 +275,19 @@ def test_reset_makes_it_new(llama):
     assert torch.equal(read(llama, cache, ids), first)
 
 
+def test_a_reset_forgets_how_long_the_prompt_was(llama):
+    cache, ids = cache_for(llama), models.prompt(60)
+    with kvtrim.attach(llama):
+        llama.generate(ids, past_key_values=cache, max_new_tokens=2, prefill_chunk_size=16)
+    for forget in (cache.reset, lambda: cache.crop(-cache.seen)):
+        forget()
+        read(llama, cache, ids[:, :40])
+        fresh = cache_for(llama)
+        read(llama, fresh, ids[:, :40])
+        assert models.positions(cache) == models.positions(fresh)
+        assert max(map(len, models.positions(cache)[0])) < 40
+
+
 def test_embeddings_instead_of_tokens_are_read_without_token_ids(llama):
     cache, ids = cache_for(llama), models.prompt(48)
     with torch.no_grad(), kvtrim.attach(llama):

@@ -1,6 +1,8 @@
 """Captured steps give the tokens of transformers' own loop. Without a GPU the same steps run
 interpreted and are not captured."""
 
+import time
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -204,3 +206,16 @@ def test_the_steps_reserve_all_room_at_once(model):
     stepper.close()
     assert places == [store.keys.data_ptr() for store in steps.stores]
     assert cache.seen == 90 and not cache.session.lent
+
+
+def test_tokens_of_one_pass_share_its_time(llama):
+    ids, told = models.prompt(6).repeat(1, 8), []
+    cache, start = kvtrim.Cache(llama, "full"), time.perf_counter()
+    with kvtrim.attach(llama):
+        done = generate(
+            llama, ids, cache, 30, prompt_lookup_num_tokens=4, eos_token_id=None,
+            progress=lambda *given: told.append(given),
+        )  # fmt: skip
+    passes = [count for what, count, _ in told if what == "answering"]
+    assert passes[-1] == len(done.token_ids) == 30 and len(passes) < 29
+    assert done.tpot_s * 29 < time.perf_counter() - start

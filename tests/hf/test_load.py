@@ -35,6 +35,9 @@ def test_what_cannot_be_loaded(model_folder, tmp_path):
     ):
         with pytest.raises(ModelError, match=message):
             load(name)
+    for device in ("cpu:7", "meta", "xpu", "hpu", "cuda:77"):  # and those that have no numbers
+        with pytest.raises(ModelError, match=f"there is no {device} device here"):
+            load(model_folder, device=device)
     with pytest.raises(ModelError, match="unknown dtype 'float13'"):
         load(model_folder, dtype="float13")
     (tmp_path / "config.json").write_text("{}")

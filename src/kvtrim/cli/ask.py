@@ -117,9 +117,10 @@ def _stream(
 ) -> None:
     """Every answer as it comes; a context that was not read yet is read once for all."""
     from kvtrim.api import generate
+    from kvtrim.hf.cache import Cache
     from kvtrim.serve.stream import Streamer
 
-    if len(questions) > 1 and isinstance(given, str):
+    if len(questions) > 1 and not isinstance(given, Cache):
         raise UsageError(
             "--stream with several questions needs a compressed document: kvtrim compress FILE "
             "--name NAME, then kvtrim ask @NAME --stream -q ... -q ..."
@@ -193,7 +194,7 @@ def compress(
         "file": str(out),
         "file_bytes": out.stat().st_size,
         "protocol": "question-agnostic",
-        "method": method,
+        "method": cache.request.name,
         "keep": str(cache.keep),
         "tokens": cache.seen,
         "read_tokens": cache.seen,

@@ -27,7 +27,6 @@ class Undoable(ABC):
     """A session that can go back to what it was before some of its passes."""
 
     method: Method
-    prompt_tokens: int | None
     state: State
     recording: bool
     _announced: bool
@@ -50,6 +49,11 @@ class Undoable(ABC):
     @abstractmethod
     def reset(self) -> None:
         """Forget everything that was read."""
+
+    @property
+    @abstractmethod
+    def prompt_tokens(self) -> int | None:
+        """Columns of the prompt if it comes in several passes."""
 
     @property
     def in_prompt(self) -> bool:

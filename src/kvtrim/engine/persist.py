@@ -78,7 +78,7 @@ def restore(
         reading = session.state.reading
         reading.seen, reading.lengths = record["seen"], record["lengths"]
         reading.real = _real(tensors.get("real"), record)
-        session.prompt_tokens = record["prompt_tokens"]
+        session.state.prompt_tokens = record["prompt_tokens"]
         session.state.cut_at, session.state.due_at = record["cut_at"], list(record["due_at"])
         once = session.method.schedule.every is None and session.prompt_tokens is None
         session.state.appended_from = session.state.cut_at if once else reading.seen

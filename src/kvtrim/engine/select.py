@@ -70,6 +70,10 @@ def select(
             "give the same number"
         )
     layers = len(stacks[0])
+    if not layers:
+        raise UsageError("there are no queries, keys and values: give those of a layer at least")
+    for index, (q, k, v) in enumerate(zip(*stacks, strict=True)):
+        _require_shapes(index, q, k, v, stacks[0][0])
     chosen = replace(find(method, **settings), refit=Unchanged())  # which selects nothing
     needed = chosen.policy.reads_hidden and chosen != auto.AUTO
     states = _states(hidden, stacks, needed)
@@ -82,8 +86,6 @@ def select(
             "this method reads its prompt a second time and so needs a model: use "
             "kvtrim.compress, or a kvtrim.Cache with model.generate"
         )
-    for index, (q, k, v) in enumerate(zip(*stacks, strict=True)):
-        _require_shapes(index, q, k, v)
     session = Session(chosen, Keep.parse(keep), layers, spans=spans)
     session.begin(rows=1, columns=stacks[0][0].shape[1])
     _filter(session, stacks)
@@ -106,12 +108,20 @@ def select(
     return [_positions(session, index) for index in range(len(stacks[0]))]
 
 
-def _require_shapes(index: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.shape[0] % k.shape[0] or k.shape[:2] != v.shape[:2] or q.shape[1] != k.shape[1]:
+def _require_shapes(index: int, q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> None:
+    if (
+        not q.ndim == k.ndim == v.ndim == 3
+        or 0 in (*q.shape, *k.shape, *v.shape)
+        or q.shape[0] % k.shape[0]
+        or q.shape[1:] != k.shape[1:]
+        or k.shape[:2] != v.shape[:2]
+        or q.shape[:2] != first.shape[:2]
+    ):
         raise UsageError(
             f"layer {index}: queries {list(q.shape)}, keys {list(k.shape)}, "
             f"values {list(v.shape)} do not fit; "
-            "expected [H, n, D], [K, n, D], [K, n, E] with H a multiple of K"
+            "expected [H, n, D], [K, n, D], [K, n, E] with H a multiple of K, and the same H and "
+            "n in every layer"
         )
 
 

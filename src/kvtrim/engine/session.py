@@ -65,7 +65,7 @@ class Session(Undoable):
         require_known(impl)
         method.require_room(keep)
         self.method, self.keep, self.impl = method, keep, impl
-        self.prompt_tokens, self.spans = prompt_tokens, per_prompt(spans)
+        self._prompt_tokens, self.spans = prompt_tokens, per_prompt(spans)
         self._tap = tap
         self._stand_in: Attends | None = None  # appends single tokens in its place
         self.recording = False  # drafts may be among the new tokens: `crop` says which stay
@@ -79,6 +79,11 @@ class Session(Undoable):
     def seen(self) -> int:
         """Columns read."""
         return self.state.reading.seen
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Columns of the prompt if it comes in several passes: of every one, or of this one."""
+        return self._prompt_tokens or self.state.prompt_tokens
 
     # Who attends
 

@@ -49,6 +49,8 @@ class State:
     generated: list[tuple[int, float]] = field(default_factory=list)
     """For each prompt where its generated tokens begin and what share of them stays, for methods
     that evict among those alone."""
+    prompt_tokens: int | None = None
+    """Columns of this prompt, if it comes in several passes and whoever feeds it said so."""
     expected: int = 0
     """Columns announced as handed over, not generated."""
     closed_up: list[int] = field(default_factory=list)
@@ -125,7 +127,7 @@ class State:
         ]
         if any(closes):
             shares = [own for _, own in self.generated] or [
-                min(1.0, asked / length) if share is None else share
+                min(1.0, asked / max(1, length)) if share is None else share
                 for (_, asked), length in zip(self.keeps, lengths, strict=False)
             ]
             starts = [start for start, _ in self.generated] or lengths
@@ -298,8 +300,12 @@ def remark(method: Method, keep: Keep, state: State) -> str | None:
     group = _group(state)
     found = []
     for (tokens, held), (_, asked) in zip(state.settled, state.keeps, strict=True):
+        if not tokens:  # padding alone
+            continue
         asked *= group if keep.kind == "bytes" else 1  # bytes count the heads that are stored
         found.append((held, min(asked, float(tokens)), tokens))
+    if not found:
+        return None
     held, asked, tokens = max(found, key=lambda one: abs(one[0] / one[1] - 1))
     if not _apart(held, asked):
         return None

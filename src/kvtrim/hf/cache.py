@@ -200,8 +200,8 @@ class Cache(BaseCache):
         if self.session.lent:
             return
         first = self.seen == 0
-        if first and self.session.prompt_tokens is None:
-            self.session.prompt_tokens = coming.prompt_tokens
+        if first:
+            self.session.state.prompt_tokens = coming.prompt_tokens
         self.session.begin(coming.rows, coming.columns, coming.mask, known)
         if coming.ids is None or not (first or self.token_ids is not None):
             self.token_ids = None

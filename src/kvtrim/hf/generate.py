@@ -18,7 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from kvtrim.errors import UsageError
+from kvtrim.errors import KvtrimError, UsageError
 from kvtrim.hf.base import BaseCache, cache_in, cache_keyword
 from kvtrim.hf.decode import Loop, why_plain
 from kvtrim.methods.ranges import (
@@ -55,16 +55,19 @@ class _Clock(StoppingCriteria):
     """Notes when each token is there; stops nothing."""
 
     device: torch.device
+    before: int  # tokens of the prompt
     on_first: Callable[[], None]
     on_token: Callable[[int], None]
     times: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # of prompt and answer, at those times
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         synchronize(self.device)
         self.times.append(time.perf_counter())
+        self.lengths.append(input_ids.shape[1])
         if len(self.times) == 1:
             self.on_first()
-        self.on_token(len(self.times))
+        self.on_token(input_ids.shape[1] - self.before)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -168,7 +171,7 @@ def generate(
         if progress is not None:
             progress("answering", count, max_new_tokens)
 
-    clock = _Clock(model.device, on_first, on_token)
+    clock = _Clock(model.device, ids.shape[1], on_first, on_token)
     criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), clock])
     start = time.perf_counter()
     unread = ids[:, cache.get_seq_length() :]
@@ -190,23 +193,46 @@ def generate(
         loop = None
         if reason is None or first is not None:
             loop = Loop(options.get("streamer"), reason, first)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            **cache_keyword(cache),
-            max_new_tokens=max_new_tokens,
-            stopping_criteria=criteria,
-            custom_generate=loop,
-            **{**_unsaid(model, config), **options},
-        )
-    return _with_times(out[0, ids.shape[1] :].tolist(), start, clock.times, loop, reason)
+        with _refuse_plainly(options):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                **cache_keyword(cache),
+                max_new_tokens=max_new_tokens,
+                stopping_criteria=criteria,
+                custom_generate=loop,
+                **{**_unsaid(model, config), **options},
+            )
+    return _with_times(out[0, ids.shape[1] :].tolist(), start, clock, loop, reason)
+
+
+@contextmanager
+def _refuse_plainly(options: Mapping[str, Any]) -> Iterator[None]:
+    """What transformers says of options that cannot be, or not together, as a `UsageError`."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        text, names = " ".join(str(error).split()), ", ".join(sorted(options))
+        if isinstance(error, KvtrimError) or not options:
+            raise
+        if "probability tensor" in text:
+            raise UsageError(
+                f"{names}: no token is left with a probability above 0; take milder values"
+            ) from error
+        if isinstance(error, RuntimeError):
+            raise
+        raise UsageError(f"transformers' generate refuses {names}: {text:.300}") from error
 
 
 def _with_times(
-    new: list[int], start: float, times: list[float], loop: Loop | None, reason: str | None
+    new: list[int], start: float, clock: _Clock, loop: Loop | None, reason: str | None
 ) -> Generated:
-    """Times from the clock's; making a graph belongs to no token."""
-    steps, capture_s = len(times) - 1, 0.0
+    """Times from the clock's; making a graph belongs to no token.
+
+    Where one pass gave several tokens (assisted decoding), they share its time.
+    """
+    times, capture_s = clock.times, 0.0
+    steps = clock.lengths[-1] - clock.lengths[0]
     if loop is not None:
         reason, capture_s = loop.plain, loop.capture_s
     tpot = (times[-1] - times[0] - capture_s) / steps if steps else None

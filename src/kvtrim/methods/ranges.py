@@ -162,11 +162,16 @@ def check_arguments(function: Call) -> Call:
     def call(*arguments: Any, **named: Any) -> Any:
         for name, value in known.bind(*arguments, **named).arguments.items():
             annotation = annotations_of(function).get(name)
-            if any(split_range(option)[1] for option in options(annotation)):
+            if any(map(_is_declared, options(annotation))):
                 check(name, value, annotation)
         return function(*arguments, **named)
 
     return call  # pyright: ignore[reportReturnType] (the same signature)
+
+
+def _is_declared(option: Any) -> bool:
+    """Whether it says which values there are, not only of which type."""
+    return get_origin(option) is Literal or split_range(option)[1] is not None
 
 
 def _fits(value: Any, option: Any) -> bool:

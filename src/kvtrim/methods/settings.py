@@ -144,7 +144,7 @@ def _make_draft(name: "str | Method", method: Method, preset: Any) -> "_Draft":
     """A method to be changed, after one of its presets."""
     draft = _Draft.of(method)
     if preset is not None:
-        if preset not in method.presets:
+        if not isinstance(preset, str) or preset not in method.presets:
             raise UnknownNameError(f"preset of {name}", str(preset), method.presets)
         draft.change(method.presets[preset])
     return draft
@@ -385,6 +385,8 @@ def _as_number(wanted: type, value: Any) -> tuple[bool, Any]:
 def _as_tuple(item: type, value: Any) -> tuple[bool, Any]:
     if isinstance(value, str):
         value = [part for part in value.split(",") if part not in ("", "none")]
+    if not isinstance(value, Iterable):
+        return False, None
     parts = list(value)
     results = [_as(item, part) for part in parts]
     return all(done for done, _ in results), tuple(result for _, result in results)

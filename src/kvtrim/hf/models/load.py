@@ -75,7 +75,10 @@ def load(
     if allow_untested:
         ACCEPTED.add(model)
     TOKENIZERS[model] = tokenizer
-    return (model if "device_map" in options else model.to(device)).eval(), tokenizer
+    if "device_map" not in options:
+        with told_plainly(str(name)):  # memory of the device, say
+            model.to(device)
+    return model.eval(), tokenizer
 
 
 @contextmanager
@@ -152,9 +155,9 @@ def as_device(asked: str | torch.device | None) -> torch.device:
         device = torch.device(asked)
     except RuntimeError:
         raise ModelError(f"unknown device {str(asked)!r}; use cpu, cuda, cuda:1 or mps") from None
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if not there.get(device.type, lambda: True)():
-        raise ModelError(f"there is no {device.type} device here; use device='cpu'")
+    backend = getattr(torch, device.type, None)  # none of devices that hold no numbers
+    if (device.index or 0) >= (0 if backend is None else backend.device_count()):
+        raise ModelError(f"there is no {device} device here; use device='cpu'")
     return device
 
 

@@ -58,6 +58,13 @@ class Policy(Declared, ABC):
     foresees: ClassVar[bool] = False
     """It scores each token when that is read, by what its layer makes of it: `foresee`."""
 
+    @property
+    def at_sight(self) -> bool:
+        """Whether a layer's queries and entries are all that it scores by: nothing that another
+        pass, another layer or another position has to tell.
+        """
+        return not (self.carries or self.probes or self.foresees or self.turns)
+
     local: int = 0
     """So many of the newest tokens stay at every cut after the prompt, or half of the budget."""
 

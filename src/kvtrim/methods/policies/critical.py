@@ -28,7 +28,7 @@ class Critical(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.base.carries or self.base.turns or self.base.first_stage < 1:
+        if not self.base.at_sight or self.base.first_stage < 1:
             raise UsageError("CriticalKV wraps scorers that look at a window or at keys only")
 
     @property

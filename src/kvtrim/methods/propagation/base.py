@@ -50,7 +50,9 @@ class Propagation(Declared, ABC):
 
     @abstractmethod
     def choose(self, view: LayerView, policy: Policy, prompt: int) -> Int[Tensor, "B T"] | None:
-        """The slots of a layer whose tokens go on, ascending, the last one among them.
+        """The slots of a layer whose tokens go on, ascending.
+
+        The last one should be among them, since the answer begins with its logits.
 
         Args:
             view: the layer before anything is evicted from it, with all its queries.

@@ -7,6 +7,7 @@ goes on behind them.
 
 Paper: Shi et al. 2024 (GemFilter), https://arxiv.org/abs/2409.17422, section 3.
 Code:  SalesforceAIResearch/GemFilter@5f79b1a, my_baseline/GemFilter/gem_filter_utils.py.
+       Nothing is protected, the last token neither: with `recent` (or `sinks`) it is.
 Ours:  the filter layer stops after its queries and keys; no layer above it runs twice.
 """
 

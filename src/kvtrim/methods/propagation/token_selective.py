@@ -33,10 +33,10 @@ class TokenSelective(Propagation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scorer is not None and (self.scorer.carries or self.scorer.probes):
+        if self.scorer is not None and not self.scorer.at_sight:
             raise UsageError(
-                f"scorer={type(self.scorer).__name__} scores what it observed in other passes; "
-                "use one that scores a layer at sight, such as snapkv"
+                f"scorer={type(self.scorer).__name__} scores by more than a layer's own queries "
+                "and entries; use one that scores a layer at sight, such as snapkv"
             )
 
     @property
