@@ -102,7 +102,8 @@ ROOMS = {
         shapes=True,
     ),
     "api": Room(
-        "errors hf methods.method methods.ranges methods.request methods.settings prompts"
+        "errors hf hf.models methods.method methods.ranges methods.request methods.settings "
+        "prompts"
     ),
     "tasks": Room(
         "errors files methods.entry_points prompts report.format tasks.ruler tasks.sandbox",
@@ -112,7 +113,9 @@ ROOMS = {
     "tasks.ruler": Room("errors prompts tasks", owns="wonderwords", torch=False),
     "tasks.sandbox": Room("errors", torch=False),
     "papers": Room("errors files methods.variant records", torch=False),
-    "report": Room("errors files methods.variant papers records report.format", torch=False),
+    "report": Room(
+        "errors files methods.keep methods.variant papers records report.format", torch=False
+    ),
     "report.format": Room(torch=False),
     "report.viewer": Room("errors files report report.format", torch=False),
     "report.rank_tests": Room("errors report", owns="scipy", torch=False),

@@ -12,6 +12,7 @@ from kvtrim.hf.attach import attach
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import Progress, read, require_sampling, sampling_names, synchronize
 from kvtrim.hf.generate import generate as run
+from kvtrim.hf.models.architectures import window
 from kvtrim.methods.method import Method
 from kvtrim.methods.ranges import Some, check_arguments
 from kvtrim.methods.request import Request
@@ -338,8 +339,3 @@ def _too_long(tokens: int, answer: int, window: int) -> str:
         "shorten it, ask for fewer new tokens, or cut its middle "
         "(truncate='middle', --truncate middle)"
     )
-
-
-def window(model: Any) -> int:
-    """Tokens that a model has positions for."""
-    return model.config.get_text_config(decoder=True).max_position_embeddings

@@ -1,4 +1,4 @@
-"""Shape letters and small records shared by every room. No logic.
+"""Shape letters and small records shared by every room.
 
 B prompts of one length, H query heads, K KV heads, G = H / K query heads per KV head, S slots held
 now, Q queries at hand, N candidates (slots a policy may drop), D head width, M hidden width.

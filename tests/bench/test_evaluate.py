@@ -454,6 +454,14 @@ def test_an_answer_ends_at_an_end_token_but_not_before_its_least_length(
     assert longer[0]["new_tokens"] > 1
 
 
+def test_an_answer_has_its_least_length_where_no_token_ends_one(subject, monkeypatch, tmp_path):
+    monkeypatch.setattr(subject.model.generation_config, "eos_token_id", None)
+    monkeypatch.setattr(type(subject.tokenizer), "eos_token_id", None, raising=False)
+    task = replace(questions.WORDS_TASK, min_new_tokens=1)
+    found = run(subject, asked(task, methods=["snapkv"], limit=1), tmp_path / "run")
+    assert {line["stopped"] for line in found} == {"length"}
+
+
 def test_no_stop_string_comes_before_the_least_length(subject, tmp_path):
     wanted = asked(methods=["snapkv"], limit=2, keeps=["48"], batch=8)
     plain = run(subject, wanted, tmp_path / "plain")

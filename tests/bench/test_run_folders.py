@@ -88,25 +88,39 @@ def test_a_line_that_lacks_what_it_must_hold_is_named_where_it_is_read(tmp_path,
         records.lines(path)
 
 
+BATCH = {"method": "knorm", "keep": "9", "length": 8, "batch": 2, "fits": True}
+
+
+@pytest.mark.parametrize("wrong", [{"batch": "2"}, {"fits": 1}, {"token_s": None}])
+def test_tries_of_a_batch_are_read_as_what_they_are(tmp_path, wrong):
+    path = tmp_path / records.SPEED
+    Journal(path).extend([BATCH, LINE])
+    assert records.lines(path) == [BATCH, LINE]
+    Journal(path).add(BATCH | wrong)
+    (name,) = wrong
+    with pytest.raises(FileError, match=rf"speed\.jsonl:3: its '{name}' is damaged"):
+        records.lines(path)
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", "5", "[" * 2000, '{"a": "\\ud800"}'])
 def test_a_damaged_record_is_one_error_where_something_was_measured(tmp_path, damage):
     folder = tmp_path / "run"
-    begun, _ = journal.begin(folder, {"a": 1})
-    begun.add(LINE)
+    with journal.open_run(folder, {"a": 1}) as (begun, _):
+        begun.add(LINE)
     (folder / "run.json").write_text(damage)
     with pytest.raises(FileError, match=r"cannot read .*run\.json"):
         journal.begin(folder, {"a": 1})
     (folder / records.SPEED).write_text("")
-    assert journal.begin(folder, {"a": 1})[1] == {"a": 1}  # nothing was lost with it
+    assert journal.begin(folder, {"a": 1}) == {"a": 1}  # nothing was lost with it
 
 
 def test_what_was_refused_before_its_first_line_does_not_block_the_folder(tmp_path):
     folder = tmp_path / "run"
     journal.begin(folder, {"a": 1, "date": "Monday"})
-    assert journal.begin(folder, {"a": 1, "date": "Tuesday"})[1]["date"] == "Monday"
-    begun, record = journal.begin(folder, {"a": 2})
-    assert record == json.loads((folder / "run.json").read_text()) == {"a": 2}
-    begun.add(LINE)
+    assert journal.begin(folder, {"a": 1, "date": "Tuesday"})["date"] == "Monday"
+    with journal.open_run(folder, {"a": 2}) as (begun, record):
+        assert record == json.loads((folder / "run.json").read_text()) == {"a": 2}
+        begun.add(LINE)
     with pytest.raises(UsageError, match="holds another run: a: 2 there, 3 here"):
         journal.begin(folder, {"a": 3})
 
@@ -125,6 +139,18 @@ def test_a_run_that_another_process_has_just_begun_is_not_replaced(tmp_path):
     journal.begin(folder, {"a": 1})
     with journal.lock(folder), pytest.raises(UsageError, match="another process is measuring"):
         journal.begin(folder, {"a": 2})
+
+
+def test_nobody_else_measures_in_a_folder_while_its_journal_is_open(tmp_path):
+    folder = tmp_path / "run"
+    for _ in range(2):  # a new run, and one that is gone on with
+        with journal.open_run(folder, {"a": 1}) as (begun, _):
+            begun.add(LINE)
+            for record in ({"a": 1}, {"a": 2}):
+                with pytest.raises(UsageError, match="another process is measuring in"):
+                    journal.begin(folder, record)
+    assert journal.begin(folder, {"a": 1}) == {"a": 1}
+    assert Journal(folder / records.SPEED).lines == [LINE, LINE]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

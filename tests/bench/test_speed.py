@@ -2,16 +2,19 @@
 
 import json
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import models
 from kvtrim import records
+from kvtrim.bench import candidates as bench
 from kvtrim.bench.candidates import Candidate, candidates
 from kvtrim.bench.speed import peer_kvpress, roofline
 from kvtrim.bench.speed.clock import Plan, measure, turns
 from kvtrim.errors import BudgetError, UnknownNameError, UsageError
+from kvtrim.methods import request
 from kvtrim.records import journal
 from kvtrim.records.journal import Journal
 from kvtrim.report.speed import rows
@@ -88,16 +91,18 @@ def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
         if done == 9:
             raise KeyboardInterrupt
 
-    first, _ = journal.begin(tmp_path / "run", record)
-    with pytest.raises(KeyboardInterrupt):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        journal.open_run(tmp_path / "run", record) as (first, _),
+    ):
         measure(model, PLAN, chosen, first, killed)
     path = tmp_path / "run" / records.SPEED
     with path.open("a") as file:
         file.write('{"round": 1, "bat')  # what a power cut leaves
-    again, _ = journal.begin(tmp_path / "run", record)
-    assert again.lines == first.lines and len(again.lines) == 7
     told = []
-    measure(model, PLAN, chosen, again, told.append)
+    with journal.open_run(tmp_path / "run", record) as (again, _):
+        assert again.lines == first.lines and len(again.lines) == 7
+        measure(model, PLAN, chosen, again, told.append)
     assert told[0] == "warming up" and len(told) == 1 + 18 - 7
     assert keys(again.lines) == keys(whole.lines)
     assert again.lines[:7] == first.lines
@@ -111,9 +116,9 @@ def test_another_run_is_refused_and_another_day_is_not(tmp_path):
     folder = tmp_path / "run"
     journal.begin(folder, record)
     later = {**record, "machine": {**record["machine"], "date": "Tuesday", "commit": "b"}}
-    there, known = journal.begin(folder, later)
-    assert known == record
-    there.add({"method": "knorm", "outcome": "ok"})
+    with journal.open_run(folder, later) as (there, known):
+        assert known == record
+        there.add({"method": "knorm", "outcome": "ok"})
     other = {"machine": {"threads": 2}, "plan": {"repeats": 5}}
     with pytest.raises(UsageError, match="threads: 1 there, 2 here") as refused:
         journal.begin(folder, other)
@@ -163,6 +168,22 @@ def test_a_bug_is_not_hidden_but_a_peers_is_its_own(model):
         measure(model, plan, [Broken("snapkv", "40")], Journal())
     row = measured(model, [Broken("x", "40", peer="x")], plan)["x", "40", 48, 1]
     assert (row["outcome"], row["reason"]) == ("failed", "RuntimeError: a bug")
+
+
+def test_a_method_is_settled_once_for_each_candidate(monkeypatch):
+    counted = Mock(side_effect=bench.find)
+    monkeypatch.setattr(bench, "find", counted)
+    monkeypatch.setattr(request, "find", counted)
+    _, *cells = candidates(["snapkv"], ["40", "5"], {"window": "8"})
+    assert counted.call_count == 1 + len(cells)
+    own, small = cells
+    assert own.request.method is own.at(1.0).method is own.settled
+    assert (own.request.name, str(own.request.keep), own.request.settings) == (
+        "snapkv", "40", {"window": "8"}
+    )  # fmt: skip
+    with pytest.raises(BudgetError, match="keep=5 leaves nothing"):
+        _ = small.request
+    assert counted.call_count == 1 + len(cells)
 
 
 def test_parameters_go_to_the_methods_that_have_them():

@@ -70,6 +70,7 @@ class Inside:
 
     def __init__(self, size=2, dies=lambda count: False):
         self.size, self.dies, self.count, self.waiting, self.started = size, dies, 0, [], 0
+        self.closed = False
 
     def start(self):
         self.started += 1
@@ -86,7 +87,7 @@ class Inside:
         return worker, worker[0].do(piece)
 
     def close(self):
-        self.waiting = []
+        self.waiting, self.closed = [], True
 
 
 def same(folder, serial, files=FILES):
@@ -103,7 +104,7 @@ def test_a_sweep_writes_what_serial_runs_write(asked, serial, tmp_path):
     assert same(folder, serial) and not (folder / "parts").exists()
     pool = Inside()
     assert Driver(load(asked), tmp_path / "out", pool).run() == [folder]
-    assert pool.started == 0  # nothing is left to do
+    assert pool.started == 0 and pool.closed  # nothing is left to do
 
 
 def test_the_work_of_dead_workers_is_done_by_others(asked, serial, tmp_path):
@@ -142,14 +143,16 @@ def test_data_that_are_missing_are_named_before_a_worker_starts(asked, tmp_path)
     pool = Inside()
     with pytest.raises(UsageError, match="gsm8k"):
         Driver(load(asked), tmp_path / "out", pool).run()
-    assert pool.started == 0
+    assert pool.started == 0 and pool.closed
 
 
 def test_another_sweep_in_the_folder_is_refused(asked, tmp_path):
     Driver(load(asked), tmp_path / "out", Inside()).run()
     asked.write_text(asked.read_text().replace("limit = 3", "limit = 2"))
+    pool = Inside()
     with pytest.raises(UsageError, match="limit: 3 there, 2 here"):
-        Driver(load(asked), tmp_path / "out", Inside()).run()
+        Driver(load(asked), tmp_path / "out", pool).run()
+    assert pool.closed
 
 
 def test_protocols_and_lengths_are_folders_of_their_own(asked, tmp_path):

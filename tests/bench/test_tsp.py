@@ -11,7 +11,7 @@ import oracles
 from kvtrim.bench.calibrate import tsp
 from kvtrim.bench.calibrate import tsp as prefills
 from kvtrim.bench.calibrate.tsp import Plan, Point, choose, full_prefill, measure, narrowed_prefill
-from kvtrim.errors import UnsupportedModelError, UsageError
+from kvtrim.errors import FileError, UnsupportedModelError, UsageError
 from kvtrim.hf.models import fingerprint
 from kvtrim.methods.propagation import TokenSelective
 from kvtrim.methods.propagation import layers as shipped
@@ -232,7 +232,7 @@ def test_an_older_table_stays_until_the_new_one_is_complete(llama, folder, monke
         tsp.write(path, table_of(llama, layer=0))
     assert path.read_text() == before and len(list(folder.iterdir())) == 1
     monkeypatch.undo()
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(FileError, match="cannot write"):
         tsp.write(folder / "none" / "tiny.json", {})
 
 

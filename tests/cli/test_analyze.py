@@ -115,6 +115,14 @@ def test_a_closed_folder_is_refused_before_any_work(run, tmp_path, text, monkeyp
     assert code == 2 and f"cannot write into {out}; name another folder with --out" in err
 
 
+def test_a_place_that_is_taken_is_one_line_that_names_it(invoke, tmp_path):
+    pytest.importorskip("scipy")
+    evaluation(tmp_path / "run", ("a", "b", "c"), ("snapkv", "h2o", "knorm"), ("64",))
+    (tmp_path / "analysis" / "friedman.md").mkdir(parents=True)
+    code, _, err = invoke("analyze", "friedman", "run")
+    assert code == 1 and err == "kvtrim: cannot write analysis/friedman.md: it is a folder\n"
+
+
 def test_a_folder_without_what_is_needed(invoke, tmp_path):
     (tmp_path / "empty").mkdir()
     code, _, err = invoke("analyze", "friedman", "empty")

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from kvtrim.serve import documents
+
 SHORT = ("--method", "snapkv", "--keep", "48", "--set", "window=8")
 
 
@@ -57,6 +59,19 @@ def test_the_library_is_listed_verified_and_cleared(run, tmp_path):
     assert "no documents in" in run("caches", model=False)[1]
     code, _, err = run("caches", "remove", "first", model=False)
     assert code == 2 and "the library" in err and "Traceback" not in err
+
+
+def test_what_is_removed_while_others_are_verified_is_no_damage(run, monkeypatch):
+    run("compress", "doc.txt", "--name", "manual", *SHORT)
+    verify = documents.verify
+
+    def removed_first(own, entry):
+        own.remove(entry.name)
+        return verify(own, entry)
+
+    monkeypatch.setattr(documents, "verify", removed_first)
+    code, out, err = run("caches", "verify", model=False)
+    assert code == 0 and "@manual: was removed meanwhile" in out, err
 
 
 def test_what_was_settled_is_refused_again(run):

@@ -258,6 +258,35 @@ keeps = ["64"]
 models = ["smollm2"]
 protocols = ["question-aware"]
 """
+CHOOSES = {
+    "ask": ("doc.txt", "-q", "?"),
+    "compress": ("doc.txt",),
+    "compare": ("doc.txt", "-q", "?"),
+    "view": ("doc.txt",),
+    "eval": ("--task", "bench.questions:WORDS_TASK"),
+    "recommend": ("--prompts", "doc.txt"),
+    "analyze": ("mass", "doc.txt"),
+}
+
+
+@pytest.mark.parametrize("option", ["--protocol", "--truncate"])
+def test_a_choice_that_there_is_not_is_refused_before_any_work(run, monkeypatch, option):
+    def work(*_, **__):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(options, "load", work)
+    taking = {
+        name
+        for name, one in get_command(app).commands.items()
+        for each in one.params
+        if option in each.opts
+    }
+    assert taking and taking <= {*CHOOSES}
+    for command in sorted(taking):
+        code, out, err = run(command, *CHOOSES[command], option, "neither", model=False)
+        assert code == 2 and option in err and err.count("\n") == 1 and not out, command
+
+
 WRITES_A_FOLDER = {
     "eval": ("--task", "bench.questions:WORDS_TASK", "--protocol", "question-aware"),
     "sweep": ("sweep.toml",),

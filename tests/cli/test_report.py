@@ -12,7 +12,7 @@ import pytest
 from kvtrim.cli import report
 from kvtrim.report import results
 from kvtrim.report.document import chapters
-from report.synthetic import evaluation, grid, longbench, ruler, speed
+from report.synthetic import evaluation, grid, largest, longbench, ruler, speed
 
 PNG = b"\x89PNG"
 TASKS = [longbench("qasper"), ruler("vt"), ("niah", grid((2048,), (0, 50), 1)), "gsm8k-0"]
@@ -197,6 +197,15 @@ def test_mistakes_are_refused_with_a_remedy(run, arguments, said):
     assert code == 2 and said in err
 
 
+@pytest.mark.parametrize("name", ["report.md", "leaderboard.html", "picture"])
+def test_a_place_that_is_taken_is_one_line_that_names_it(run, drawing, tmp_path, name):
+    if name == "picture":
+        name = next(iter(report._links(chapters(*results.read_results([tmp_path]))).values()))
+    (tmp_path / "results" / name).mkdir(parents=True)
+    code, _, err = run("results", "--leaderboard")
+    assert code == 1 and err == f"kvtrim: cannot write results/{name}: it is a folder\n"
+
+
 def test_check_without_a_report_says_how_to_make_one(run):
     code, _, err = run("results", "--check")
     assert code == 1 and "make it with kvtrim report" in err
@@ -212,6 +221,34 @@ def test_a_speed_run_is_a_chapter_with_tables_and_plots(run, drawing, tmp_path):
     page = (tmp_path / "both/report.html").read_text()
     assert page.count("<h2") == 3 and page.count("Speed: ") > 1
     assert run("results", "fast", "--out", "both", "--check")[0] == 0
+
+
+def test_the_largest_batches_are_a_chapter_beside_others(run, tmp_path):
+    for place in ("some/a", "some/b"):
+        largest(tmp_path / place)
+    speed(tmp_path / "some/fast")
+    code, out, err = run("some", "results", "--out", "both", "--json")
+    assert (code, err) == (0, "")
+    tables = {table["name"]: table for table in json.loads(out)["tables"]}
+    names = [name for name in tables if "/largest-batch" in name]
+    assert names == ["smollm2/largest-batch", "smollm2/largest-batch-b"]
+    assert "smollm2/speed" in tables and "smollm2/speed-spread" in tables
+    assert [row[1:5] for row in tables[names[0]]["rows"]] == [
+        ["transformers", "all", "1", "x1.00"], ["snapkv", "256", "3", "x3.00"],
+    ]  # fmt: skip
+    page = (tmp_path / "both/report.html").read_text()
+    assert "Largest batches: smollm2, an abacus" in page and unique(page)
+    assert run("some", "results", "--out", "both", "--check")[0] == 0
+
+
+def test_a_folder_of_largest_batches_alone_is_a_report(run, tmp_path):
+    largest(tmp_path / "most")
+    code, out, err = run("most", "--leaderboard")
+    assert (code, err) == (0, "") and "largest" in out.lower()
+    journal = tmp_path / "most" / "speed.jsonl"
+    journal.write_text(journal.read_text()[:30])  # it was killed at its first line
+    code, out, err = run("most")
+    assert code == 0 and "most holds no samples yet" in err
 
 
 def unique(text):

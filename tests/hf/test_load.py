@@ -2,6 +2,7 @@
 
 import os
 import stat
+import time
 
 import gguf
 import numpy as np
@@ -148,6 +149,15 @@ def test_an_interrupted_conversion_leaves_nothing_behind(packaged, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         conversion.embedded_model()
     assert list(packaged.iterdir()) == []
+    source = conversion._packaged_file()
+    stem = f"{source.stem}-{source.stat().st_size}"
+    killed, under_way = (packaged / f".{stem}-{end}" for end in ("old", "new"))
+    for folder, age in ((killed, 2 * conversion._LONGEST_S), (under_way, 0)):
+        folder.mkdir()
+        os.utime(folder, (time.time() - age,) * 2)
+    with pytest.raises(KeyboardInterrupt):
+        conversion.embedded_model()
+    assert list(packaged.iterdir()) == [under_way]
     monkeypatch.undo()
 
 

@@ -9,11 +9,11 @@ from transformers import Phi3Config, PhimoeConfig
 
 import kvtrim
 import models
-from kvtrim.api import window
 from kvtrim.engine.branch import Branch
 from kvtrim.errors import CacheError, UsageError
 from kvtrim.hf.base import cache_in, cache_keyword
 from kvtrim.hf.batch import join, positions
+from kvtrim.hf.models.architectures import window
 from kvtrim.hf.pack import Feed, Pack, base_of, position
 from kvtrim.methods.request import Request as Settled
 from kvtrim.serve import documents

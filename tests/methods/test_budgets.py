@@ -11,6 +11,8 @@ from kvtrim.methods.budgets import PerHead, Pyramid, Uniform
 from kvtrim.methods.keep import Keep
 from kvtrim.types import Room
 
+UNITS = ("B", "KB", "MB", "GB", "KiB", "MiB", "GiB")
+
 
 def room(keep, protected, tokens, layer=0, layers=1, heads=2):
     return Room(layer, layers, heads, keep, float(keep), protected, tokens)
@@ -184,6 +186,43 @@ def test_keep_can_be_given_in_many_ways(given_, kind, amount):
 
 
 @pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        (512, "512"),
+        (0.25, "25%"),
+        (0.07, "7%"),
+        (0.125, "12.5%"),
+        (1.0, "100%"),
+        ("64MiB", "67108864B"),
+        ("1.5 KiB", "1536B"),
+        ("1/3", "0.3333333333333333"),
+        ("0.5B", "0.5B"),
+        (1e-9, "0.000000001"),
+        (10**30, "1000000000000000019884624838656"),
+    ],
+)
+def test_a_budget_as_text_is_short_where_that_is_exact(asked, text):
+    assert str(Keep.parse(asked)) == text
+    assert Keep.parse(text) == Keep.parse(asked)
+
+
+_PARTS = st.builds(lambda part, more: f"{part}/{part + more}", *[st.integers(1, 10**8)] * 2)
+_SIZES = st.floats(0, 1e300, exclude_min=True, allow_subnormal=True)
+KEEPS = [
+    *(st.integers(1, 10**308), st.floats(0, 1, exclude_min=True), _PARTS),
+    st.integers(1, 10**7).map(lambda n: f"{n / 10**5:f}%"),
+    st.builds(
+        lambda size, unit: f"{size:.3f}{unit}", st.floats(0.001, 1e9), st.sampled_from(UNITS)
+    ),
+]
+
+
+@given(st.one_of(*KEEPS).map(Keep.parse) | _SIZES.map(lambda size: Keep("bytes", size)))
+def test_a_budget_is_read_back_from_its_text(keep):
+    assert Keep.parse(str(keep)) == keep
+
+
+@pytest.mark.parametrize(
     "bad",
     [
         0,
@@ -200,7 +239,14 @@ def test_keep_can_be_given_in_many_ways(given_, kind, amount):
         None,
         True,
         float("nan"),
+        float("inf"),
+        10**400,
+        "9" * 400,
+        "9" * 400 + "B",
+        10**5000,
+        "9" * 5000,
     ],
+    ids=lambda bad: f"{type(bad).__name__}" if not isinstance(bad, str) else bad[:20],
 )
 def test_what_is_no_budget_is_refused(bad):
     with pytest.raises(BudgetError):

@@ -1,15 +1,19 @@
-"""The tables that come with kvtrim are complete, documented, and used for their own model only."""
+"""Tables that come with kvtrim are complete, documented, for their own model; writing others."""
 
+import errno
 import hashlib
 from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 
 import pytest
+import torch
 
 import kvtrim
 import models
-from kvtrim.errors import UsageError
+from kvtrim.errors import FileError, UsageError
 from kvtrim.hf.models import fingerprint
 from kvtrim.hf.models.load import EMBEDDED
+from kvtrim.methods import echo_tables
 from kvtrim.methods.budgets import HeadTable, WholeHeads, head_scores
 from kvtrim.types import Target
 
@@ -49,6 +53,40 @@ def test_the_identity_is_that_of_the_weights_whatever_the_number_format(model_fo
     wide, narrow = (kvtrim.load(model_folder, dtype=kind)[0] for kind in ("float32", "bfloat16"))
     assert fingerprint.identity(wide) == fingerprint.identity(narrow)
     assert fingerprint.identity(wide) != fingerprint.identity(models.tiny("llama", seed=1))
+
+
+def echo_table():
+    return echo_tables.EchoTable(torch.zeros(3, 2, 48), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (lambda path, record: head_scores.write(path, {"0-0": [1.0]}, record), "own.json"),
+        (lambda path, record: echo_tables.write(path, echo_table(), record), "own.safetensors"),
+    ],
+    ids=["head scores", "echo"],
+)
+def test_a_table_and_its_record_are_replaced_together_or_not_at_all(
+    tmp_path, monkeypatch, write, name
+):
+    write(tmp_path / name, {"number": 1})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {name, "own.record.json"}
+    real = Path.write_bytes
+
+    def write_bytes(path, content):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_bytes)
+        with pytest.raises(FileError, match=f"cannot write .*{name}: No space left"):
+            write(tmp_path / name, {"number": 2})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write(tmp_path / name, {"number": 2})
+    assert b'"number": 2' in (tmp_path / "own.record.json").read_bytes()
 
 
 @pytest.mark.model

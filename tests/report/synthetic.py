@@ -121,6 +121,30 @@ def speed(folder, methods=("snapkv", "h2o"), lengths=(1024, 4096), keep="256"):
     return folder
 
 
+def largest(folder, lengths=(1024,), most=(("snapkv", 3),)):
+    """A folder of `speed --batch max`; `most` are methods with their largest batch, at most 3."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "model": {"name": "smollm2", "config": None, "dtype": "float32"},
+        "plan": {"lengths": lengths, "memory": 2**30, "new_tokens": 4, "most": 4096},
+        "machine": {"device": "an abacus", "threads": 2},
+        "limits": {"copy_bytes_per_s": 1e10},
+    }
+    lines = []
+    for length in lengths:
+        for method, best in (("transformers", 1), *most):
+            own = {"length": length, "method": method}
+            own |= {"keep": "" if method == "transformers" else "256"}
+            for batch in (1, 2, 4, 3)[: best + 1]:
+                found = {"fits": batch <= best, "used_bytes": batch * 10**6, "held_bytes": 10**5}
+                found |= {"token_s": 0.5, "tokens_per_s": 2.0 * batch, "captured": False}
+                lines.append(own | {"batch": batch} | found)
+            lines.append(own | {"batch": 5, "fits": False, "reason": "out of memory"})
+    (folder / "run.json").write_text(json.dumps(record) + "\n")
+    (folder / "speed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
 def grid(lengths=(1024, 2048, 3072, 4096), depths=(0, 25, 50, 75, 100), times=2):
     """Groups of a needle task."""
     cells = [{"length": n, "depth": d} for n in lengths for d in depths]

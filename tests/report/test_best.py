@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from synthetic import evaluation
+from synthetic import evaluation, largest, speed
 
 from kvtrim.report import best, html, results
 from kvtrim.report.document import Chapter, chapters
@@ -58,6 +58,23 @@ def test_the_summary_says_who_is_best_at_each_budget():
         *("kvzip", "-0.100 (-0.2 to 0.1)"),
     ]
     assert made.cells.rows[1][:2] == ["64", "kvzip"]
+
+
+def marked(table):
+    return {table.cells.headings[column] for _, column in best.best_cells(table)}
+
+
+def test_no_floor_is_won_since_all_methods_have_the_same_machine(tmp_path):
+    (chapter,) = chapters(*results.read_results([speed(tmp_path / "run")]))
+    (spread,) = (table for table in chapter.tables if table.name.endswith("-spread"))
+    assert "floor" in spread.cells.headings and "per token, ms" in marked(spread)
+    assert "floor" not in marked(spread)
+
+
+def test_the_largest_batch_wins_whatever_one_of_its_steps_takes(tmp_path):
+    folder = largest(tmp_path / "run", most=(("snapkv", 3), ("h2o", 2)))
+    (chapter,) = chapters(*results.read_results([folder]))
+    assert marked(chapter.tables[0]) == {"largest batch", "tokens/s"}
 
 
 def test_the_page_opens_with_it(tmp_path):

@@ -445,6 +445,11 @@ def test_figures_as_people_read_them():
         ("", ("full", 1)),
         ("64MiB", ("bytes", 2**26)),
         ("67108864B", ("bytes", 2**26)),
+        ("1.5 KiB", ("bytes", 1536)),
+        ("0.5B", ("bytes", 0.5)),
+        ("1/4", ("share", 0.25)),
+        ("0.3333333333333333", ("share", 1 / 3)),
+        ("as much as there is", ("bytes", 0)),
     ],
 )
 def test_budgets_are_read_as_kvtrim_writes_them(text, wanted):

@@ -3,12 +3,14 @@
 import dataclasses
 import os
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
 
 import kvtrim
 import models
+from kvtrim import files
 from kvtrim.errors import CacheError, FileError, KvtrimError, UnknownNameError, UsageError
 from kvtrim.methods.request import Request
 from kvtrim.serve import documents
@@ -143,6 +145,61 @@ def test_the_least_used_is_pruned_first(library, cat):
     assert [each.name for each in library.entries()[0]] == ["a", "c"]
     assert [each.name for each in library.prune(0)] == ["c", "a"]
     assert not any((library.folder / "caches").iterdir())
+
+
+def test_what_another_process_removes_meanwhile_is_no_damage(library, cat, monkeypatch):
+    for name in ("a", "b", "c"):
+        cat.add(library, name, TEXT + name)
+    another, read, gone = Library(library.folder), files.record_of, []
+
+    def record_of(path):
+        if path.stem == "b" and not gone:
+            gone.append(path)
+            another.remove("b")
+        return read(path)
+
+    for look in (
+        lambda: library.entries(),
+        lambda: library.get("b"),
+        lambda: library.remove("b"),
+    ):
+        cat.add(library, "b", TEXT + "b")
+        gone.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "record_of", record_of)
+            try:
+                look()
+            except UnknownNameError as error:
+                assert "'b'" in str(error)
+        assert library.entries()[1] == []
+
+
+def test_pruning_and_removing_at_once(library, cat):
+    for number in range(6):
+        cat.add(library, f"d{number}", TEXT[:60] + str(number))
+    said, listing, met = [], library.entries, threading.Barrier(3)
+
+    def entries():
+        found = listing()
+        with suppress(threading.BrokenBarrierError):
+            met.wait(0.2)  # all have the same listing, if they can
+        return found
+
+    def prune():
+        own = Library(library.folder)
+        own.entries = entries
+        try:
+            said.append(own.prune(0))
+        except KvtrimError as error:
+            said.append(error)
+
+    threads = [threading.Thread(target=prune) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(isinstance(each, list) for each in said), said
+    assert sorted(e.name for each in said for e in each) == [f"d{n}" for n in range(6)]
 
 
 class Killed(BaseException):

@@ -1,16 +1,20 @@
 """Whatever a client sends, it is told what is wrong and what to do, in OpenAI's words."""
 
+import asyncio
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import models
+from kvtrim.prompts import conversation
+from kvtrim.serve import documents
 from kvtrim.serve.library import Library
 from kvtrim.serve.reading import Reading
-from kvtrim.serve.request import SUBJECT
+from kvtrim.serve.request import SUBJECT, Refused
 from kvtrim.serve.sampler import Sampler
 from kvtrim.serve.scheduler import Limits
 from kvtrim.serve.service import Defaults, Service
@@ -37,7 +41,8 @@ def start(tmp_path_factory):
             SUBJECT.set(subject)
             await app(scope, receive, send)
 
-        client = testclient.TestClient(routed, raise_server_exceptions=False)
+        here = {"base_url": "http://localhost", "raise_server_exceptions": False}
+        client = testclient.TestClient(routed, **here)
         clients.append(client)
         client.__enter__()
         return client
@@ -164,6 +169,51 @@ def test_who_uploads_is_told_that_it_was_removed_meanwhile(client, monkeypatch):
     assert client.put("/v1/documents/slow", content=TEXT).json()["status"] == "ready"
 
 
+@pytest.mark.parametrize("step", ["keep", "verify"])  # of a new document, of one that is known
+def test_what_is_removed_while_it_is_written_is_gone(client, monkeypatch, step):
+    act = getattr(documents, step)
+
+    def removed_meanwhile(*given):
+        done = act(*given)
+        assert client.delete("/v1/documents/late").json()["deleted"]
+        return done
+
+    if step == "verify":
+        client.put("/v1/documents/known", content=TEXT + "Late.")
+    with monkeypatch.context() as patch:
+        patch.setattr(documents, step, removed_meanwhile)
+        sent = client.put("/v1/documents/late", content=TEXT + "Late.")
+    assert "removed while it was read" in why(sent, 409)
+    assert client.get("/v1/documents/late").status_code == 404
+    assert client.put("/v1/documents/late", content=TEXT + "Late.").status_code == 200
+    client.delete("/v1/documents/late")
+
+
+def test_long_texts_keep_nobody_else_waiting(client, monkeypatch):
+    for name, path, asked in (
+        ("encode", CHAT, HI),
+        ("encode", RESPONSES, {"model": "tiny", "input": "Hi", "max_output_tokens": 3}),
+        ("encode_plain", "/v1/completions", {"model": "tiny", "prompt": "Hi", "max_tokens": 3}),
+    ):
+        encode, begun, done = getattr(conversation, name), threading.Event(), threading.Event()
+
+        def slow(*given, encode=encode, begun=begun, done=done, **how):
+            begun.set()
+            assert done.wait(20)
+            return encode(*given, **how)
+
+        with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+            patch.setattr(conversation, name, slow)
+            sent = pool.submit(client.post, path, json=asked)
+            assert begun.wait(30)
+            other = ThreadPoolExecutor(1).submit(client.get, "/health")
+            try:
+                assert other.result(10).status_code == 200
+            finally:
+                done.set()
+            assert sent.result(30).status_code == 200
+
+
 def test_what_another_server_removed_is_let_go_of(start):
     one, two = start("shared"), start("shared")
     assert one.put("/v1/documents/shared", content=TEXT + "Shared.").json()["status"] == "ready"
@@ -180,3 +230,20 @@ def test_what_another_server_removed_is_let_go_of(start):
     while not held(one) == held(two) == "kvtrim_documents 0.0":
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_an_upload_is_known_until_it_is_done_whatever_became_of_the_one_before(tmp_path):
+    model = models.tiny("llama", dtype=torch.float32)
+    given = Library(tmp_path), Limits(), Defaults("snapkv", "48")
+    service = Service("tiny", model, models.tokenizer(), *given)
+
+    async def upload_twice():
+        how = service.how(None, None, {})
+        first = service.upload("twice", TEXT, how)
+        service.remove("twice")
+        service.upload("twice", TEXT, how)  # before the loop heard of the removal
+        with pytest.raises(Refused, match="removed"):
+            await first
+        assert "twice" in service.uploads
+
+    asyncio.run(upload_twice())

@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from collections import deque
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -451,3 +452,32 @@ def test_a_document_that_was_removed_is_not_held(served):
     client.scheduler.forget(entry.key)
     got(client.ask("Who?"))
     assert entry.key not in client.scheduler.memory.documents
+
+
+def test_the_queue_is_counted_while_it_changes(model, tmp_path):
+    prints = documents.Prints.of("tiny", model, models.tokenizer())
+    library = Library(tmp_path / "library")
+    scheduler = Scheduler(model, models.tokenizer(), prints, library, Limits(queue=5))
+
+    class Reading:
+        @property
+        def waiting(self):  # as if the scheduler's thread went on
+            if len(scheduler.readings) < 4:
+                scheduler.readings.append(Reading())
+            return deque([Request([1], Sampling(1), print)])
+
+    scheduler.readings += [Reading(), Reading()]
+    scheduler.submit(Request([1], Sampling(1), print))
+    with pytest.raises(Refused, match="5 requests wait"):
+        scheduler.submit(Request([1], Sampling(1), print))
+
+
+def test_repetition_is_penalised_as_generate_does(served):
+    own = models.tiny("llama", dtype=torch.float32)
+    own.generation_config.eos_token_id, own.generation_config.repetition_penalty = 2, 4.0
+    client = served(own)
+    client.upload("d0").get(timeout=60)
+    plain = got(client.ask("Who?", "d0", max_tokens=16))[0]
+    assert plain == expected(own, "d0", "Who?", new=16).token_ids
+    own.generation_config.repetition_penalty = 1.0
+    assert plain != expected(own, "d0", "Who?", new=16).token_ids

@@ -390,7 +390,8 @@ def test_without_a_key_only_names_of_this_machine_are_answered(model_folder, tmp
     from kvtrim.serve.service import Defaults, Service
 
     service = Service("tiny", *local, Library(tmp_path), Limits(), Defaults())
-    with TestClient(application(service)) as client:
+    with TestClient(application(service), base_url="http://localhost") as client:
         assert client.get("/v1/models").status_code == 200
-        assert client.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+        for host in ("evil.example", "testserver"):
+            assert client.get("/v1/models", headers={"Host": host}).status_code == 403
     assert torch.is_grad_enabled() and isinstance(models.tokenizer().vocab_size, int)

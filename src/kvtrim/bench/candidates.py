@@ -77,7 +77,13 @@ class Candidate:
         Raises:
             BudgetError: a budget below what the method always keeps.
         """
-        return Request.of(self.method, self.keep or 1.0, self.settings)
+        found = self.at(self.keep or 1.0)
+        found.method.require_room(found.keep)
+        return found
+
+    def at(self, keep: str | float) -> Request:
+        """The method with another budget, which may be too small for it."""
+        return Request(self.method, self.settings, self.settled, Keep.parse(keep))
 
     @property
     def label(self) -> str:
@@ -158,10 +164,12 @@ def candidates(
         left = {key: value for key, value in settings.items() if key not in variant.settings}
         shared = {} if method.full else split(name, left)[0]
         own = variant.merge(shared)
-        find(variant.name, **own)
         unused = {key: value for key, value in unused.items() if key not in shared}
         budgets = [""] if method.full else keeps
-        chosen += [Candidate(variant.name, keep, own) for keep in budgets]
+        cells = [Candidate(variant.name, keep, own) for keep in budgets]
+        for cell in cells:
+            _ = cell.settled  # refuses what cannot be
+        chosen += cells
     if unused:
         _refuse(methods, unused)
     return list({(c.label, c.keep): c for c in chosen}.values())
@@ -199,7 +207,7 @@ def require_support(model: Any, cells: Sequence[Candidate]) -> None:
         KvtrimError: naming it.
     """
     for cell in {cell.label: cell for cell in cells}.values():
-        Cache(model, cell.method, 1.0, prompt_tokens=1, **cell.settings)
+        Cache(model, cell.at(1.0), prompt_tokens=1)
 
 
 def read_prompt(model: Any, ids: Tensor, cache: Cache, prefill_chunk: int | None) -> Tensor:

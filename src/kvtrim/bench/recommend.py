@@ -23,7 +23,7 @@ from statistics import fmean
 from typing import Any
 
 from kvtrim import files
-from kvtrim.api import Truncate, fit_context, window
+from kvtrim.api import Truncate, fit_context
 from kvtrim.bench.candidates import Candidate, require_chunks
 from kvtrim.bench.eval.decode import Branch, Reference, answers, fits, make_branch
 from kvtrim.bench.eval.encode import Input
@@ -32,6 +32,7 @@ from kvtrim.bench.eval.prefill import Prefill, Ready
 from kvtrim.bench.failures import Failure, attempt, finite
 from kvtrim.errors import FileError, UsageError
 from kvtrim.hf.attach import attach
+from kvtrim.hf.models.architectures import window
 from kvtrim.prompts import Frame, Prompt, encode_question, frame
 from kvtrim.prompts.document import Document
 from kvtrim.records import OK

@@ -134,7 +134,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     """The tensors (on the CPU) and the record of a cache file.
 
     Raises:
-        CacheFileError: as `opened` and `Archive.read`.
+        CacheFileError: as `open_archive` and `Archive.read`.
     """
     archive = open_archive(path)
     return archive.read(), archive.record

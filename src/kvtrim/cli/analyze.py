@@ -291,10 +291,7 @@ def _finish(
 
 
 def _write(path: Path, content: bytes) -> None:
-    from kvtrim.files import replace
+    from kvtrim import files
 
-    try:
-        path.parent.mkdir(exist_ok=True)
-        replace(path, content)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+    files.make_folder(path.parent)
+    files.replace(path, content)

@@ -74,6 +74,9 @@ def verify(context: typer.Context, names: Names = None) -> None:
         entries, damaged = [own.get(_plain(name)) for name in names], []
     for entry in entries:
         wrong = documents.verify(own, entry)
+        if wrong and entry.key not in {each.key for each in own.entries()[0]}:
+            output.out.print(f"@{entry.name}: was removed meanwhile")
+            continue
         output.out.print(f"@{entry.name}: {wrong or 'as it was written'}")
         damaged += [f"@{entry.name}"] if wrong else []
     if damaged:

@@ -1,16 +1,19 @@
 """`chat`: a conversation about a document, or about nothing, in a terminal."""
 
+import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvtrim.cli import options, output
-from kvtrim.cli.ask import EMPTY
+from kvtrim.cli.ask import EMPTY, MADE
 from kvtrim.errors import KvtrimError, UsageError
 
 if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import History
+
     from kvtrim.methods.keep import Keep
     from kvtrim.methods.method import Method
     from kvtrim.methods.request import Request
@@ -24,10 +27,13 @@ HELP = """\
 /save NAME      keep the document in the library: kvtrim chat @NAME
 /quit           or Ctrl-D; Ctrl-C stops an answer"""
 
+_TAKEN_BACK = "the question is taken back"
+
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
 
 
 def chat(
+    context: typer.Context,
     document: options.Document = None,
     library: options.Library = None,
     method: options.Method = "auto",
@@ -44,9 +50,16 @@ def chat(
     allow_untested: options.AllowUntested = False,
 ) -> None:
     """Talk about a document that is read once; answers stream. /help lists the commands."""
+    from kvtrim.methods.settings import places
+
     options.is_sampling(temperature, top_p, seed)
-    request = options.request(method, keep, set_, None, "error")
+    named = method if places([method]) else None  # which a file names, and only the caller may
     name, own = options.name_in(document), options.library_in(library)
+    if name is not None:
+        settled = tuple(each for each in MADE if named is None or each != "method")
+        why = f"was settled when @{name} was compressed; leave it out"
+        options.require_unset(context, settled, why)
+    request = options.request(method, keep, set_, None, "error")
     if document == "-":
         raise UsageError("chat reads questions from standard input; name the document's file")
     text = None
@@ -55,6 +68,7 @@ def chat(
         text = own.text(entry)
     elif document is not None:
         text = options.read_text(document)
+    questions = _questions()
     loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
     sampling = {
         "max_tokens": max_new_tokens,
@@ -63,8 +77,8 @@ def chat(
         "seed": seed,
     }
     one = Chat(loaded, tokenizer, model, own, text, request, sampling)
-    one.begin(name)
-    one.run(_questions())
+    one.begin(name, named)
+    one.run(questions)
 
 
 class Chat:
@@ -87,19 +101,25 @@ class Chat:
         self._talk: Talk | None = None
         self._cache: Any = None
 
-    def begin(self, name: str | None) -> None:
-        """Read the document, or load a named one."""
-        from kvtrim.methods.request import Request
+    def begin(self, name: str | None, own: str | None = None) -> None:
+        """Read the document, or load a named one.
+
+        Args:
+            own: the method of one's own that made the named one, as `documents.load` takes it.
+        """
+        from kvtrim.serve import documents
+        from kvtrim.serve.reading import document_of
         from kvtrim.serve.talk import Talk
 
-        if name is not None:
-            talk = Talk.of(self._model, self._tokenizer, self._label, self._library, name)
-            entry = self._library.get(name)
-            self._request = Request.of(entry.method, entry.keep, entry.settings)
-            self._named, self._talk = name, talk
-            output.note(f"@{name}: 0 of {entry.tokens:,} document tokens re-read; /help for help")
-        else:
+        if name is None:
             self._read(self._request.named, self._request.keep)
+            return
+        given = self._model, self._tokenizer
+        prints = documents.Prints.of(self._label, *given)
+        entry, cache = documents.load(self._library, name, *given, prints, own)
+        self._request, self._named = cache.request, name
+        self._talk = Talk(*given, document_of(entry.key, cache))
+        output.note(f"@{name}: 0 of {entry.tokens:,} document tokens re-read; /help for help")
 
     def run(self, questions: Iterator[str]) -> None:
         """Answer until nobody asks any more."""
@@ -129,10 +149,10 @@ class Chat:
         try:
             for piece in pieces:
                 show(piece)
-            show.end(EMPTY)
+            show.end(f"{EMPTY}; {_TAKEN_BACK}")
         except KeyboardInterrupt:
             pieces.close()  # pyright: ignore[reportAttributeAccessIssue] (a generator)
-            show.end("(stopped)")
+            show.end(f"(stopped); {_TAKEN_BACK}")
 
     def _command(self, word: str, rest: str) -> None:
         commands: dict[str, Callable[[str], None]] = {
@@ -223,18 +243,13 @@ def _questions() -> Iterator[str]:
     import sys
 
     if not sys.stdin.isatty():
-        yield from sys.stdin
-        return
+        return iter(sys.stdin)
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory
 
-    from kvtrim.serve.library import default_folder
+    return _lines(PromptSession(history=_history()))
 
-    folder = default_folder().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    path = Path(folder / "chat_history")
-    path.touch(mode=0o600)
-    session: PromptSession[str] = PromptSession(history=FileHistory(str(path)))
+
+def _lines(session: "PromptSession[str]") -> Iterator[str]:
     while True:
         try:
             yield session.prompt("> ")
@@ -242,3 +257,18 @@ def _questions() -> Iterator[str]:
             continue
         except EOFError:
             return
+
+
+def _history() -> "History":
+    """Questions of all chats, in a file; those of this one where that cannot be written."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    from kvtrim.serve.library import data_folder
+
+    path = data_folder() / "chat_history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(path))

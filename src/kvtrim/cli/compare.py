@@ -62,7 +62,10 @@ def compare(
         options.require_writable(html)
     elif evidence:
         raise UsageError("--evidence is marked in the page: give --html FILE as well")
-    options.require_choice("--truncate", truncate, options.TRUNCATE)
+    chosen: dict[str, Any] = dict(
+        protocol=options.choose("--protocol", protocol, options.PROTOCOLS),
+        truncate=options.choose("--truncate", truncate, options.TRUNCATE),
+    )
     cells = cells_of(methods, keeps, set_, prefill_chunk)
     text = options.read_document(document, shots_separator, library)
     loaded, tokenizer = options.load(model, device, dtype, threads, allow_untested)
@@ -80,11 +83,10 @@ def compare(
             questions[0],
             cells,
             max_new_tokens=max_new_tokens,
-            protocol=options.choose("--protocol", protocol, options.PROTOCOLS),
             chat=chat,
             system=system,
-            truncate=options.choose("--truncate", truncate, options.TRUNCATE),
             prefill_chunk=prefill_chunk,
+            **chosen,
         )
 
         def progress_of(cell: "Candidate") -> Any:
@@ -155,10 +157,10 @@ def _print_comparison(
     columns = [("method", "left"), ("keep", "right"), ("answer", "left")]
     output.table(question, output.Cells(columns, answers))
     _remarks(results)
-    _explain_first_token(comparison, results)
+    _explain_first_token(comparison)
 
 
-def _explain_first_token(comparison: "Comparison", results: list["Result"]) -> None:
+def _explain_first_token(comparison: "Comparison") -> None:
     """What the seconds to the first token are made of."""
     alone, seconds = sorted({cell.label for cell in comparison.alone}), comparison.reading_s
     if seconds is None:

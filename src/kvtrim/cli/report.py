@@ -209,13 +209,10 @@ def _speed(plots: Any, chapter: "Chapter", look: dict[str, Any]) -> list[tuple[s
 
 
 def _write(path: Path, content: bytes) -> None:
-    from kvtrim.files import replace
+    from kvtrim import files
 
-    try:
-        path.parent.mkdir(exist_ok=True, parents=True)
-        replace(path, content)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+    files.make_folder(path.parent, parents=True)
+    files.replace(path, content)
 
 
 def _json(target: Path, chapters: "Sequence[Chapter]") -> dict[str, Any]:

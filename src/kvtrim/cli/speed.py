@@ -1,6 +1,7 @@
 """`speed`: seconds and bytes beside plain transformers, measured in this run."""
 
 import json as library
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -132,12 +133,12 @@ def speed(
     loaded = _model(model, config, layers, width, device, dtype, threads, allow_untested)
     plan.require_fits(loaded, trained=config is None)
     record = _record(loaded, about, plan, chosen)
-    journal, record = _open(out, record)
-    if most is not None:
-        _fill(loaded, plan, chosen, journal, record, out, json)
-        return
-    _measure(loaded, plan, chosen, journal)
-    _finish(out, record, journal.lines, json)
+    with _open(out, record) as (journal, record):
+        if most is not None:
+            _fill(loaded, plan, chosen, journal, record, out, json)
+            return
+        _measure(loaded, plan, chosen, journal)
+        _finish(out, record, journal.lines, json)
 
 
 def _candidates(
@@ -221,10 +222,15 @@ def _record(model: Any, about: dict[str, Any], plan: Any, chosen: Any) -> dict[s
     }
 
 
-def _open(out: Path | None, record: dict[str, Any]) -> "tuple[Journal, dict[str, Any]]":
+def _open(
+    out: Path | None, record: dict[str, Any]
+) -> AbstractContextManager["tuple[Journal, dict[str, Any]]"]:
+    """The journal and the record of the run; its folder is nobody else's until it is closed."""
     from kvtrim.records import journal
 
-    return (journal.Journal(), record) if out is None else journal.begin(out, record)
+    if out is None:
+        return nullcontext((journal.Journal(), record))
+    return journal.open_run(out, record)
 
 
 def _measure(model: Any, plan: "Plan", chosen: "list[Candidate]", journal: "Journal") -> None:

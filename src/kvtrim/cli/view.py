@@ -87,7 +87,6 @@ def view(
     named = (model, device, dtype, threads, allow_untested)
     if cache is None and (name is None or anew):
         stops = _stops(keep)
-        options.require_choice("--truncate", truncate, options.TRUNCATE)
         cells = cells_of(method or ["auto"], stops, set_, prefill_chunk)
         text = options.read_document(document, folder=library)
         if question is None and how["protocol"] != "question-agnostic":

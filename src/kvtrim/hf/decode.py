@@ -15,6 +15,7 @@ from kvtrim.engine.graph import Stepper, Steps, obstacle
 from kvtrim.hf.base import cache_in, cache_keyword
 from kvtrim.hf.batch import positions
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.models.architectures import head_width
 from kvtrim.hf.rotary import changes_with_length
 from kvtrim.kernels.available import WIDEST
 from kvtrim.types import Float, Int, Tensor
@@ -51,8 +52,7 @@ def why_plain(
     if is_spread(model):
         return "the model is spread over several devices"
     own = model.config.get_text_config(decoder=True)
-    width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
-    if width > WIDEST:
+    if head_width(own) > WIDEST:
         return f"heads are wider than {WIDEST}"
     return obstacle(cache.session, model.device, model.dtype)
 

@@ -6,6 +6,7 @@ import torch
 
 from kvtrim.cache.store import LayerStore
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.models.architectures import head_width
 from kvtrim.types import Counts
 
 
@@ -36,5 +37,4 @@ def fill(cache: Cache, model: Any, lengths: list[Counts], seen: int) -> None:
 def heads_of(model: Any) -> tuple[int, int]:
     """KV heads of a layer, and the width of a head."""
     config = model.config.get_text_config(decoder=True)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_key_value_heads, width
+    return config.num_key_value_heads, head_width(config)

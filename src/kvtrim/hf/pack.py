@@ -204,7 +204,8 @@ class Pack(BaseCache):
     @property
     def empty_bytes(self) -> int:
         """What empty seats hold; `leave_seats` gives it back."""
-        return 0 if self._seats is None else self._seats.empty_bytes
+        seats = self._seats  # which the scheduler's thread may give up while another asks
+        return 0 if seats is None else seats.empty_bytes
 
     def leave_seats(self) -> None:
         """Nobody sits any more; all go on in a pass of the usual kind."""

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from transformers import PretrainedConfig
 
-from kvtrim.hf.models import fingerprint
+from kvtrim.hf.models.architectures import head_width
 from kvtrim.methods.method import Method
 
 Shape = tuple[int, ...]
@@ -52,7 +52,7 @@ def _known_shapes(
     heads = queries if of.method.granularity == "query" else shared
     most = sum(lengths) * heads
     names = ("qk_head_dim", "v_head_dim")  # where keys and values are of another width
-    widths = {fingerprint.head_width(config), *(getattr(config, name, None) for name in names)}
+    widths = {head_width(config), *(getattr(config, name, None) for name in names)}
 
     def dense(count: int) -> Callable[[torch.dtype, Shape], bool]:
         return lambda kind, shape: (

@@ -151,19 +151,16 @@ def require_shape(table: str, target: Target) -> None:
 
 
 def write(path: Path, table: EchoTable, record: dict[str, Any]) -> None:
-    """Write a table and its record; older files are replaced only by complete ones.
+    """Write a table and its record; older files are replaced only once both are complete.
 
     Raises:
-        UsageError: the folder cannot be written to.
+        FileError: the folder cannot be written to, or the disk is full.
     """
     content = save(table.tensors())
-    digest = hashlib.sha256(content).hexdigest()
-    try:
-        beside = json.dumps(record | {"sha256": digest}, indent=1) + "\n"
-        files.replace(record_path(path), beside.encode())
-        files.replace(path, content)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+    about = json.dumps(record | {"sha256": hashlib.sha256(content).hexdigest()}, indent=1) + "\n"
+    with files.replacement(record_path(path)) as beside, files.replacement(path) as partial:
+        beside.write_text(about, encoding="utf-8")
+        partial.write_bytes(content)
 
 
 @lru_cache(maxsize=16)

@@ -2,6 +2,8 @@
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
+from math import inf
 from typing import Literal
 
 from kvtrim.errors import BudgetError
@@ -33,7 +35,11 @@ class Keep:
             return _parse_text(given.strip())
         if isinstance(given, bool) or not isinstance(given, int | float):
             raise BudgetError(f"keep={given!r} is not a budget; {_HINT}")
-        return _make("tokens" if isinstance(given, int) else "share", float(given), given)
+        try:
+            amount = float(given)
+        except OverflowError:
+            amount = inf
+        return _make("tokens" if isinstance(given, int) else "share", amount, given)
 
     def per_head(self, prompt: int, entry_bytes: int | float) -> float:
         """Entries per head for a prompt of so many tokens, before rounding.
@@ -65,9 +71,13 @@ class Keep:
         return max(whole, least)
 
     def __str__(self) -> str:
-        if self.kind == "tokens":
-            return str(int(self.amount))
-        return f"{100 * self.amount:.6g}%" if self.kind == "share" else f"{int(self.amount)}B"
+        """Text that `parse` reads as exactly this budget, whatever the amount."""
+        percent = f"{100 * self.amount:.6g}"
+        if self.kind == "share" and "e" not in percent and float(percent) / 100 == self.amount:
+            return f"{percent}%"
+        whole = self.kind != "share" and self.amount == int(self.amount)
+        number = str(int(self.amount)) if whole else f"{Decimal(repr(float(self.amount))):f}"
+        return f"{number}B" if self.kind == "bytes" else number
 
 
 def _parse_text(text: str) -> Keep:
@@ -86,6 +96,8 @@ def _parse_text(text: str) -> Keep:
 
 
 def _make(kind: Literal["tokens", "share", "bytes"], amount: float, given: object) -> Keep:
+    if amount == inf:
+        raise BudgetError(f"keep is a number beyond all caches; {_HINT}")
     if not amount > 0:
         raise BudgetError(f"keep={given!r} keeps nothing; {_HINT}")
     if kind == "share" and amount > 1:

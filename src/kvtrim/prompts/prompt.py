@@ -160,7 +160,7 @@ def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
 def _require_small_numbers(templates: str | dict[str, str]) -> None:
     """Refuse a template that one step of could keep a processor, or the memory, for itself.
 
-    Such a step runs inside the interpreter, where `_bounded` does not see it. No text needs one.
+    Such a step runs inside the interpreter, where `_bound` does not see it. No text needs one.
 
     Raises:
         ValueError: it raises numbers to a power, or has one above what any list or text needs.

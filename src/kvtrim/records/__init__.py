@@ -178,7 +178,9 @@ class Fitted(TypedDict):
 
 
 class BatchLine(SpeedKey, Fitted):
-    """One try of a search for the largest batch; it stands in `speed.jsonl` as well."""
+    """One try of a search for the largest batch; it stands in `speed.jsonl` as well, where `fits`
+    tells it from others.
+    """
 
 
 class AgendaFigures(TypedDict, total=False):
@@ -224,7 +226,7 @@ def read(folder: Path, name: Literal["times.jsonl"]) -> list[TimeLine]: ...
 @overload
 def read(folder: Path, name: Literal["scores.jsonl"]) -> list[ScoreLine]: ...
 @overload
-def read(folder: Path, name: Literal["speed.jsonl"]) -> list[SpeedLine]: ...
+def read(folder: Path, name: Literal["speed.jsonl"]) -> list[SpeedLine | BatchLine]: ...
 def read(folder: Path, name: str) -> Any:
     """The lines of a run's file. Raises as `lines`."""
     return lines(folder / name)
@@ -303,16 +305,26 @@ def _each(hint: Any) -> Iterator[tuple[type, ...]]:
         yield (int, float) if bare in (int, float) else (bare or NoneType,)
 
 
+def _kind(name: str, line: Line) -> Any:
+    """What a line of a file is; None of a file that has no kind."""
+    return BatchLine if name == SPEED and "fits" in line else LINES.get(name)
+
+
+def _damage(kind: Any, line: Line) -> str | None:
+    """The first value of a line that is not what it must be, if there is one."""
+    kinds = _kinds(kind)
+    wrong = [name for name in kinds if name in kind.__required_keys__ and name not in line]
+    wrong += [name for name in kinds if name in line and not isinstance(line[name], kinds[name])]
+    return next(iter(wrong), None)
+
+
 def _lines(path: Path, checked: bool = True) -> Iterator[Line]:
-    kind = LINES.get(path.name) if checked else None
-    kinds: Kinds = {} if kind is None else _kinds(kind)
-    needed = () if kind is None else [name for name in kinds if name in kind.__required_keys__]
     try:
         for number, line in files.lines_of(path):
-            wrong = [name for name in needed if name not in line]
-            wrong += [n for n in kinds if n in line and not isinstance(line[n], kinds[n])]
-            if wrong:
-                raise FileError("read", f"{path}:{number}", f"its {wrong[0]!r} is damaged")
+            kind = _kind(path.name, line) if checked else None
+            wrong = None if kind is None else _damage(kind, line)
+            if wrong is not None:
+                raise FileError("read", f"{path}:{number}", f"its {wrong!r} is damaged")
             yield line
     except FileError as error:
         raise error.with_remedy(_REMEDY) from None

@@ -69,34 +69,46 @@ class Journal:
         return any(key.items() <= line.items() for line in self.lines)
 
 
-def begin(
+@contextmanager
+def open_run(
     folder: Path, record: dict[str, Any], lines: str = SPEED, name: str = RECORD
-) -> tuple[Journal, dict[str, Any]]:
-    """Begin a run in a folder, or go on with the one that lies there.
+) -> Iterator[tuple[Journal, dict[str, Any]]]:
+    """Begin a run in a folder, or go on with the one that lies there, alone until it is closed.
 
     A run that was refused or killed before its first line is none to go on with: what is asked for
     now takes its place.
 
-    Returns:
+    Yields:
         The journal `lines`, and the record `name` as it was first written.
 
     Raises:
         UsageError: the folder holds another run, or another process measures there.
         FileError: it cannot be written to, or what lies there is damaged.
     """
-    record = json.loads(json.dumps(record))
     files.require_place(folder)
+    if not folder.exists():
+        files.make_folder(folder)
+    with lock(folder):
+        there = _record_there(folder, json.loads(json.dumps(record)), lines, name)
+        yield Journal(folder / lines), there
+
+
+def begin(
+    folder: Path, record: dict[str, Any], lines: str = SPEED, name: str = RECORD
+) -> dict[str, Any]:
+    """As `open_run` for a run whose lines are written elsewhere; gives its record."""
+    with open_run(folder, record, lines, name) as (_, there):
+        return there
+
+
+def _record_there(folder: Path, record: dict[str, Any], lines: str, name: str) -> dict[str, Any]:
     path = folder / name
     if path.exists() and (_has_lines(folder, lines) or _holds(path, record)):
-        record = _same(folder, records.record(path), record)
-    elif (folder / lines).exists() and not path.exists():
+        return _same(folder, records.record(path), record)
+    if (folder / lines).exists() and not path.exists():
         raise UsageError(f"{folder} holds {lines} without {name}; name another folder")
-    else:
-        files.make_folder(folder)
-        with lock(folder):
-            text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-            files.replace(path, text.encode())
-    return Journal(folder / lines), record
+    files.replace(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    return record
 
 
 def _holds(path: Path, record: dict[str, Any]) -> bool:

@@ -25,6 +25,9 @@ _UNJUDGED = {
     "over",
     "to plain",
     "samples",
+    "floor",
+    "per step",
+    "in use",
 }
 _LOWER = ("loss", "KL", "first token", "per token", "end to end", "peak", "decode peak")
 _NUMBER = re.compile(r"([+-]?\d[\d.]*)\s?([A-Za-z%]*)")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kvtrim.report import evaluation, names, published, speed
+from kvtrim.report import evaluation, max_batch, names, published, speed
 from kvtrim.report import figures_data as pictures
 from kvtrim.report.figures_data import Picture
 from kvtrim.report.format import Cells
@@ -33,7 +33,7 @@ class Chapter:
     speed: Sequence[Mapping[str, Any]] = field(
         default=(), repr=False
     )  # rows, drawn by plots.speed
-    folder: str = ""  # of a speed run
+    folder: str = ""  # of a speed run or a search
 
     @property
     def anchor(self) -> str:
@@ -51,13 +51,14 @@ def chapters(sections: Sequence[Section], speeds: Sequence[SpeedRun]) -> list[Ch
         _evaluation_chapter(View(each)) for each in across_lengths(sections, needles.__contains__)
     ]
     tables, titles = names.Names(), names.Names()
-    for number, run in enumerate(speeds):
-        slug, folder = short[str(run.record["model"]["name"])], Path(run.folder).name
-        choices = [f"{slug}/speed"] * (number == 0) + [f"{slug}/speed-{folder}"]
-        start = "-".join(tables.new(*choices).split())
-        for end in _ENDS:
-            tables.new(f"{start}-{end}")
-        made.append(_speed_chapter(run, start))
+    for kind, search in (("speed", False), ("largest-batch", True)):
+        for number, run in enumerate(run for run in speeds if run.is_search == search):
+            slug, folder = short[str(run.record["model"]["name"])], Path(run.folder).name
+            choices = [f"{slug}/{kind}"] * (number == 0) + [f"{slug}/{kind}-{folder}"]
+            start = "-".join(tables.new(*choices).split())
+            for end in _ENDS:
+                tables.new(f"{start}-{end}")
+            made.append((_search_chapter if search else _speed_chapter)(run, start))
     distinct = []
     for chapter in made:
         choices = [chapter.title, *[f"{chapter.title} ({chapter.folder})"] * bool(chapter.folder)]
@@ -95,6 +96,16 @@ def _speed_chapter(run: SpeedRun, start: str) -> Chapter:
     title = f"Speed: {record['model']['name']}, {record['machine']['device']}"
     shown = [table for table in made if table.cells.rows]
     return Chapter(title, "", shown, speed=rows, folder=Path(run.folder).name)
+
+
+def _search_chapter(run: SpeedRun, start: str) -> Chapter:
+    """The largest batches of one search."""
+    record = run.record
+    about = f"{max_batch.title(record)}. {max_batch.ABOUT}"
+    cells = max_batch.table(max_batch.rows([dict(line) for line in run.batches]))
+    title = f"Largest batches: {record['model']['name']}, {record['machine']['device']}"
+    tables = [Table(start, "Largest batches", about, cells)]
+    return Chapter(title, "", tables if cells.rows else [], folder=Path(run.folder).name)
 
 
 def anchor(text: str) -> str:

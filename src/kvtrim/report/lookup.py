@@ -5,6 +5,8 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
+from kvtrim.errors import BudgetError
+from kvtrim.methods.keep import Keep
 from kvtrim.report import families, statistics
 from kvtrim.report.results import Line, Section
 from kvtrim.report.statistics import Figure
@@ -192,30 +194,17 @@ def size_of(keep: str) -> tuple[int, float]:
 
 
 def budget(keep: str) -> tuple[str, float]:
-    """A budget as text in numbers: ("tokens", 512), ("share", 0.25), ("bytes", 0)."""
-    text = keep.strip()
+    """A budget as text in numbers: ("tokens", 512), ("share", 0.25); 0 bytes of what is none."""
+    if not keep.strip():
+        return "full", 1.0
     try:
-        if not text:
-            return "full", 1.0
-        if text.endswith("%"):
-            return "share", float(text[:-1]) / 100
-        value = float(text)
-    except ValueError:
-        return "bytes", _bytes(text)
-    return ("share" if "." in text else "tokens"), value
+        found = Keep.parse(keep)
+    except BudgetError:
+        return "bytes", 0.0
+    return found.kind, found.amount
 
 
 def rounded_budget(keep: str) -> tuple[str, float]:
     """As `budget`, equal where budgets that were worked out in different ways are the same."""
     kind, amount = budget(keep)
     return kind, round(amount, 6)
-
-
-def _bytes(text: str) -> float:
-    """Bytes of "64MiB"; 0 of what is no budget at all."""
-    units = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 1e3, "MB": 1e6, "GB": 1e9, "B": 1}
-    for unit, factor in units.items():
-        number = text.upper().removesuffix(unit)
-        if number != text.upper() and number.replace(".", "", 1).isdigit():
-            return float(number) * factor
-    return 0.0

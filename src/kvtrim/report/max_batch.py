@@ -6,6 +6,10 @@ from typing import Any
 from kvtrim.report.format import Cells, prose, ratio, seconds, size
 
 PLAIN = "transformers"
+ABOUT = (
+    "Prompts are read one after the other, their caches decode together; in use is the most at "
+    "any moment of both, from measured peaks. Tokens per second are those of the median step."
+)
 Row = dict[str, Any]
 
 
@@ -31,7 +35,7 @@ def rows(journal: Sequence[Row]) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> Cells:
     """The figures."""
-    names = ("batch", "to plain", "tokens/s", "to plain", "per step", "held", "in use")
+    names = ("largest batch", "to plain", "tokens/s", "to plain", "per step", "held", "in use")
     columns = [("tokens", "right"), ("method", "left"), ("keep", "right")]
     columns += [(name, "right") for name in names]
     return Cells(columns, [_texts(row) for row in rows])
@@ -65,9 +69,4 @@ def title(record: Mapping[str, Any]) -> str:
 
 def page(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """`largest.md`."""
-    said = (
-        "Prompts are read one after the other, their caches decode together; in use is the most "
-        "at any moment of both, "
-        "from measured peaks. Tokens per second are those of the median step.\n"
-    )
-    return f"# Largest batches\n\n{prose(title(record))}.\n\n{said}\n{table(rows).markdown()}"
+    return f"# Largest batches\n\n{prose(title(record))}.\n\n{ABOUT}\n\n{table(rows).markdown()}"

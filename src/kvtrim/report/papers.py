@@ -45,7 +45,12 @@ def draw(
             of them is left out.
     """
     if recipe.kind == "speed":
-        return [Drawn(*each) for run in speeds for each in papers_speed.draw(recipe, run)]
+        return [
+            Drawn(*each)
+            for run in speeds
+            if not run.is_search
+            for each in papers_speed.draw(recipe, run)
+        ]
     found = []
     for section in across_lengths(sections, lambda task: task.startswith("niah")):
         view = View(section)

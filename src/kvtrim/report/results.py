@@ -8,7 +8,7 @@ is read from the lines of single samples: tables are never made of other tables.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kvtrim import records
 from kvtrim.errors import UsageError
@@ -20,6 +20,7 @@ from kvtrim.records import (
     SAMPLES,
     SCORES,
     SPEED,
+    BatchLine,
     InputLine,
     SampleLine,
     ScoreLine,
@@ -83,6 +84,12 @@ class SpeedRun:
     folder: Path
     record: Mapping[str, Any]
     lines: Sequence[SpeedLine]
+    batches: Sequence[BatchLine] = ()  # those of a search for the largest batch
+
+    @property
+    def is_search(self) -> bool:
+        """Whether the largest batch was searched for, in place of measuring given ones."""
+        return "memory" in self.record["plan"]
 
 
 @dataclass(frozen=True)
@@ -136,8 +143,7 @@ def read_results(folders: Sequence[Path]) -> tuple[list[Section], list[SpeedRun]
             if (place / SAMPLES).exists():
                 evals.append(_run(place, records.record(place / RECORD, records.EVAL)))
             elif (place / SPEED).exists():
-                record = records.record(place / RECORD, records.TIMED)
-                speeds.append(SpeedRun(place, record, records.read(place, SPEED)))
+                speeds.append(_speed_run(place))
     if not any(run.lines for run in evals) and not speeds:
         named = ", ".join(map(str, folders))
         raise UsageError(
@@ -199,6 +205,12 @@ def _places(folder: Path) -> Iterator[Path]:
     for inner in sorted(folder.iterdir() if folder.is_dir() else []):
         if inner.is_dir():
             yield from _places(inner)
+
+
+def _speed_run(folder: Path) -> SpeedRun:
+    record, found = records.record(folder / RECORD, records.TIMED), records.read(folder, SPEED)
+    timed = [cast(SpeedLine, line) for line in found if "fits" not in line]
+    return SpeedRun(folder, record, timed, [line for line in found if "fits" in line])
 
 
 def _run(folder: Path, record: Mapping[str, Any]) -> Run:

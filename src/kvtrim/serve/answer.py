@@ -9,6 +9,7 @@ import torch
 
 from kvtrim.engine.branch import Branch, Stem
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.models.architectures import head_width
 from kvtrim.prompts.detokenizer import Detokenizer
 from kvtrim.serve.memory import Conversation, Document
 from kvtrim.serve.request import Done, Request, Token, Usage
@@ -37,7 +38,7 @@ class Speaker:
         config, own = model.generation_config, model.config.get_text_config(decoder=True)
         ends = config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
-        width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+        width = head_width(own)
         entry = 2 * own.num_hidden_layers * own.num_key_value_heads * width * model.dtype.itemsize
         repetition = config.repetition_penalty or 1.0
         windows = tuple(each.sliding_window for each in Cache(model, "full").stock_layers())
@@ -104,7 +105,9 @@ class Answer:
         self._sampler = Sampler(how, own.device, own.repetition)
         self._text, self._stops = Detokenizer(own.tokenizer), Stops(how.stop)
         self.talk.subject = self.request.subject
+        self._said = self.request.ids
         if self.document is not None:
+            self._said = [*self.document.ids, *self._said]
             self.document.note_subject(self.request.subject)
 
     def unread(self) -> list[int]:
@@ -136,7 +139,7 @@ class Answer:
 
     def _extend(self, logits: Float[Tensor, " vocabulary"]) -> None:
         how = self.request.sampling
-        token, logprob, top = self._sampler.choose(logits, self.request.ids, self.written)
+        token, logprob, top = self._sampler.choose(logits, self._said, self.written)
         self.written.append(token)
         if len(self.written) == 1:
             self.first_token_s = time.monotonic() - self.request.came

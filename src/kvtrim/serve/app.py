@@ -181,14 +181,14 @@ def _add_answers(app: FastAPI, service: Service, metrics: Metrics) -> None:
         most = asked.max_tokens if most is None else most
         logprobs = (top or 0) if asked.logprobs else None
         sampling = service.sampling_of(asked, most, logprobs)
-        asking = await run_in_threadpool(_messages, asked.messages)
-        asking = service.chat(asked, asking, sampling)
+        said = await run_in_threadpool(_messages, asked.messages)
+        asking = await service.chat(asked, said, sampling)
         return await answer(http, asking, wire.Chat(asked, service), bool(asked.stream))
 
     @app.post("/v1/completions")
     async def complete(asked: protocol.Completion, http: Http) -> Response:
         sampling = service.sampling_of(asked, asked.max_tokens, asked.logprobs)
-        asking = service.complete(asked, sampling)
+        asking = await service.complete(asked, sampling)
         return await answer(http, asking, wire.Completion(asked, service), bool(asked.stream))
 
     @app.post("/v1/responses")
@@ -198,12 +198,14 @@ def _add_answers(app: FastAPI, service: Service, metrics: Metrics) -> None:
         if (asked.n or 1) != 1:
             raise UsageError("a response is one answer; leave n out")
         given = asked.input
-        plain = isinstance(given, str)
-        said = [{"role": "user", "content": given}] if plain else _messages(given)
+        if isinstance(given, str):
+            said = [{"role": "user", "content": given}]
+        else:
+            said = await run_in_threadpool(_messages, given)
         if asked.instructions:
             said.insert(0, {"role": "system", "content": asked.instructions})
         sampling = service.sampling_of(asked, asked.max_output_tokens, None)
-        asking = service.chat(asked, said, sampling)
+        asking = await service.chat(asked, said, sampling)
         return await answer(http, asking, wire.Response(asked, service), bool(asked.stream))
 
 
@@ -301,13 +303,9 @@ def _add_documents(app: FastAPI, service: Service) -> None:
     def one(name: str) -> dict[str, Any]:
         if name in service.uploads:
             return _upload_status(service, name)
-        if name in service.failed:
-            return {
-                "object": "document",
-                "name": name,
-                "status": "failed",
-                "error": service.failed[name],
-            }
+        why = service.failed.get(name)
+        if why is not None:
+            return {"object": "document", "name": name, "status": "failed", "error": why}
         return _document(service, service.find_document(name))
 
     @app.get("/v1/documents/{name}/kept")

@@ -13,7 +13,6 @@ _OPEN = {"/", "/health"}
 """What anybody may see: it tells nothing of documents or requests."""
 
 _MOST_BYTES = 64 << 20  # of a request's body
-_LOCAL = {"localhost", "testserver"}
 
 
 def is_loopback(host: str) -> bool:
@@ -21,7 +20,7 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        return host in _LOCAL
+        return host == "localhost"
 
 
 def turn_away(request: Http, api_key: str | None) -> Response | None:

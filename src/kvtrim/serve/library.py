@@ -10,12 +10,13 @@ never a name without its document.
     texts/KEY.txt        the text
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,17 @@ FOLDER = "KVTRIM_LIBRARY"
 """The environment variable that says where the library is, if no option does."""
 
 
-def default_folder() -> Path:
-    """Where a user's documents are kept, unless told otherwise."""
+def data_folder() -> Path:
+    """Where kvtrim keeps what is a user's."""
     import platformdirs
 
+    return Path(platformdirs.user_data_dir("kvtrim"))
+
+
+def default_folder() -> Path:
+    """Where a user's documents are kept, unless told otherwise."""
     told = os.environ.get(FOLDER)
-    return Path(told) if told else Path(platformdirs.user_data_dir("kvtrim")) / "library"
+    return Path(told) if told else data_folder() / "library"
 
 
 @dataclass(frozen=True)
@@ -109,11 +115,11 @@ class Library:
         found, damaged = [], []
         for path in sorted(self._names.glob("*.json")) if self._names.is_dir() else []:
             try:
-                found.append(self._entry(path))
-            except FileNotFoundError:
-                continue  # removed meanwhile
+                entry = self._entry(path)
             except FileError as error:
                 damaged.append(str(error))
+            else:
+                found += [] if entry is None else [entry]
         return sorted(found, key=lambda each: -each.used), damaged
 
     def get(self, name: str) -> Entry:
@@ -124,15 +130,17 @@ class Library:
             FileError: its record is damaged.
         """
         path = self._names / f"{check_name(name)}.json"
-        if not path.is_file() or path.name not in os.listdir(self._names):
-            known = [each.name for each in self.entries()[0]]
-            if not known:
-                raise UsageError(
-                    f"there is no document {name!r}: the library {self.folder} is empty; "
-                    f"kvtrim compress FILE --name {name} adds it"
-                )
-            raise UnknownNameError("document", name, known)
-        return self._entry(path)
+        there = path.is_file() and path.name in os.listdir(self._names)
+        entry = self._entry(path) if there else None
+        if entry is not None:
+            return entry
+        known = [each.name for each in self.entries()[0]]
+        if not known:
+            raise UsageError(
+                f"there is no document {name!r}: the library {self.folder} is empty; "
+                f"kvtrim compress FILE --name {name} adds it"
+            )
+        raise UnknownNameError("document", name, known)
 
     def find(self, key: str) -> Entry | None:
         """A document whose cache was made from exactly this, if its files are still there."""
@@ -212,38 +220,58 @@ class Library:
 
     def remove(self, name: str) -> Entry:
         """Remove a document; its files go with their last name."""
-        entry = self.get(name)
-        with self._write_lock(), files.file_errors("write", self._names / f"{name}.json"):
-            os.unlink(self._names / f"{name}.json")
+        self.get(name)  # before the lock, which only a library has
+        with self._write_lock():
+            entry = self.get(name)  # which another process may have removed, or replaced
+            self._remove(entry)
             self._sweep()
         return entry
 
     def prune(self, size: int) -> list[Entry]:
         """Remove documents, the one not used for longest first, until all take `size` bytes."""
         removed: list[Entry] = []
-        while True:
+        if not self._names.is_dir():
+            return removed
+        with self._write_lock():
             left, _ = self.entries()
-            if sum({each.key: each.file_bytes for each in left}.values()) <= size:
-                return removed
-            removed.append(self.remove(left[-1].name))
+            while sum({each.key: each.file_bytes for each in left}.values()) > size:
+                removed.append(left.pop())
+                self._remove(removed[-1])
+            self._sweep()
+        return removed
 
     # Records
 
-    def _entry(self, path: Path) -> Entry:
-        record = files.record_of(path)
+    def _entry(self, path: Path) -> Entry | None:
+        """What a record says; None if it was removed meanwhile."""
+        try:
+            record, used = files.record_of(path), path.stat().st_mtime
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
         try:
             wrong = [name for name, kind in _KINDS.items() if not isinstance(record[name], kind)]
             if wrong or record["format"] != _FORMAT or not _KEY.fullmatch(record["key"]):
                 raise ValueError(", ".join(wrong) or "key, or format")
-            own = {"name": path.stem, "used": path.stat().st_mtime}
+            own: dict[str, Any] = {"name": path.stem, "used": used}
             entry = Entry(**own, **{name: record[name] for name in _STORED})
         except (KeyError, TypeError, ValueError) as error:
             raise FileError("read", path, f"it is no record of a document ({error})") from None
         return replace(entry, file_bytes=self._file_bytes(entry))
 
     def _file_bytes(self, entry: Entry) -> int:
-        paths = self.cache_path(entry), self._texts / f"{entry.key}.txt"
-        return sum(path.stat().st_size for path in paths if path.is_file())
+        total = 0
+        for path in (self.cache_path(entry), self._texts / f"{entry.key}.txt"):
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
+        return total
+
+    def _remove(self, entry: Entry) -> None:
+        """Remove a name. The caller holds the lock, and sweeps."""
+        path = self._names / f"{entry.name}.json"
+        with files.file_errors("write", path):
+            path.unlink(missing_ok=True)
 
     def _write(self, entry: Entry) -> None:
         record = {"format": _FORMAT, **{name: getattr(entry, name) for name in _STORED}}

@@ -25,6 +25,7 @@ class Document:
     tokens: int
     held_bytes: int
     full_bytes: int
+    ids: tuple[int, ...] = ()  # its tokens, each once: saying them again may be penalised
     users: int = 0
     subjects: tuple[str, ...] = ()  # what it was asked as, where somebody routes by that
 

@@ -1,11 +1,12 @@
 """What is read for a request, and how: a document, a long first message, a file of the library."""
 
 from collections.abc import Hashable
+from contextlib import suppress
 from typing import Any
 
-from kvtrim.api import window
 from kvtrim.errors import UsageError
 from kvtrim.hf.cache import Cache
+from kvtrim.hf.models.architectures import window
 from kvtrim.hf.rotary import LongRope
 from kvtrim.methods.request import Request as Settled
 from kvtrim.prompts import Template, encode_context, frame, repeat_words
@@ -59,7 +60,7 @@ class Reader:
         if entry is None:
             return False
         upload.tokens = upload.done = entry.tokens
-        upload.emit(entry)
+        self._give(upload, entry)
         return True
 
     def upload(self, upload: Upload) -> Reading:
@@ -88,9 +89,9 @@ class Reader:
 
         def complete(cache: Cache) -> None:
             if upload.gone.is_set():
-                raise Refused(f"{upload.name!r} was removed while it was read", 409)
+                raise _refusal(upload)
             given = self.library, upload.name, self.tokenizer, self.prints, text, how, cache
-            upload.emit(documents.keep(*given))
+            self._give(upload, documents.keep(*given))
 
         def tell(done: int, out_of: int) -> None:
             upload.done = done
@@ -102,6 +103,18 @@ class Reader:
         reading.wanted = lambda: not upload.gone.is_set()
         reading.subject = upload.subject
         return reading
+
+    def _give(self, upload: Upload, entry: Entry) -> None:
+        """Say that a document is there.
+
+        Raises:
+            Refused: it was removed while it was written, and now it is.
+        """
+        if not upload.settle():
+            with suppress(UsageError):  # another process was faster
+                self.library.remove(upload.name)
+            raise _refusal(upload)
+        upload.emit(entry)
 
     def head_key(self, request: Request) -> str:
         """What tells a first message, and how it is compressed, from others."""
@@ -115,6 +128,10 @@ class Reader:
             self.model, _compression(request), prompt_tokens=len(request.head), words=words
         )
         return Reading(key, cache, request.head, wanted=lambda: False)  # but by who waits for it
+
+
+def _refusal(upload: Upload) -> Refused:
+    return Refused(f"{upload.name!r} was removed while it was read", 409)
 
 
 def _compression(request: Request) -> Settled:

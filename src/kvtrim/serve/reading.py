@@ -61,5 +61,6 @@ class Reading:
 def document_of(key: Hashable, cache: Cache) -> Document:
     """A cache of one prompt, as several requests continue it."""
     facts = cache.seen, cache.held_bytes, cache.full_bytes
+    ids = () if cache.token_ids is None else tuple(cache.token_ids.unique().tolist())
     entries = base_of(cache) if joinable(cache.session) else cache
-    return Document(key, entries, *facts)
+    return Document(key, entries, *facts, ids)

@@ -161,3 +161,8 @@ class Upload:
     done: int = 0
     gone: threading.Event = field(default_factory=threading.Event)
     subject: str = field(default_factory=SUBJECT.get)
+    _settled: threading.Lock = field(default_factory=threading.Lock)  # and never released
+
+    def settle(self) -> bool:
+        """Whether nothing became of it so far; whoever is told so says what does, and alone."""
+        return self._settled.acquire(blocking=False)

@@ -71,7 +71,8 @@ class Scheduler:
                     raise Refused("many documents wait to be read; try again later", 429, 10)
             else:
                 waiting = [each for each in self._came if isinstance(each, Request)]
-                waiting += [*self.waiting, *(r for one in self.readings for r in one.waiting)]
+                waiting += list(self.waiting)  # copies: the scheduler's thread goes on meanwhile
+                waiting += [each for one in list(self.readings) for each in list(one.waiting)]
                 queued = sum(each.count for each in waiting)
                 if queued >= self.limits.queue:
                     wait = self.pace.wait_s(queued)

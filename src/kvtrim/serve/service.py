@@ -180,7 +180,8 @@ class Service:
         def settle(event: Any) -> None:
             if done.done():
                 return  # it was removed while it was read
-            self.uploads.pop(name, None)
+            if self.uploads.get(name) is upload:  # and not another one, since it was removed
+                del self.uploads[name]
             if isinstance(event, Failed):
                 if not upload.gone.is_set():
                     self.failed[name] = str(event.error)
@@ -220,8 +221,8 @@ class Service:
         Raises:
             Refused: there is none of that name.
         """
-        if name in self.uploads:
-            upload = self.uploads.pop(name)
+        upload = self.uploads.pop(name, None)
+        if upload is not None and upload.settle():
             upload.gone.set()
             upload.emit(Failed(Refused(f"{name!r} was removed while it was read", 409)))
             return
@@ -282,7 +283,7 @@ class Service:
             raise
         return asking
 
-    def chat(
+    async def chat(
         self,
         asked: protocol.Chat | protocol.Response,
         messages: Sequence[dict[str, str]],
@@ -290,7 +291,8 @@ class Service:
     ) -> Asking:
         """Answer a conversation."""
         after = self.document(asked.model) is not None
-        found = conversation.encode(
+        found = await asyncio.to_thread(  # a message may have millions of characters
+            conversation.encode,
             self.tokenizer,
             messages,
             after_document=after,
@@ -298,7 +300,7 @@ class Service:
         )
         return self.ask([(found.head, found.rest)], asked, sampling)
 
-    def complete(self, asked: protocol.Completion, sampling: Sampling) -> Asking:
+    async def complete(self, asked: protocol.Completion, sampling: Sampling) -> Asking:
         """Continue texts."""
         if asked.echo or asked.suffix:
             raise UsageError("echo and suffix are not served; leave them out")
@@ -311,7 +313,8 @@ class Service:
         texts = [str(each) for each in given]
         if not texts or len(texts) > protocol.MOST_CHOICES or not all(texts):
             raise UsageError(f"prompt: expected 1 to {protocol.MOST_CHOICES} texts, none empty")
-        ids = [conversation.encode_plain(self.tokenizer, text, special) for text in texts]
+        encode, own = conversation.encode_plain, self.tokenizer
+        ids = [await asyncio.to_thread(encode, own, text, special) for text in texts]
         return self.ask([(each[:-1], each[-1:]) for each in ids], asked, sampling)
 
     def sampling_of(

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-from kvtrim.api import window
 from kvtrim.errors import UsageError
 from kvtrim.hf.attach import attach
+from kvtrim.hf.models.architectures import window
 from kvtrim.hf.pack import Feed, Pack
 from kvtrim.prompts import conversation
 from kvtrim.serve import documents
@@ -48,22 +48,25 @@ class Talk:
     def ask(self, question: str, **sampling: Any) -> Iterator[str]:
         """Pieces of the answer as they come; whoever stops early keeps what there is.
 
+        A question that got no words is taken back: templates want one answer to each.
+
         Raises:
             UsageError: the conversation exceeds the model's window.
         """
         self.messages.append({"role": "user", "content": question})
-        pieces: list[str] = []
+        text = ""
         try:
             for piece in self._answer(Sampling(**sampling)):
-                pieces.append(piece)
+                text += piece
                 yield piece
         except Exception:
-            del self.messages[-1]
+            text = ""
             raise
         finally:
-            if self.messages and self.messages[-1]["role"] == "user":
-                if pieces:
-                    self.messages.append({"role": "assistant", "content": "".join(pieces)})
+            if text.strip():
+                self.messages.append({"role": "assistant", "content": text})
+            else:
+                del self.messages[-1]
 
     def undo(self) -> bool:
         """Take the last question and its answer back; whether there was one."""
@@ -95,12 +98,14 @@ class Talk:
             Request(ids, sampling, events.put), self._speaker, self.document, talk,
             before + len(talk.ids), Room(0, 0), 0,
         )  # fmt: skip
+        whole = True  # a cache that was left within a pass is of no use
         try:
             with attach(self.model):
                 while not answer.ended:
-                    new = answer.unread()
+                    new, whole = answer.unread(), False
                     logits = self._pack.feed(self.model, [Feed(talk.into, new)])
-                    if answer.note_read(new):
+                    complete, whole = answer.note_read(new), True
+                    if complete:
                         answer.extend(logits[0])
                     while not events.empty():
                         event = events.get()
@@ -109,4 +114,5 @@ class Talk:
                         elif text := getattr(event, "text", ""):
                             yield text
         finally:
-            self._memory.remember(talk)
+            if whole:
+                self._memory.remember(talk)

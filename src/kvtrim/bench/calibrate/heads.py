@@ -29,7 +29,6 @@ from typing import Any, Literal
 
 import torch
 
-from kvtrim.api import window
 from kvtrim.bench.calibrate.echo import scores_of
 from kvtrim.bench.calibrate.needles import plant
 from kvtrim.bench.provenance import provenance
@@ -40,6 +39,7 @@ from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.generate import read
 from kvtrim.hf.models import fingerprint
+from kvtrim.hf.models.architectures import window
 from kvtrim.hf.replay import record as read_once
 from kvtrim.methods.policies import ops
 from kvtrim.prompts import frame, repeat_words

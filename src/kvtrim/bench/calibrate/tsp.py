@@ -34,7 +34,6 @@ from typing import Any
 import torch
 
 from kvtrim import files
-from kvtrim.api import window
 from kvtrim.bench.calibrate.needles import plant
 from kvtrim.bench.provenance import provenance
 from kvtrim.engine.layer import Call
@@ -43,7 +42,7 @@ from kvtrim.hf.attach import attach
 from kvtrim.hf.base import cache_keyword
 from kvtrim.hf.cache import Cache
 from kvtrim.hf.models import fingerprint
-from kvtrim.hf.models.architectures import layout
+from kvtrim.hf.models.architectures import layout, window
 from kvtrim.methods.keep import Keep
 from kvtrim.methods.policies import ops
 from kvtrim.methods.propagation import TokenSelective
@@ -239,12 +238,9 @@ def write(path: Path, found: dict[str, Any]) -> None:
     """Write a table; an older file is replaced only by a complete one.
 
     Raises:
-        UsageError: the folder cannot be written to.
+        FileError: the folder cannot be written to, or the disk is full.
     """
-    try:
-        files.replace(path, (json.dumps(found, indent=1) + "\n").encode())
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+    files.replace(path, (json.dumps(found, indent=1) + "\n").encode())
 
 
 # Prefills to compare: by all layers, and above one layer by the tokens chosen there alone.

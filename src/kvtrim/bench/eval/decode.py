@@ -170,7 +170,8 @@ def _without_ends(
     tokenizer: Any, logits: Float[Tensor, "R V"], ends: set[int], stop: Sequence[str]
 ) -> Float[Tensor, "R V"]:
     """Logits in which no row's likeliest token ends its answer."""
-    logits = logits.index_fill(-1, torch.tensor([*ends], device=logits.device), -torch.inf)
+    own = torch.tensor([*ends], dtype=torch.long, device=logits.device)
+    logits = logits.index_fill(-1, own, -torch.inf)
     while stop:
         tokens = logits.argmax(dim=-1).tolist()
         stops = [_cut(_decode(tokenizer, [token]), stop) is not None for token in tokens]

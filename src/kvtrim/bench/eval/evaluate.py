@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvtrim import files, records
-from kvtrim.api import window
 from kvtrim.bench.eval import extension
 from kvtrim.bench.eval.encode import Encoder
 from kvtrim.bench.eval.grid import Grid
@@ -22,6 +21,7 @@ from kvtrim.bench.provenance import provenance
 from kvtrim.errors import FileError, UsageError
 from kvtrim.hf.attach import attach
 from kvtrim.hf.models import fingerprint
+from kvtrim.hf.models.architectures import window
 from kvtrim.records import RECORD, SAMPLES, journal
 from kvtrim.records.run_folder import RunFolder
 from kvtrim.tasks.base import Request, Sample, Task

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from kvtrim.api import window
 from kvtrim.bench import failures
 from kvtrim.bench.candidates import Candidate, Feed, Subject
 from kvtrim.bench.provenance import peak_memory
 from kvtrim.errors import UsageError
 from kvtrim.hf.generate import synchronize
+from kvtrim.hf.models.architectures import window
 from kvtrim.records import (
     FAILED,
     OK,

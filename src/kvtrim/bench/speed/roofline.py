@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kvtrim.hf.generate import synchronize
+from kvtrim.hf.models.architectures import head_width
 
 _TRIALS = 5  # the best of these counts: a limit is what was possible
 
@@ -35,7 +36,7 @@ def of_model(model: Any) -> dict[str, int]:
     config = model.config.get_text_config(decoder=True)
     layers = model.get_decoder().layers
     linear = [m for m in layers.modules() if isinstance(m, torch.nn.Linear)]
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_width(config)
     total = sum(parameter.nbytes for parameter in model.parameters())
     inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return {

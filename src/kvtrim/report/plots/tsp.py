@@ -15,7 +15,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         found: what `kvtrim calibrate tsp` wrote.
 
     Raises:
-        UsageError: matplotlib is not installed, or the file cannot be written.
+        UsageError: matplotlib is not installed.
+        FileError: the file cannot be written.
     """
     layer, figure = found["layer"], new_figure(7, 6.5)
     shares, distances = figure.subplots(2, sharex=True)
