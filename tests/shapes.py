@@ -26,7 +26,7 @@ from beartype import BeartypeConf, beartype
 
 NAME, EDITION = "__checked__", "shapes1"  # another edition where what is compiled changes
 PLAIN = 50  # how many calls of a function without shapes are checked in a process
-SHAPED, SPARSE = 2, 31  # of one with shapes: the first of a test, then one in so many
+SHAPED, SPARSE = 4, 7  # of one with shapes: the first of a test, then one in so many
 _strictly = beartype(conf=BeartypeConf(violation_type=TypeError))
 
 

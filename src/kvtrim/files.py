@@ -5,6 +5,7 @@ Whatever a disk, a mode or somebody's editor does to them is a `FileError`, whic
 
 import errno
 import glob
+import hashlib
 import json
 import os
 import re
@@ -56,17 +57,40 @@ def replacement(path: Path) -> Iterator[Path]:
     with file_errors("write", path):
         target = _target(path)
         mode = _mode(target)
-        _sweep(target)
-        folder, lock = _workplace(target)
-        try:
+        with _beside(target) as folder:
             partial = folder / target.name
             yield partial
             _settle(partial, mode)
             os.replace(partial, target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            if lock is not None:
-                os.close(lock)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill instead, which takes its place if the block succeeds; else there is none.
+
+    What a killed process left behind is removed when the same folder is made again.
+
+    Raises:
+        FileError: its place cannot be written to, or is taken.
+    """
+    with file_errors("write", path), _beside(path) as folder:
+        partial = folder / path.name
+        partial.mkdir(mode=0o755)
+        yield partial
+        os.replace(partial, path)
+
+
+def replace_with_record(path: Path, content: bytes, about: Path, record: dict[str, Any]) -> None:
+    """Write a file and beside it its record, with its SHA-256; older ones are replaced only once
+    both are complete.
+
+    Raises:
+        FileError: as `replacement`.
+    """
+    whole = record | {"sha256": hashlib.sha256(content).hexdigest()}
+    with replacement(about) as beside, replacement(path) as partial:
+        beside.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        partial.write_bytes(content)
 
 
 def extend(path: Path, content: bytes) -> None:
@@ -303,6 +327,19 @@ def _settle(partial: Path, mode: int) -> None:
 
 def _prefix(target: Path) -> str:
     return f".{target.name[:48]}.partial-"
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A folder beside it, for as long as the block runs; what killed ones left goes first."""
+    _sweep(target)
+    folder, lock = _workplace(target)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def _workplace(target: Path) -> tuple[Path, int | None]:

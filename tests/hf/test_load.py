@@ -2,7 +2,6 @@
 
 import os
 import stat
-import time
 
 import gguf
 import numpy as np
@@ -12,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import kvtrim
 import models
+from kvtrim import files
 from kvtrim.errors import ModelError, UnsupportedModelError
 from kvtrim.hf.models import gguf as conversion
 from kvtrim.hf.models.load import load
@@ -150,14 +150,14 @@ def test_an_interrupted_conversion_leaves_nothing_behind(packaged, monkeypatch):
         conversion.embedded_model()
     assert list(packaged.iterdir()) == []
     source = conversion._packaged_file()
-    stem = f"{source.stem}-{source.stat().st_size}"
-    killed, under_way = (packaged / f".{stem}-{end}" for end in ("old", "new"))
-    for folder, age in ((killed, 2 * conversion._LONGEST_S), (under_way, 0)):
-        folder.mkdir()
-        os.utime(folder, (time.time() - age,) * 2)
+    target = packaged / f"{source.stem}-{source.stat().st_size}"
+    (killed, left), (under_way, held) = (files._workplace(target) for _ in range(2))
+    os.close(left)
+    assert killed.is_dir() and killed != under_way
     with pytest.raises(KeyboardInterrupt):
         conversion.embedded_model()
     assert list(packaged.iterdir()) == [under_way]
+    os.close(held)
     monkeypatch.undo()
 
 

@@ -63,8 +63,7 @@ def ask(
     named = method if places([method]) else None  # which a file names, and only the caller may
     if cache is not None or name is not None:
         made = f"{cache} was made" if cache is not None else f"@{name} was compressed"
-        settled = tuple(each for each in MADE if named is None or each != "method")
-        options.require_unset(context, settled, f"was settled when {made}; leave it out")
+        options.require_no_other(context, MADE, made, named)
     if cache is not None and document is not None:
         raise UsageError("give a document or --cache, not both")
     if cache is not None and not cache.is_file():

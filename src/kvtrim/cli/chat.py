@@ -56,9 +56,7 @@ def chat(
     named = method if places([method]) else None  # which a file names, and only the caller may
     name, own = options.name_in(document), options.library_in(library)
     if name is not None:
-        settled = tuple(each for each in MADE if named is None or each != "method")
-        why = f"was settled when @{name} was compressed; leave it out"
-        options.require_unset(context, settled, why)
+        options.require_no_other(context, MADE, f"@{name} was compressed", named)
     request = options.request(method, keep, set_, None, "error")
     if document == "-":
         raise UsageError("chat reads questions from standard input; name the document's file")

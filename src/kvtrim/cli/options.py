@@ -335,6 +335,19 @@ def require_unset(context: typer.Context, names: tuple[str, ...], why: str) -> N
             raise UsageError(f"{each.opts[0]} {why}")
 
 
+def require_no_other(
+    context: typer.Context, names: tuple[str, ...], made: str, own: str | None = None
+) -> None:
+    """Refuse flags that say otherwise what a cache settled when it was made.
+
+    Args:
+        made: "doc.kv was made".
+        own: a method of one's own, which a file names, and only the caller may give.
+    """
+    names = tuple(each for each in names if own is None or each != "method")
+    require_unset(context, names, f"was settled when {made}; leave it out")
+
+
 def load(
     model: str,
     device: str | None,

@@ -73,8 +73,7 @@ def view(
     if cache is not None or (name is not None and not anew):
         what = f"{cache} was made" if cache is not None else f"@{name} was compressed"
         settled = (*_READ, "method", "keep") if cache is not None else _READ
-        settled = tuple(each for each in settled if own is None or each != "method")
-        options.require_unset(context, settled, f"was settled when {what}; leave it out")
+        options.require_no_other(context, settled, what, own)
     options.require_writable(out)
     how: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens,

@@ -8,7 +8,6 @@ that were asked: `asked.weight` [L, K, 3 K + 4] and `end.weight` [L, K, K + 4], 
 it was fitted on and how well it foretells held-out texts.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -156,11 +155,7 @@ def write(path: Path, table: EchoTable, record: dict[str, Any]) -> None:
     Raises:
         FileError: the folder cannot be written to, or the disk is full.
     """
-    content = save(table.tensors())
-    about = json.dumps(record | {"sha256": hashlib.sha256(content).hexdigest()}, indent=1) + "\n"
-    with files.replacement(record_path(path)) as beside, files.replacement(path) as partial:
-        beside.write_text(about, encoding="utf-8")
-        partial.write_bytes(content)
+    files.replace_with_record(path, save(table.tensors()), record_path(path), record)
 
 
 @lru_cache(maxsize=16)

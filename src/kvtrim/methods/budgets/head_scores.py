@@ -7,7 +7,6 @@ that kvtrim manages. Keys are parsed, their order means nothing.
 A shipped table has a record beside it (NAME.record.json) that says what it was measured on.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -132,10 +131,7 @@ def write(path: Path, table: dict[str, list[float]], record: dict[str, Any]) -> 
         FileError: the folder cannot be written to, or the disk is full.
     """
     content = (json.dumps(table) + "\n").encode()
-    about = json.dumps(record | {"sha256": hashlib.sha256(content).hexdigest()}, indent=1) + "\n"
-    with files.replacement(record_path(path)) as beside, files.replacement(path) as partial:
-        beside.write_text(about, encoding="utf-8")
-        partial.write_bytes(content)
+    files.replace_with_record(path, content, record_path(path), record)
 
 
 def _locate(table: str) -> Path:
